@@ -1,0 +1,1 @@
+"""The fused model as data and mathematics: fusion file, gate, reference. Knows nothing of servers, requests or vLLM."""
