@@ -1,0 +1,42 @@
+"""The fused engine as the API and offline callers see it: vLLM's `AsyncLLM` and `LLMEngine`, fused.
+
+Token ids in, token ids and text out; which worker, scheduler and input processor run is decided here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+
+from gating.fusion import FusionConfig, inspect_fusion
+from server.engine.inputs import FusedInputProcessor
+from server.engine.options import build_engine_args
+
+
+class FusedAsyncLLM(AsyncLLM):
+    """One vLLM engine that serves n specialists as one model.
+
+    `generate` is vLLM's; its `prompt` may be an engine input that carries `specialist_prompts`: n lists of
+    token ids, the longest of which is the `prompt_token_ids`. Without the key every specialist reads the same.
+    """
+
+    input_processor: InputProcessor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.input_processor = FusedInputProcessor(self.input_processor)
+
+    @classmethod
+    def from_fusion(cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None) -> "FusedAsyncLLM":
+        """Start the engine of a materialized fusion; blocks until it can serve.
+
+        Raises:
+            FusionError, GateError: the fusion does not fit together; checked before any weight is loaded.
+            EngineOptionError: an option is not on the allow-list.
+        """
+        args = build_engine_args(fusion, inspect_fusion(fusion), engine_options)
+        engine = cls.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER)
+        assert isinstance(engine, cls)
+        return engine

@@ -1,0 +1,105 @@
+"""vLLM's scheduler with exact prefix caching for n specialists.
+
+A block may be shared only if every specialist has the same tokens in it, and may be announced as cached
+only when every specialist has computed it. The rest of the schedule is vLLM's: it sees one canonical
+prompt per request and knows nothing of specialists.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys, hash_block_tokens
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from server.engine.prompts import all_prompts
+
+
+def lag(num_canonical_prompt: int, num_shortest_prompt: int) -> int:
+    """How many tokens behind the canonical length a block may be announced: L - min(l) + 1.
+
+    Up to that many tokens before the end of the canonical sequence, every specialist has computed its own.
+    """
+    return num_canonical_prompt - num_shortest_prompt + 1
+
+
+def fused_block_hasher(
+    prompts: list[list[int]], num_canonical_prompt: int, block_size: int, hash_fn: Callable[[Any], bytes]
+) -> Callable[[Request], list[BlockHash]]:
+    """Hashes of a request's new full blocks, over all specialists' own tokens, chained.
+
+    The hash of block j covers the own tokens [j*B, (j+1)*B) of every specialist, so a block is found again
+    only by a request for which every specialist has the same tokens in it and before it.
+    """
+    request_lag = lag(num_canonical_prompt, min(len(prompt) for prompt in prompts))
+
+    def new_hashes(request: Request) -> list[BlockHash]:
+        hashes: list[BlockHash] = []
+        parent = request.block_hashes[-1] if request.block_hashes else None
+        start = len(request.block_hashes) * block_size
+        while start + block_size <= request.num_tokens - request_lag:
+            end = start + block_size
+            extra_keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+            tokens = [token for prompt in prompts for token in _own_tokens(prompt, request, start, end)]
+            parent = hash_block_tokens(hash_fn, parent, tokens, extra_keys)
+            hashes.append(parent)
+            start = end
+        return hashes
+
+    return new_hashes
+
+
+def _own_tokens(prompt: list[int], request: Request, start: int, end: int) -> list[int]:
+    """One specialist's tokens [start, end): its own prompt, then the outputs."""
+    if end <= len(prompt):
+        return prompt[start:end]
+    outputs = request.output_token_ids[max(start - len(prompt), 0) : end - len(prompt)]
+    return [*prompt[start:], *outputs]
+
+
+class FusedSchedulerMixin(Scheduler):
+    """Replaces how block hashes are made and when blocks are announced as cached."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
+        self._lags: dict[str, int] = {}
+        coordinator = self.kv_cache_manager.coordinator
+        announce = coordinator.cache_blocks
+        coordinator.cache_blocks = lambda request, num_computed_tokens: announce(
+            request, min(num_computed_tokens, request.num_tokens - self._lags[request.request_id])
+        )
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request, its blocks hashed over the prompts of all specialists."""
+        assert request.prompt_token_ids is not None
+        assert request.sampling_params is not None
+        prompts = all_prompts(request.sampling_params, request.prompt_token_ids)
+        num_canonical = len(request.prompt_token_ids)
+        self._lags[request.request_id] = lag(num_canonical, min(len(prompt) for prompt in prompts))
+        if self.cache_config.enable_prefix_caching:
+            request._block_hasher = fused_block_hasher(prompts, num_canonical, self.hash_block_size, self._hash_fn)
+            request.block_hashes = []
+            request.update_block_hashes()
+        super().add_request(request)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self._lags.pop(request.request_id, None)
+
+
+class FusedScheduler(FusedSchedulerMixin, Scheduler):
+    """Fused prefix caching over vLLM's synchronous scheduler."""
+
+
+class FusedAsyncScheduler(FusedSchedulerMixin, AsyncScheduler):
+    """Fused prefix caching over vLLM's asynchronous scheduler."""
+
+
+def scheduler_qualname(async_scheduling: bool) -> str:
+    """Qualified name of the scheduler class, as `scheduler_cls` takes it."""
+    scheduler = FusedAsyncScheduler if async_scheduling else FusedScheduler
+    return f"{scheduler.__module__}.{scheduler.__qualname__}"
