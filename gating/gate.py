@@ -68,14 +68,16 @@ class Gate(nn.Module):
         with torch.autocast(hidden_BD.device.type, enabled=False):
             state = hidden_BD.float()
             if self.projections:
-                state = nn.functional.linear(state, self.projections[index].weight.float())
+                projection = self.projections[index]
+                assert isinstance(projection, nn.Linear)
+                state = nn.functional.linear(state, projection.weight.float())
             state = nn.functional.linear(state, self.hidden.weight.float(), self.hidden.bias.float())
             state = nn.functional.linear(state.relu(), self.score.weight.float(), self.score.bias.float())
         return state.squeeze(-1)
 
 
 def fuse(weights_SB: Tensor, logits: Sequence[Tensor], num_shared_ids: int) -> Tensor:
-    """Mix the specialists' logits: sum over s of w_s * o_s, on the shared vocabulary (paper: logits, not probabilities).
+    """Mix the specialists' logits on the shared vocabulary: sum over s of w_s * o_s (logits, as in the paper).
 
     Args:
         weights_SB: float32 mixing weights [S, B].
@@ -118,7 +120,7 @@ class GateHeader:
 
 
 def save_gate(gate: Gate, path: str | Path, specialists: Sequence[str]) -> None:
-    """Write the gate in float32 as safetensors; its metadata name the format, the specialists, their sizes and the width."""
+    """Write the gate as float32 safetensors; the metadata name format, specialists, hidden sizes and width."""
     if len(specialists) != len(gate.hidden_sizes):
         raise GateError(f"specialists: {len(specialists)} names for a gate of {len(gate.hidden_sizes)} specialists")
     metadata = {
@@ -142,7 +144,8 @@ def load_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Sequen
     header = check_gate(path, specialists, hidden_sizes)
     gate = Gate(header.hidden_sizes, header.width)
     with safe_open(str(path), framework="pt") as file:
-        gate.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+        names = file.keys()
+        gate.load_state_dict({name: file.get_tensor(name).float() for name in names})
     return gate
 
 
@@ -157,7 +160,8 @@ def check_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Seque
     try:
         with safe_open(str(path), framework="pt") as file:
             header = _parse_metadata(path, file.metadata() or {})
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise GateError(f"{path}: not a safetensors file ({error}); save the gate again with save_gate") from error
     _compare(path, "specialists", header.specialists, tuple(specialists))
@@ -195,5 +199,6 @@ def _check_shapes(path: str | Path, header: GateHeader, shapes: Mapping[str, tup
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
             raise GateError(
-                f"{path}: {name}: shape is {shapes.get(name)}, need {wanted.get(name)}; save the gate again with save_gate"
+                f"{path}: {name}: shape is {shapes.get(name)}, need {wanted.get(name)};"
+                " save the gate again with save_gate"
             )

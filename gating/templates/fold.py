@@ -1,0 +1,157 @@
+"""The one rule by which every specialist reads the same content, whatever its chat template can express.
+
+The rule. A template is asked, with made-up messages, what it shows. What it shows is passed through; the rest becomes
+text, so that nothing is lost:
+  - a system message it cannot show (a leading one, or one in the middle) goes to the start of the first user turn;
+  - tools are shown wholly (list, calls and results) or not at all. If not, the list follows the system text in the
+    first user turn, calls become text in the assistant's turn and results become a user turn, in the Hermes notation
+    <tool_call>...</tool_call>, <tool_response>...</tool_response>.
+Content is always one string, and user turns that only folding has put side by side become one, so that a template
+which insists on alternating turns still works.
+
+Serving and training both use it. It does not know tokens, specialists or HTTP.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gating.templates.load import TemplateError
+from gating.templates.probe import Capabilities, capabilities
+
+Message = dict[str, Any]
+
+_TOOLS_INTRODUCTION = "You can call these tools, each described by a JSON schema:"
+_TOOLS_INSTRUCTION = (
+    "To call a tool, write nothing but"
+    ' <tool_call>{"name": "TOOL", "arguments": {"ARGUMENT": "VALUE"}}</tool_call>, once per call.'
+)
+
+
+def fold_messages(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, chat_template: str
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Messages and tools in a form that this template shows completely.
+
+    Args:
+        messages: OpenAI chat messages; content is text, a list of text parts, or absent. They are not changed.
+        tools: OpenAI tools, or None.
+        chat_template: Jinja text.
+
+    Returns:
+        What to hand to `apply_chat_template` as `conversation` and `tools`.
+
+    Raises:
+        TemplateError: no messages, an unknown role, content other than text, or a template that shows no user turn.
+    """
+    if not messages:
+        raise TemplateError("messages: empty; send at least one message")
+    can_show = capabilities(chat_template)
+    original = _merge_leading_system([_plain(message) for message in messages])
+    kept, texts = _take_system(original, can_show)
+    if not can_show.tools:
+        kept = [(index, _tools_to_text(turn)) for index, turn in kept]
+        if tools:
+            texts.append(_describe(tools))
+    turns = _prepend(_join_user_turns(kept, original), "\n\n".join(texts))
+    return turns, [dict(tool) for tool in tools] if tools and can_show.tools else None
+
+
+def _plain(message: Mapping[str, Any]) -> Message:
+    """The message with one string as content, tool arguments as objects, and `developer` as `system`."""
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise TemplateError(f"messages: unknown role {role!r}; use system, developer, user, assistant or tool")
+    plain: Message = {"role": role, "content": _text(message.get("content"))}
+    if message.get("tool_calls"):
+        plain["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
+    return plain | {key: message[key] for key in ("name", "tool_call_id") if message.get(key) is not None}
+
+
+def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call["function"])
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise TemplateError(f"messages: tool call arguments are not JSON ({error}); send a JSON object") from error
+    return {**call, "function": function}
+
+
+def _text(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = list(content)
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise TemplateError("messages: content parts other than text cannot be read; send text")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _merge_leading_system(turns: list[Message]) -> list[Message]:
+    """Several system messages at the start become one: many templates look at the first message only."""
+    leading = []
+    while turns and turns[0]["role"] == "system":
+        leading.append(turns[0]["content"])
+        turns = turns[1:]
+    return [{"role": "system", "content": "\n\n".join(leading)}, *turns] if leading else turns
+
+
+def _take_system(turns: list[Message], can_show: Capabilities) -> tuple[list[tuple[int, Message]], list[str]]:
+    """The turns that stay, with their index, and the texts of the system messages that cannot."""
+    kept: list[tuple[int, Message]] = []
+    texts: list[str] = []
+    for index, turn in enumerate(turns):
+        shown = can_show.system if index == 0 else can_show.late_system
+        if turn["role"] == "system" and not shown:
+            texts.append(turn["content"])
+        else:
+            kept.append((index, turn))
+    return kept, texts
+
+
+def _tools_to_text(turn: Message) -> Message:
+    if turn["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+    if turn.get("tool_calls"):
+        calls = [f"<tool_call>\n{_json(_call_of(call))}\n</tool_call>" for call in turn["tool_calls"]]
+        return {"role": turn["role"], "content": "\n".join(filter(None, [turn["content"], *calls]))}
+    return turn
+
+
+def _join_user_turns(numbered: list[tuple[int, Message]], original: list[Message]) -> list[Message]:
+    joined: list[Message] = []
+    before = -1
+    for index, turn in numbered:
+        if joined and turn["role"] == joined[-1]["role"] == "user":
+            sent_so = before == index - 1 and original[before]["role"] == original[index]["role"] == "user"
+            if not sent_so:
+                previous = joined.pop()
+                turn = {**previous, "content": f"{previous['content']}\n\n{turn['content']}"}
+        joined.append(turn)
+        before = index
+    return joined
+
+
+def _call_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": call["function"]["name"], "arguments": call["function"].get("arguments") or {}}
+
+
+def _describe(tools: Sequence[Mapping[str, Any]]) -> str:
+    lines = [_json(tool) for tool in tools]
+    return "\n".join([_TOOLS_INTRODUCTION, "<tools>", *lines, "</tools>", _TOOLS_INSTRUCTION])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _prepend(turns: list[Message], text: str) -> list[Message]:
+    if not text:
+        return turns
+    for index, turn in enumerate(turns):
+        if turn["role"] == "user":
+            joined = {**turn, "content": f"{text}\n\n{turn['content']}"}
+            return [*turns[:index], joined, *turns[index + 1 :]]
+    position = 1 if turns and turns[0]["role"] == "system" else 0
+    return [*turns[:position], {"role": "user", "content": text}, *turns[position:]]
