@@ -134,11 +134,13 @@ def build_specialist(
 def build_gate(kind: str, names: Sequence[str], hidden_sizes: Sequence[int], seed: int = 0) -> Gate:
     """A gate whose weights vary strongly from token to token, or one closed on a specialist."""
     gate = Gate(hidden_sizes, width=512)
-    generator = torch.Generator().manual_seed(7 + seed)
+    generator = torch.Generator().manual_seed(3 + seed)
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
         gate.score.weight *= 3
+        if not gate.projections:
+            gate.hidden.weight[:, : len(names)] = 0  # the markers would favour one specialist at every token
         if kind.startswith("closed:"):
             _close(gate, list(names).index(kind.removeprefix("closed:")))
     return gate
