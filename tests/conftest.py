@@ -1,0 +1,16 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from pathlib import Path
+
+import pytest
+
+from gating.fusion import load_fusion
+from gating.materialize import materialize
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that holds the demo's prepared models: dequantised once per test run, not in the user's home."""
+    folder = tmp_path_factory.mktemp("model-cache")
+    materialize(load_fusion("demo"), folder, on_progress=lambda step, share: None)
+    return folder
