@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gating.schema import FRESH_GATE
+
 GATE_FORMAT = "ultrafuser-gate-v1"
-FRESH_GATE = "package:fresh"
 DEFAULT_WIDTH = 512
 
 
@@ -99,7 +100,10 @@ def fresh_gate(hidden_sizes: Sequence[int], width: int = DEFAULT_WIDTH, seed: in
 
     Its weights are torch's default for linear layers: uniform in +-1/sqrt(inputs).
     """
-    gate = Gate(hidden_sizes, width)
+    # Without memory first: a layer's own initialisation would draw from torch's global generator.
+    with torch.device("meta"):
+        gate = Gate(hidden_sizes, width)
+    gate = gate.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in (gate.hidden, gate.score, *gate.projections):

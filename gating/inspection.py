@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.schema import FusionConfig, FusionError, SpecialistConfig
+from gating.schema import FRESH_GATE, FusionConfig, FusionError, SpecialistConfig
 from gating.templates import TemplateError, fold_messages
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
         FusionError: one line that names the key: missing files, models that are not plain full-attention decoders,
             tokenizers that disagree, unknown EOS ids, a gate of other sizes or names, a context nobody can hold.
     """
+    _check_gate_exists(config)
     model_configs = [_read_config(item, f"specialists.{index}") for index, item in enumerate(config.specialists)]
     for index, model_config in enumerate(model_configs):
         _check_architecture(model_config, f"specialists.{index}.model")
@@ -137,14 +138,22 @@ def _why_not_full_attention(model_config: "PreTrainedConfig") -> str | None:
     return None
 
 
-def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
-    # Imported late, as torch comes with it.
-    from gating.gate import FRESH_GATE, GateError, check_gate
-
+def _check_gate_exists(config: FusionConfig) -> None:
+    """First of all, as it takes no hub and is what a fresh copy of a preset lacks."""
     if config.gate is None or config.gate == FRESH_GATE:
         return
     if config.gate.startswith("package:"):
         raise FusionError(f"gate: unknown {config.gate!r}; name a gate file, or {FRESH_GATE}")
+    if not Path(config.gate).is_file():
+        raise FusionError(f"gate: no such file {config.gate}; train a gate first, or use {FRESH_GATE} (untrained)")
+
+
+def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
+    # Imported late, as torch comes with it.
+    from gating.gate import GateError, check_gate
+
+    if config.gate is None or config.gate == FRESH_GATE:
+        return
     try:
         check_gate(config.gate, config.specialist_names, hidden_sizes)
     except GateError as error:
