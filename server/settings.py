@@ -1,0 +1,165 @@
+"""The server's settings, one docstring each, and the only place that reads the environment.
+
+A setting comes from the command line, else from the environment (`ULTRAFUSER_` and the upper-case name), else from the
+default below. The engine's options travel the same way; their defaults are in the fusion file. Knows no vLLM.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PREFIX = "ULTRAFUSER_"
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_VLLM_LEVELS: Mapping[LogLevel, str] = {"debug": "INFO", "info": "ERROR", "warning": "ERROR", "error": "ERROR"}
+
+# Kubernetes describes a Service called "ultrafuser" to every pod under exactly these names.
+_SERVICE_LINK = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+)")
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has an unusable value. One line: the name, the value, the way out."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Model(_Section):
+    """What is served"""
+
+    fusion: str = "demo"
+    """The fusion file (YAML), a folder with a fusion.yaml, or a preset: demo, ultrafuser-13b, qwen2.5-7b."""
+
+    served_model_name: tuple[str, ...] = ()
+    """Name that clients send as `model` instead of the fusion file's; repeat for aliases, the first is reported."""
+
+    tool_call_parser: str | None = None
+    """vLLM's name of the parser that finds tool calls in a response, e.g. hermes; default: the fusion file's."""
+
+    enable_auto_tool_choice: bool | None = None
+    """Let the model decide whether to call a tool; default: on if there is a tool call parser."""
+
+    cache: str | None = None
+    """Folder for prepared weights (dequantised, merged adapters); default: ~/.cache/ultrafuser."""
+
+
+class Network(_Section):
+    """Where it listens"""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is reachable from this machine only; 0.0.0.0 is reachable from everywhere."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one and reports it."""
+
+    root_path: str = ""
+    """Path prefix that a reverse proxy strips before it passes requests on."""
+
+    ssl_certfile: str | None = None
+    """Certificate chain (PEM); set it together with the key to serve HTTPS."""
+
+    ssl_keyfile: str | None = None
+    """Private key (PEM) of the certificate."""
+
+    shutdown_timeout: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds that running requests get to finish after Ctrl-C or SIGTERM; a second signal ends them at once."""
+
+
+class Access(_Section):
+    """Who may use it"""
+
+    api_key: tuple[str, ...] = ()
+    """Key that clients must send as bearer token; repeat for several (environment: separate them by commas).
+    /health, /ready and /metrics stay open: probes and Prometheus carry no key, and no prompt is in them."""
+
+    allowed_origin: tuple[str, ...] = ()
+    """Origin whose web pages may call the API from a browser (CORS); repeat for several, * for all; default: none."""
+
+
+class Logs(_Section):
+    """What it says"""
+
+    log_level: LogLevel = "info"
+    """Least important lines to show. Of vLLM's, only errors, unless this is debug or VLLM_LOGGING_LEVEL is set."""
+
+
+class ServerSettings(Model, Network, Access, Logs):
+    """Every setting of the server that is not an engine option."""
+
+
+SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Logs)
+"""The sections in the order of `--help`; the docstring of each is its title."""
+
+
+def resolve_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> ServerSettings:
+    """Settings from command-line flags and environment values, both by setting name.
+
+    Raises:
+        SettingsError: a value does not fit; names the flag or variable it came from.
+    """
+    fields = ServerSettings.model_fields
+    values: dict[str, Any] = {name: _from_text(name, value) for name, value in environment.items() if name in fields}
+    values |= {name: value for name, value in flags.items() if name in fields}
+    try:
+        settings = ServerSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        source = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
+        raise SettingsError(f"{source}: {first['msg']}, got {first['input']!r}; change the value") from error
+    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
+        raise SettingsError("--ssl-certfile and --ssl-keyfile: only one is set; set both or none")
+    return settings
+
+
+def read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
+    """The `ULTRAFUSER_*` variables that are set and not empty, by lower-case setting name.
+
+    Args:
+        environ: the process's environment.
+        known: names of all settings and engine options.
+
+    Raises:
+        SettingsError: a variable with the prefix is no setting.
+    """
+    values: dict[str, str] = {}
+    names = set(known)
+    for variable, value in environ.items():
+        if not variable.startswith(PREFIX) or not value or _is_service_link(variable, value):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {PREFIX}{near[0].upper()}?" if near else "unset it, see `ultrafuser serve --help`"
+            raise SettingsError(f"{variable}: there is no such setting; {hint}")
+        values[name] = value
+    return values
+
+
+def vllm_environment(environ: Mapping[str, str], log_level: LogLevel) -> dict[str, str]:
+    """Variables to set before vLLM is imported; its own processes inherit them. What the user set stays as it is."""
+    wanted = {
+        "VLLM_LOGGING_LEVEL": _VLLM_LEVELS[log_level],
+        # Each of the engine's processes would say that there is no Triton, how NUMA is bound, what torch renamed.
+        "TORCH_LOGS": "-all",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forking a process that has used torch or tokenizers can hang
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if log_level == "debug":
+        wanted = {name: value for name, value in wanted.items() if name.startswith("VLLM_")}
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def _from_text(name: str, value: str) -> Any:
+    is_list = ServerSettings.model_fields[name].annotation == tuple[str, ...]
+    return tuple(part.strip() for part in value.split(",")) if is_list else value
+
+
+def _is_service_link(variable: str, value: str) -> bool:
+    return _SERVICE_LINK.fullmatch(variable) is not None or (variable == PREFIX + "PORT" and "://" in value)
