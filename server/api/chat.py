@@ -1,0 +1,26 @@
+"""POST /v1/chat/completions."""
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+
+from server.api.response import error_responses, to_response
+from server.serving import Serving
+from server.unfused import refuse_foreign_ids, refuse_unfused_chat
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    dependencies=[Depends(validate_json_request)],
+    responses=error_responses(400, 401, 404, 500, 503),
+)
+@with_cancellation
+async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
+    """Answer a conversation; an event stream if `stream` is set. The engine's request ends when the client leaves."""
+    serving: Serving = raw_request.app.state.serving
+    refuse_unfused_chat(request)
+    refuse_foreign_ids(request, serving.num_shared_ids)
+    return await to_response(await serving.chat.create_chat_completion(request, raw_request))

@@ -1,0 +1,66 @@
+"""GET /health (alive), /ready (can generate), /version and /metrics: what machines ask."""
+
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from vllm.version import __version__ as vllm_version
+
+from server import __version__
+from server.metrics import READY, scrape
+from server.serving import Serving
+
+router = APIRouter()
+
+
+@dataclass
+class Readiness:
+    """What the start and the end of the server have to say about its being ready."""
+
+    is_warm: bool = False
+    """A token was produced since the start."""
+
+    is_ending: bool = False
+    """A signal has asked the server to end."""
+
+    def obstacle(self, engine_errored: bool) -> str | None:
+        """Why the server cannot take requests; None if it can."""
+        if engine_errored:
+            return "the engine has stopped"
+        if self.is_ending:
+            return "shutting down"
+        return None if self.is_warm else "warming up: no token produced yet"
+
+
+@router.get("/health")
+async def health(raw_request: Request) -> Response:
+    """200 while the engine lives, else 503: a liveness probe, which restarts a server whose engine has stopped."""
+    serving: Serving = raw_request.app.state.serving
+    alive = not serving.engine.errored
+    return JSONResponse({"status": "alive" if alive else "engine stopped"}, 200 if alive else 503)
+
+
+@router.get("/ready")
+async def ready(raw_request: Request) -> Response:
+    """200 once a token was produced and until the server ends, else 503: a readiness probe, which routes traffic."""
+    obstacle = _obstacle(raw_request)
+    return JSONResponse({"status": obstacle or "ready"}, 503 if obstacle else 200)
+
+
+@router.get("/version")
+async def version() -> Response:
+    """Versions of UltraFuser and of the vLLM it runs on."""
+    return JSONResponse({"version": __version__, "vllm_version": vllm_version})
+
+
+@router.get("/metrics")
+async def metrics(raw_request: Request) -> Response:
+    """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`."""
+    READY.set(_obstacle(raw_request) is None)
+    return scrape()
+
+
+def _obstacle(raw_request: Request) -> str | None:
+    serving: Serving = raw_request.app.state.serving
+    readiness: Readiness = raw_request.app.state.readiness
+    return readiness.obstacle(serving.engine.errored)

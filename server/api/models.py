@@ -1,0 +1,34 @@
+"""GET /v1/models: the one model that is served, under each of its names."""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelList
+
+from server.api.response import error_responses, to_response
+from server.serving import Serving
+
+router = APIRouter(responses=error_responses(401))
+
+
+@router.get("/v1/models")
+async def list_models(raw_request: Request) -> Response:
+    """All names."""
+    return await to_response(await _models(raw_request))
+
+
+@router.get("/v1/models/{name:path}", responses=error_responses(404))
+async def retrieve_model(name: str, raw_request: Request) -> Response:
+    """One name; 404 if it is not served."""
+    for model in (await _models(raw_request)).data:
+        if model.id == name:
+            return await to_response(model)
+    error = ErrorInfo(message=f"The model `{name}` does not exist.", type="NotFoundError", param="model", code=404)
+    return await to_response(ErrorResponse(error=error))
+
+
+async def _models(raw_request: Request) -> ModelList:
+    serving: Serving = raw_request.app.state.serving
+    models = await serving.models.show_available_models()
+    for model in models.data:
+        model.owned_by = "ultrafuser"
+    return models

@@ -1,0 +1,31 @@
+"""POST /tokenize and /detokenize. A conversation's tokens are those of its longest rendering, which counts."""
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+
+from server.api.response import error_responses, to_response
+from server.serving import Serving
+from server.unfused import refuse_foreign_tokens, refuse_unfused_chat
+
+router = APIRouter(dependencies=[Depends(validate_json_request)], responses=error_responses(400, 401, 404))
+
+
+@router.post("/tokenize")
+@with_cancellation
+async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
+    """Token ids of a text, or of the longest of the n prompts that a conversation becomes."""
+    serving: Serving = raw_request.app.state.serving
+    if isinstance(request, TokenizeChatRequest):
+        refuse_unfused_chat(request)
+    return await to_response(await serving.tokenization.create_tokenize(request, raw_request))
+
+
+@router.post("/detokenize")
+@with_cancellation
+async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
+    """Text of token ids of the shared vocabulary."""
+    serving: Serving = raw_request.app.state.serving
+    refuse_foreign_tokens(request, serving.num_shared_ids)
+    return await to_response(await serving.tokenization.create_detokenize(request, raw_request))

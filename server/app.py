@@ -1,0 +1,70 @@
+"""The HTTP application: routes, error handlers, middleware. Knows the serving classes, starts nothing."""
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from vllm.exceptions import VLLMError
+
+from server import __version__
+from server.api import chat, completions, health, models, tokenize
+from server.api.health import Readiness
+from server.api.response import answer_error
+from server.errors import ApiError
+from server.metrics import count_http_requests
+from server.middleware import ApiKeys, RequestLog
+from server.serving import Serving
+from server.settings import ServerSettings
+
+ROUTERS = tuple(module.router for module in (chat, completions, models, tokenize, health))
+
+# The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
+TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
+    ApiError,
+    VLLMError,
+    HTTPException,
+    RequestValidationError,
+    TemplateError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+)
+"""Exceptions that become OpenAI's error object inside the app, where the request metrics see their status."""
+
+
+def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness) -> FastAPI:
+    """The application over a running engine; `readiness` is what `/ready` reports, kept up to date by its owner."""
+    app = FastAPI(
+        title="UltraFuser",
+        version=__version__,
+        root_path=settings.root_path,
+        redirect_slashes=False,  # a redirect would be an answer without OpenAI's error body
+        docs_url=None,  # these two load scripts from elsewhere; /openapi.json stays
+        redoc_url=None,
+    )
+    app.state.serving = serving
+    app.state.readiness = readiness
+    for router in ROUTERS:
+        app.include_router(router)
+    for error in TRANSLATED_ERRORS:
+        app.add_exception_handler(error, answer_error)
+    _add_middleware(app, settings)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
+    """From the inside out: keys, request counts (of refused ones, too), CORS (whose preflights carry no key), log."""
+    if settings.api_key:
+        app.add_middleware(ApiKeys, keys=settings.api_key)
+    count_http_requests(app)
+    if settings.allowed_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestLog)

@@ -1,0 +1,159 @@
+"""The errors a client gets, and the one place where an exception becomes OpenAI's error object.
+
+    ApiError
+    ├── InvalidRequest          400  invalid_request_error
+    │   ├── NotFused            400  invalid_request_error  code unsupported_parameter
+    │   └── ContextTooLong      400  invalid_request_error  code context_length_exceeded
+    └── InvalidApiKey           401  invalid_request_error  code invalid_api_key
+
+Everything else (vLLM's errors, FastAPI's, ours that nobody foresaw) is translated by `as_api_error`. A client's fault
+is always 4xx: the official client sends a request that failed with 5xx three times. Knows no routes and no engine.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+MAX_MESSAGE_CHARS = 1000
+"""A message may quote the request, but must not send it back whole."""
+
+_CODES = {404: "not_found", 405: "method_not_allowed", 500: "internal_error", 503: "overloaded"}
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer: OpenAI's error object and its HTTP status."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    code: str | None = "internal_error"
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def type(self) -> str:
+        """OpenAI's two kinds: the client must change the request, or the server failed."""
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body: `{"error": {"message", "type", "param", "code"}}`."""
+        message = sanitize_message(self.message)
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = message[:MAX_MESSAGE_CHARS] + " [...]"
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The HTTP response."""
+        return JSONResponse(self.body(), status_code=self.status, headers=dict(self.headers))
+
+    def event(self) -> str:
+        """The server-sent event that ends a stream which has already begun."""
+        return f"data: {json.dumps(self.body(), ensure_ascii=False)}\n\n"
+
+
+class InvalidRequest(ApiError, ValueError):
+    """The request cannot be served as it is; `param` names the field to change."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code: str | None = None
+
+
+class NotFused(InvalidRequest):
+    """The request asks for something that vLLM has and a fused model has not."""
+
+    code = "unsupported_parameter"
+
+
+class ContextTooLong(InvalidRequest):
+    """The longest rendering of the prompt leaves no room for a response."""
+
+    code = "context_length_exceeded"
+
+
+class InvalidApiKey(ApiError):
+    """The bearer token is missing or wrong."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "invalid_api_key"
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
+
+
+def as_api_error(error: Exception | ErrorResponse) -> ApiError:
+    """The error a client gets for whatever went wrong. Internal details of a server fault stay in the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ErrorResponse):
+        return _with_status(error.error.code, error.error.message, error.error.param)
+    if isinstance(error, RequestValidationError):
+        return _from_validation(error)
+    if isinstance(error, HTTPException):
+        told_http = _with_status(error.status_code, str(error.detail))
+        told_http.headers = {**told_http.headers, **(error.headers or {})}
+        return told_http
+    if isinstance(error, EngineDeadError):
+        return _engine_dead()
+    told = create_error_response(error).error
+    if told.code >= 500 and told.code != HTTPStatus.SERVICE_UNAVAILABLE:
+        return _with_status(told.code, "The server failed to process the request; its log has the reason.")
+    # vLLM appends "(parameter=..., value=...)" to the text of a validation error; the error object has `param`.
+    message = str(error.args[0]) if isinstance(error, VLLMValidationError) else told.message
+    return _with_status(told.code, message, told.param or _named_field(message))
+
+
+def _with_status(status: int, message: str, param: str | None = None) -> ApiError:
+    error = ApiError(message, param)
+    # 422 is FastAPI's habit and 501 vLLM's; to OpenAI's clients both are plain bad requests.
+    error.status = HTTPStatus(400 if status in (422, 501) else status)
+    error.code = "model_not_found" if (status, param) == (404, "model") else _CODES.get(error.status)
+    if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        error.headers = {"Retry-After": "1"}
+    return error
+
+
+def _engine_dead() -> ApiError:
+    error = ApiError("The engine has stopped; the server is about to end.")
+    error.code = "engine_dead"
+    # The same request may have been the cause: a client must not try it again by itself.
+    error.headers = {"x-should-retry": "false"}
+    return error
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    told: Any = _most_telling(error.errors())
+    if isinstance(told, str):
+        return InvalidRequest(told)
+    cause = told.get("ctx", {}).get("error")
+    if isinstance(cause, VLLMValidationError):
+        return as_api_error(cause)
+    if told["type"] == "json_invalid":
+        return InvalidRequest(f"The body is not JSON: {cause}.")
+    # Names of classes are branches of a union that was tried; a client knows its fields only.
+    loc = [part for part in told["loc"][1:] if not re.match(r"[A-Z]", str(part))]
+    param = clean_loc_for_param(tuple(loc)) or None
+    return InvalidRequest(f"{param or 'body'}: {told['msg']}", param)
+
+
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """Of the errors of a union's branches, one that is not just "another type was expected"."""
+    telling = (e for e in errors if not isinstance(e, dict) or not e["type"].endswith(("_type", "literal_error")))
+    return next(telling, errors[0] if errors else "The request is not valid.")
+
+
+def _named_field(message: str) -> str | None:
+    """The field that one of vLLM's messages begins with: "n must be at least 1"."""
+    match = re.match(r"`?([a-z_]+)`? must ", message)
+    return match[1] if match else None

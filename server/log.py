@@ -1,0 +1,51 @@
+"""Logging, configured once: one handler on stderr, the request's id on each line. Knows no settings but the level."""
+
+import logging
+import sys
+from contextvars import ContextVar
+from typing import TextIO
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""Id of the request being served; "-" outside of any."""
+
+_FORMAT = "%(asctime)s %(levelname)-7s [%(request_id)s] %(name)s: %(message)s"
+_OURS = ("server", "gating", "ultrafuser")
+_CLIENT_ERRORS = frozenset({"InvalidRequest", "VLLMClientError"})
+
+
+class _RequestId(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get()
+        return True
+
+
+class _NoClientTracebacks(logging.Filter):
+    """Drops what vLLM logs, traceback and all, when a client's fault shows only after the response has begun."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not {base.__name__ for base in type(error).__mro__} & _CLIENT_ERRORS
+
+
+def configure_logging(level: str, stream: TextIO | None = None) -> None:
+    """Send our log lines of at least this level to stderr; uvicorn's only from warnings on."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(_RequestId())
+    for name in _OURS:
+        _adopt(name, handler, level.upper())
+    _adopt("uvicorn", handler, "WARNING")
+
+
+def adopt_vllm_logging() -> None:
+    """Give this process's vLLM lines our format; call it after vLLM is imported. Its other processes keep theirs."""
+    (handler,) = logging.getLogger(_OURS[0]).handlers
+    handler.addFilter(_NoClientTracebacks())
+    _adopt("vllm", handler, logging.getLogger("vllm").level)
+
+
+def _adopt(name: str, handler: logging.Handler, level: str | int) -> None:
+    logger = logging.getLogger(name)
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False

@@ -1,0 +1,106 @@
+"""vLLM's serving classes, wired for a fused model: our renderer, our errors, our names. Knows no routes.
+
+They are used as they are, but for one thing: they put their own error object into a stream, where ours must be.
+"""
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.parser.metrics import init_parser_metrics
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from gating.fusion import FusedModelInfo, FusionConfig
+from server.errors import ApiError, as_api_error
+from server.rendering import FusedRenderer
+from server.settings import ServerSettings
+
+
+class _OwnErrors:
+    """Raises what vLLM's stream generators would write into the stream; `server.api.response` decides where it goes."""
+
+    def create_streaming_error_response(
+        self,
+        message: str | Exception,
+        err_type: str = "BadRequestError",
+        status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        param: str | None = None,
+    ) -> NoReturn:
+        if isinstance(message, Exception):
+            raise as_api_error(message) from message
+        raise as_api_error(self.create_error_response(message, err_type, status_code, param))  # type: ignore[attr-defined]
+
+
+class FusedServingChat(_OwnErrors, OpenAIServingChat):
+    """vLLM's chat completions."""
+
+
+class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
+    """vLLM's completions."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Everything the routes call."""
+
+    engine: EngineClient
+    models: OpenAIServingModels
+    chat: FusedServingChat
+    completion: FusedServingCompletion
+    tokenization: ServingTokenization
+    num_specialists: int
+    num_shared_ids: int
+
+
+def build_serving(
+    engine: EngineClient, fusion: FusionConfig, info: FusedModelInfo, settings: ServerSettings
+) -> Serving:
+    """Wire vLLM's serving classes over a running engine; `fusion` is the materialized one."""
+    names = settings.served_model_name or (fusion.name,)
+    # The second name is shown to clients as `root`; vLLM puts a path of the server's disk there.
+    models = OpenAIServingModels(engine, [BaseModelPath(name, fusion.name) for name in names])
+    parser = settings.tool_call_parser or fusion.tool_call_parser
+    if parser:
+        init_parser_metrics(model_name=names[0])
+    is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
+    tools: dict[str, Any] = {"tool_parser": parser, "enable_auto_tools": is_auto}
+    template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
+    renderer = OnlineRenderer(engine.model_config, FusedRenderer(engine.vllm_config, fusion, info), **template, **tools)
+    chat = FusedServingChat(
+        engine,
+        models,
+        "assistant",
+        online_renderer=renderer,
+        enable_prompt_tokens_details=True,
+        **template,
+        **tools,
+    )
+    completion = FusedServingCompletion(
+        engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
+    )
+    for serving in (chat, completion):
+        # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
+        serving.override_max_tokens = None
+    tokenization = ServingTokenization(models, renderer, **template)
+    return Serving(engine, models, chat, completion, tokenization, len(fusion.specialists), info.num_shared_ids)
+
+
+async def warm_up(serving: Serving) -> None:
+    """Have one token generated, from messages to text.
+
+    Raises:
+        ApiError: the engine failed.
+    """
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
+    result = await serving.chat.create_chat_completion(request)
+    if not isinstance(result, ChatCompletionResponse):
+        raise as_api_error(result)
+    if result.usage.completion_tokens != 1:
+        raise ApiError("the engine produced no token")

@@ -1,0 +1,173 @@
+"""What a request may not ask for because it is not fused: found and refused before anything is rendered.
+
+Three reasons: the feature reads one model's logits outside the fused step (prompt logprobs, beam search); it is not
+text (media, embeddings); or it lets the specialists read different things (a template, documents in the request).
+One table per request type names field and way out. Knows requests, not engines.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest
+from vllm.renderers.chat_utils import TEXT_PART_TYPES
+
+from server.errors import InvalidRequest, NotFused
+from server.metrics import REFUSED
+
+RESERVED_TEMPLATE_KEYS = frozenset(
+    {"chat_template", "conversation", "eos_token", "model_config", "return_dict", "tokenize", "tokenizer", "tools"}
+)
+"""Keys of `chat_template_kwargs` that belong to the server: they would change how, not what, is rendered."""
+
+RESERVED_EXTRA_ARGS = frozenset({"specialist_prompts", "kv_transfer_params", "ec_transfer_params"})
+"""Keys of `vllm_xargs` that belong to the server."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A field, when it counts as asked for, and what to do instead."""
+
+    param: str
+    is_asked: Callable[[Any], bool]
+    instead: str
+
+
+def _given(name: str) -> Callable[[Any], bool]:
+    return lambda request: getattr(request, name, None) not in (None, False, {}, [])
+
+
+def _echoes_logprobs(request: Any) -> bool:
+    return bool(request.echo) and request.logprobs not in (None, False)
+
+
+def _several(name: str) -> Callable[[Any], bool]:
+    return lambda request: isinstance(value := getattr(request, name, None), int) and value > 1
+
+
+def _reserved(name: str, keys: frozenset[str]) -> Callable[[Any], bool]:
+    return lambda request: not keys.isdisjoint(getattr(request, name, None) or {})
+
+
+_EVERYWHERE = (
+    Refusal("specialist_prompts", _given("specialist_prompts"), "the server renders the prompts; send messages"),
+    Refusal("extra_args", _reserved("extra_args", RESERVED_EXTRA_ARGS), "leave it out"),
+    Refusal("vllm_xargs", _reserved("vllm_xargs", RESERVED_EXTRA_ARGS), "leave the server's own keys out of it"),
+    Refusal("kv_transfer_params", _given("kv_transfer_params"), "leave it out"),
+    Refusal("ec_transfer_params", _given("ec_transfer_params"), "leave it out"),
+)
+
+_GENERATION = (
+    *_EVERYWHERE,
+    Refusal("prompt_logprobs", _given("prompt_logprobs"), "only response tokens have fused logprobs"),
+    Refusal("echo", _echoes_logprobs, "echo together with logprobs needs prompt logprobs; ask for one of the two"),
+    Refusal("use_beam_search", _given("use_beam_search"), "sample instead, with n for several responses"),
+    Refusal("best_of", _several("best_of"), "use n and choose yourself"),
+)
+
+_TEMPLATES = (
+    Refusal("chat_template", _given("chat_template"), "each specialist has its own, in the fusion file"),
+    Refusal(
+        "chat_template_kwargs",
+        _reserved("chat_template_kwargs", RESERVED_TEMPLATE_KEYS),
+        f"leave out {', '.join(sorted(RESERVED_TEMPLATE_KEYS))}",
+    ),
+    Refusal("documents", _given("documents"), "not every template shows them; put their text into a message"),
+    Refusal("mm_processor_kwargs", _given("mm_processor_kwargs"), "only text is fused"),
+    Refusal("media_io_kwargs", _given("media_io_kwargs"), "only text is fused"),
+)
+
+CHAT_REFUSALS = (
+    *_GENERATION,
+    *_TEMPLATES,
+    Refusal("truncate_prompt_tokens", _given("truncate_prompt_tokens"), "prompts differ in length; shorten messages"),
+)
+"""What `/v1/chat/completions` refuses, beside content that is not text."""
+
+COMPLETION_REFUSALS = (*_GENERATION, Refusal("prompt_embeds", _given("prompt_embeds"), "send text or token ids"))
+"""What `/v1/completions` refuses."""
+
+TOKENIZE_REFUSALS = (*_EVERYWHERE, *_TEMPLATES)
+"""What `/tokenize` of messages refuses, beside content that is not text."""
+
+
+def refuse_unfused_chat(request: ChatCompletionRequest | TokenizeChatRequest) -> None:
+    """Check a chat request; its content parts become plain lists.
+
+    Raises:
+        NotFused: naming the field and what to do instead.
+    """
+    _apply(CHAT_REFUSALS if isinstance(request, ChatCompletionRequest) else TOKENIZE_REFUSALS, request)
+    for index, message in enumerate(request.messages):
+        _check_content(message, f"messages.{index}")
+    if isinstance(request, ChatCompletionRequest) and request.echo:
+        # vLLM turns echo's default top_logprobs of 0 into a wish for prompt logprobs; None is no wish.
+        request.top_logprobs = None
+
+
+def refuse_unfused_completion(request: CompletionRequest) -> None:
+    """Check a completion request.
+
+    Raises:
+        NotFused: naming the field and what to do instead.
+    """
+    _apply(COMPLETION_REFUSALS, request)
+
+
+def refuse_foreign_ids(request: ChatCompletionRequest | CompletionRequest, num_shared_ids: int) -> None:
+    """Check the token ids in a request's sampling fields: only ids that all specialists share have fused logits.
+
+    Raises:
+        InvalidRequest: naming the field and the first id outside of the shared vocabulary.
+    """
+    biased = [int(key) for key in request.logit_bias or {} if key.lstrip("-").isdecimal()]
+    fields: Mapping[str, Iterable[int]] = {
+        "logit_bias": biased,
+        "allowed_token_ids": request.allowed_token_ids or (),
+        "logprob_token_ids": request.logprob_token_ids or (),
+    }
+    for param, ids in fields.items():
+        _refuse_foreign(param, ids, num_shared_ids)
+
+
+def refuse_foreign_tokens(request: DetokenizeRequest, num_shared_ids: int) -> None:
+    """Check token ids that are to become text.
+
+    Raises:
+        InvalidRequest: naming the first id outside of the shared vocabulary.
+    """
+    _refuse_foreign("tokens", request.tokens, num_shared_ids)
+
+
+def _refuse_foreign(param: str, ids: Iterable[int], num_shared_ids: int) -> None:
+    foreign = next((token_id for token_id in ids if not 0 <= token_id < num_shared_ids), None)
+    if foreign is not None:
+        shared = f"the vocabulary that all specialists share, 0 to {num_shared_ids - 1}"
+        raise InvalidRequest(f"{param}: token id {foreign} is outside of {shared}.", param)
+
+
+def _apply(refusals: Iterable[Refusal], request: Any) -> None:
+    for refusal in refusals:
+        if refusal.is_asked(request):
+            raise _refused(refusal.param, f"{refusal.param} is not supported by a fused model: {refusal.instead}.")
+
+
+def _check_content(message: Any, param: str) -> None:
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    # The request's own model may leave a one-shot iterator here, which looking at it would use up.
+    message["content"] = list(content)
+    for index, part in enumerate(message["content"]):
+        kind = "text" if isinstance(part, str) else part.get("type")
+        if kind not in TEXT_PART_TYPES:
+            raise _refused(
+                f"{param}.content.{index}", f"{param}.content.{index}: {kind!r} is not fused; send text.", "messages"
+            )
+
+
+def _refused(param: str, message: str, label: str | None = None) -> NotFused:
+    REFUSED.labels(label or param).inc()
+    return NotFused(message, param)
