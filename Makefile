@@ -11,6 +11,7 @@ DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 endif
 LOCK := requirements/$(DEVICE).lock
 STAMP := .venv/.installed-$(DEVICE)
+PIP_INSTALL := $(BIN)/pip install --no-deps --disable-pip-version-check
 
 # Empty means the command's own default (`ultrafuser serve --help`). Plain `=`: some shells export HOST.
 HOST =
@@ -59,7 +60,7 @@ $(STAMP): $(LOCK) pyproject.toml
 		{ echo "UltraFuser needs Python 3.11 or newer. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/pip || { echo "Making .venv"; "$(PYTHON)" -m venv .venv; }
 	@echo "Installing $(LOCK) into .venv (the first time takes a few minutes)"
-	@$(BIN)/pip install --no-deps $$(grep '^torch==' $(LOCK)) || { test $(DEVICE) = cuda || echo "$$TORCH_HINT" >&2; exit 1; }
-	@$(BIN)/pip install --no-deps -r $(LOCK)
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@$(PIP_INSTALL) $$(grep '^torch==' $(LOCK)) || { test $(DEVICE) = cuda || echo "$$TORCH_HINT" >&2; exit 1; }
+	@$(PIP_INSTALL) -r $(LOCK)
+	@$(PIP_INSTALL) --quiet --no-build-isolation -e .
 	@rm -f .venv/.installed-* && touch $@
