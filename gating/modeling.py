@@ -82,6 +82,8 @@ class UltraFuserForCausalLM(PreTrainedModel):
         sizes = [specialist.hidden_size for specialist in specialist_configs]
         self.fusion_gate = Gate(sizes, config.gate_width) if len(sizes) > 1 else None
         self.post_init()
+        # post_init asks direct children only; the specialists, one list deeper, may tie their output layers.
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     @classmethod
     def from_fusion(

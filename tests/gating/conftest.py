@@ -1,13 +1,24 @@
 """Tiny fused models, written once per test run; tests that break one work on a copy."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gating.fusion import load_fusion
 from gating.modeling import UltraFuserForCausalLM
 from tests.fakes import write_tiny_fusion
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small lose more by waking a second thread than they win, ten times over on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -45,9 +45,8 @@ def test_one_gate_serves_all_specialists_of_equal_size():
 
 def test_unequal_sizes_get_one_projection_each_without_a_bias():
     gate = Gate((8, 12, 8), width=16)
-    shapes = [tuple(projection.weight.shape) for projection in gate.projections]
-    assert shapes == [(12, 8), (12, 12), (12, 8)]
-    assert all(projection.bias is None for projection in gate.projections)
+    shapes = {name: tuple(tensor.shape) for name, tensor in gate.projections.state_dict().items()}
+    assert shapes == {"0.weight": (12, 8), "1.weight": (12, 12), "2.weight": (12, 8)}
     weights = gate(random_states((8, 12, 8), 2, 3))
     assert weights.shape == (3, 2, 3)
     torch.testing.assert_close(weights.sum(dim=0), torch.ones(2, 3))

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gating.templates import TemplateError, fold_messages, load_template, template_names
@@ -97,9 +96,10 @@ def test_a_turn_marker_is_not_written_as_a_beginning_of_text():
 
 
 def test_llama2_prompts_have_one_bos_when_encoded_without_special_tokens():
-    tokenizer: PreTrainedTokenizerFast = build_tokenizer(320, 320, "text")
-    ids = tokenizer.apply_chat_template([USER], chat_template=load_template("llama2"), tokenize=True)["input_ids"]
-    assert ids.count(tokenizer.bos_token_id) == 1
+    tokenizer = build_tokenizer(320, 320, "text")
+    text = tokenizer.apply_chat_template([USER], chat_template=load_template("llama2"), tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert list(ids).count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -215,8 +215,8 @@ def test_a_conversation_without_a_user_turn_gets_one_for_the_folded_text():
 @pytest.mark.parametrize("template", [FULL_TEMPLATE, STRICT_TEMPLATE, *map(load_template, template_names())])
 def test_every_template_shows_the_same_content(template):
     messages, tools = fold_messages([SYSTEM, USER, CALL, RESULT, AGAIN], [TOOL], template)
-    special = {"bos_token": "<s>", "eos_token": "</s>"}
-    rendered = render_jinja_template([messages], tools=tools, chat_template=template, **special)[0][0]
+    special: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "tools": tools}
+    rendered = render_jinja_template([messages], chat_template=template, **special)[0][0]
     for text in ("Be brief.", "Add 2 and 3.", "Adds numbers.", '{"a": 2}', "five", "Thanks!"):
         assert rendered.count(text) == 1, text
 
@@ -243,7 +243,8 @@ def test_messages_no_template_could_show_are_refused(messages, complaint):
 
 
 def test_folding_changes_neither_messages_nor_tools():
-    messages, tools = [SYSTEM, USER, CALL, RESULT], [TOOL]
+    messages: list[dict[str, Any]] = [SYSTEM, USER, CALL, RESULT]
+    tools: list[dict[str, Any]] = [TOOL]
     before = json.dumps([messages, tools])
     for template in (FULL_TEMPLATE, STRICT_TEMPLATE):
         fold_messages(messages, tools, template)
