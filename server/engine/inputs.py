@@ -54,6 +54,10 @@ class FusedInputProcessor(InputProcessor):
             request.sampling_params.extra_args = extra_args | {SPECIALIST_PROMPTS: own_prompts}
         return request
 
+    def _validate_model_input(self, prompt_input: Any, prompt_type: Any) -> None:
+        # Only the length: vLLM would hold the canonical prompt, whoever's it is, against the leader's vocabulary.
+        self._validate_prompt_len(len(prompt_input["prompt_token_ids"]), prompt_type)
+
     def _refuse_unfused(self, prompt: Any, params: SamplingParams) -> None:
         for name in UNFUSED_PARAMS:
             if getattr(params, name) is not None:

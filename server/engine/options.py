@@ -5,14 +5,13 @@ on the list stops the start by name: an untested option could break lockstep wit
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from gating.fusion import FusedModelInfo, FusionConfig
-from server.engine.scheduler import scheduler_qualname
+from server.engine.scheduler import SCHEDULER
 from server.engine.spec import EngineSpec, SpecialistSpec
 from server.engine.worker import worker_qualname
 
@@ -71,21 +70,9 @@ class EngineOptionError(ValueError):
     """An engine option is unknown or not supported; the one-line message names it and the way out."""
 
 
-@dataclass
-class FusedEngineArgs(AsyncEngineArgs):
-    """vLLM's engine arguments; the configuration they make runs our scheduler."""
-
-    def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
-        """As vLLM's. The scheduler class is set last: which one depends on what vLLM made of async scheduling."""
-        config = super().create_engine_config(*args, **kwargs)
-        scheduler = config.scheduler_config
-        scheduler.scheduler_cls = scheduler_qualname(bool(scheduler.async_scheduling))
-        return config
-
-
 def build_engine_args(
     fusion: FusionConfig, info: FusedModelInfo, engine_options: Mapping[str, Any] | None = None
-) -> FusedEngineArgs:
+) -> AsyncEngineArgs:
     """Engine arguments of a fused model whose specialists are plain model folders (materialized).
 
     `engine_options` override the fusion file's `engine` section; names are those of vLLM's `EngineArgs`.
@@ -93,26 +80,32 @@ def build_engine_args(
     Raises:
         EngineOptionError: an option is not on the allow-list.
     """
+    return AsyncEngineArgs(**engine_arguments(fusion, info, engine_options))
+
+
+def engine_arguments(
+    fusion: FusionConfig, info: FusedModelInfo, engine_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """As `build_engine_args`, by name, for callers that make vLLM's `EngineArgs` themselves."""
     options = dict(engine_options or {})
     check_engine_options(options)
     settings = fusion.engine.model_dump(exclude_none=True) | options
-    default_dtype = settings.pop("dtype", "auto")
-    spec = engine_spec(fusion, info, default_dtype)
+    spec = engine_spec(fusion, info, settings.pop("dtype", "auto"))
     leader = spec.specialists[0]
-    settings.setdefault("max_model_len", info.max_model_len)
-    return FusedEngineArgs(
+    return {
+        "max_model_len": info.max_model_len,
         **settings,
-        model=leader.model,
-        revision=leader.revision,
-        dtype=leader.dtype,
-        quantization=leader.quantization,
-        served_model_name=[fusion.name],
-        worker_cls=worker_qualname(),
-        additional_config=spec.to_additional_config(),
-        generation_config="vllm",
-        override_generation_config=_sampling_defaults(fusion),
-        enable_lora=False,
-    )
+        "model": leader.model,
+        "revision": leader.revision,
+        "dtype": leader.dtype,
+        "quantization": leader.quantization,
+        "served_model_name": [fusion.name],
+        "worker_cls": worker_qualname(),
+        "scheduler_cls": SCHEDULER,
+        "additional_config": spec.to_additional_config(),
+        "generation_config": "vllm",
+        "override_generation_config": _sampling_defaults(fusion),
+    }
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:

@@ -99,7 +99,11 @@ class FusedAsyncScheduler(FusedSchedulerMixin, AsyncScheduler):
     """Fused prefix caching over vLLM's asynchronous scheduler."""
 
 
-def scheduler_qualname(async_scheduling: bool) -> str:
-    """Qualified name of the scheduler class, as `scheduler_cls` takes it."""
-    scheduler = FusedAsyncScheduler if async_scheduling else FusedScheduler
-    return f"{scheduler.__module__}.{scheduler.__qualname__}"
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> FusedSchedulerMixin:
+    """The fused scheduler for what vLLM made of async scheduling; vLLM calls this in the place of a class."""
+    scheduler = FusedAsyncScheduler if vllm_config.scheduler_config.async_scheduling else FusedScheduler
+    return scheduler(vllm_config, **kwargs)
+
+
+SCHEDULER = f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
+"""What `scheduler_cls` takes."""

@@ -8,10 +8,9 @@ from typing import Any
 
 import vllm.v1.worker.gpu_model_runner as gpu_model_runner
 from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from server.engine.options import FusedEngineArgs
-from server.engine.scheduler import scheduler_qualname
 from server.engine.worker import FusedCPUWorker
 
 
@@ -59,13 +58,12 @@ class AsyncCPUWorker(FusedCPUWorker):
             runner._get_or_create_async_output_copy_stream = lambda: None
 
 
-class AsyncEngineArgs(FusedEngineArgs):
+class AsyncOnCPUEngineArgs(AsyncEngineArgs):
     """Engine arguments that force asynchronous scheduling after vLLM's platform has switched it off."""
 
     def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
         """As usual, then asynchronous."""
         config = super().create_engine_config(*args, **kwargs)
         config.scheduler_config.async_scheduling = True
-        config.scheduler_config.scheduler_cls = scheduler_qualname(True)
         config.parallel_config.worker_cls = f"{AsyncCPUWorker.__module__}.{AsyncCPUWorker.__qualname__}"
         return config

@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vllm import RequestOutput, SamplingParams
 from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -16,7 +17,9 @@ from server.engine.inputs import FusedInputProcessor
 from server.engine.options import build_engine_args
 from server.engine.prompts import SPECIALIST_PROMPTS
 from server.engine.runner import FusedModelRunner
-from tests.engine.async_cpu import AsyncEngineArgs
+from tests.engine.async_cpu import AsyncOnCPUEngineArgs
+
+_ALIVE: list[Any] = []
 
 Prompts = list[list[int]]
 """A request's own prompts, one per specialist."""
@@ -31,25 +34,23 @@ class Arrival:
     step: int = 0
     abort_after: int | None = None
     """Engine steps after arrival at which the client leaves."""
-
-
-@dataclass
-class Steps:
-    """What the engine was seen to do."""
-
-    scheduled: list[dict[str, int]] = field(default_factory=list)
-    preemptions: int = 0
+    cache_salt: str | None = None
+    """Separates this request's cached blocks from those of other salts."""
 
 
 class InProcessEngine:
-    """vLLM's synchronous engine with our worker, scheduler and input processor in this process."""
+    """vLLM's synchronous engine with our worker, scheduler and input processor in this process.
+
+    Never shut down, and kept alive to the end: vLLM takes the process's communication groups away from every
+    other engine in it when one is shut down or collected.
+    """
 
     def __init__(self, fusion_path: Path, *, force_async: bool = False, **options: Any) -> None:
         fusion = load_fusion(fusion_path)
         args = build_engine_args(fusion, inspect_fusion(fusion), options)
         if force_async:
-            args = AsyncEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
-        self.llm = LLMEngine.from_engine_args(args)
+            args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
+        self.llm = keep_alive(LLMEngine.from_engine_args(args))
         self.llm.input_processor = FusedInputProcessor(self.llm.input_processor)
         self._count = 0
 
@@ -89,11 +90,16 @@ class InProcessEngine:
         return [list(output.outputs[0].token_ids) for output in self.generate(arrivals)]
 
     def _add(self, name: str, arrival: Arrival) -> None:
-        self.llm.add_request(name, engine_input(arrival.prompts), arrival.params.clone())
+        extras = {} if arrival.cache_salt is None else {"cache_salt": arrival.cache_salt}
+        params = arrival.params.clone()
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        self.llm.add_request(name, engine_input(arrival.prompts, **extras), params)
 
-    def shutdown(self) -> None:
-        """Stop the engine and its processes."""
-        self.llm.engine_core.shutdown()
+
+def keep_alive(engine: Any) -> Any:
+    """Hold an engine of vLLM until the process ends."""
+    _ALIVE.append(engine)
+    return engine
 
 
 def engine_input(prompts: Prompts, **extras: Any) -> Any:

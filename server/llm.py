@@ -1,0 +1,44 @@
+"""Offline inference with a fused model, in the manner of vLLM's `LLM`; no server, no HTTP."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM
+from vllm.inputs import EngineInput, tokens_input
+
+from gating.fusion import FusionConfig, inspect_fusion, load_fusion
+from gating.materialize import materialize
+from server.engine.inputs import FusedInputProcessor
+from server.engine.options import engine_arguments
+from server.engine.prompts import SPECIALIST_PROMPTS
+
+
+class FusedLLM(LLM):
+    """vLLM's `LLM` for a fusion file: `generate` and `chat` take what vLLM's take.
+
+    A prompt may also be a mapping `{"specialist_prompts": [[...], ...]}` with one list of token ids per
+    specialist. Text and plain token ids are the same for all specialists.
+    """
+
+    def __init__(self, fusion: str | Path | FusionConfig, **engine_options: Any) -> None:
+        """Load a fusion file (path or preset) or a `FusionConfig`; `engine_options` as in vLLM's `EngineArgs`.
+
+        Raises:
+            FusionError, GateError: the fusion does not fit together.
+            EngineOptionError: an option is not supported with fused models.
+        """
+        config = materialize(fusion if isinstance(fusion, FusionConfig) else load_fusion(fusion))
+        super().__init__(**engine_arguments(config, inspect_fusion(config), engine_options))
+        self.input_processor = FusedInputProcessor(self.input_processor)
+        self.llm_engine.input_processor = self.input_processor
+
+    def _preprocess_cmpl_one(self, prompt: Any, *args: Any, **kwargs: Any) -> EngineInput:
+        if isinstance(prompt, Mapping) and SPECIALIST_PROMPTS in prompt:
+            return fused_input(prompt[SPECIALIST_PROMPTS])
+        return super()._preprocess_cmpl_one(prompt, *args, **kwargs)
+
+
+def fused_input(prompts: list[list[int]]) -> EngineInput:
+    """An engine input from one prompt of token ids per specialist; the longest is canonical."""
+    return {**tokens_input(max(prompts, key=len)), SPECIALIST_PROMPTS: prompts}
