@@ -59,7 +59,7 @@ def load_fusion(path_or_preset: str | Path) -> FusionConfig:
     try:
         config = FusionConfig.model_validate(content)
     except ValidationError as error:
-        raise FusionError(f"{path}: {_one_line(error)}") from error
+        raise FusionError(_one_line(error)) from error
     return _resolve(config, path.parent)
 
 

@@ -1,7 +1,7 @@
 """Looks at the models of a fusion before any weight is read: do they fit each other, the gate and the engine?
 
-Reads configurations, tokenizers and the gate's header. Does not know vLLM; what it refuses is what design and
-engine cannot fuse: other KV caches than full attention, and tokenizers that disagree.
+Reads configurations, tokenizers and the gate's header. Does not know vLLM. It refuses what no engine
+could fuse exactly: other KV caches than full attention, tokenizers that disagree, a gate of other sizes.
 """
 
 import json

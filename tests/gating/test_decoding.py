@@ -179,6 +179,7 @@ def test_end_tokens_are_forbidden_until_min_tokens():
         ({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0]),
         ({"top_p": 0.8}, [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
         ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"top_p": 1e-9}, [1, 0, 0, 0]),  # in float32 the whole sum is not above 1 - top_p
         ({"min_p": 0.4}, [2 / 3, 1 / 3, 0, 0]),
         ({"min_p": 1.0}, [1, 0, 0, 0]),
         ({"temperature": 0.5}, [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),

@@ -195,6 +195,19 @@ def test_a_closed_gate_gives_one_specialists_logits_bit_for_bit(tmp_path, closed
     torch.testing.assert_close(fused, alone.logits[:, -1, :320], atol=1e-5, rtol=0)
 
 
+def test_the_smallest_vocabulary_decides_what_is_fused(tmp_path):
+    path = write_tiny_fusion(tmp_path, vocab_sizes=(330, 300, 310))
+    model = UltraFuserForCausalLM.from_fusion(load_fusion(path))
+    ids, mask = left_pad([[5, 6, 7]], torch.device("cpu"))
+    with torch.no_grad():
+        fused, weights = model.next_token([ids] * 3, [mask] * 3)
+        logits = [specialist(ids).logits[0, -1] for specialist in model.specialists]
+    assert [len(row) for row in logits] == [330, 300, 310]
+    assert fused.shape == (1, 300)
+    wanted = sum(float(weight) * row[:300] for weight, row in zip(weights[:, 0], logits, strict=True))
+    torch.testing.assert_close(fused[0], wanted, atol=1e-4, rtol=0)
+
+
 def test_heterogeneous_widths_are_mixed_through_the_gates_projections(tmp_path):
     path = write_tiny_fusion(tmp_path, hidden_sizes=(64, 96, 32), seed=1)
     model = UltraFuserForCausalLM.from_fusion(load_fusion(path))
