@@ -6,12 +6,14 @@ from typing import Any
 
 from vllm import LLM
 from vllm.inputs import EngineInput, tokens_input
+from vllm.v1.engine.input_processor import InputProcessor
 
 from gating.fusion import FusionConfig, inspect_fusion, load_fusion
 from gating.materialize import materialize
 from server.engine.inputs import FusedInputProcessor
 from server.engine.options import engine_arguments
 from server.engine.prompts import SPECIALIST_PROMPTS
+from server.rendering import FusedRenderer
 
 
 class FusedLLM(LLM):
@@ -21,6 +23,8 @@ class FusedLLM(LLM):
     specialist. Text and plain token ids are the same for all specialists.
     """
 
+    input_processor: InputProcessor
+
     def __init__(self, fusion: str | Path | FusionConfig, **engine_options: Any) -> None:
         """Load a fusion file (path or preset) or a `FusionConfig`; `engine_options` as in vLLM's `EngineArgs`.
 
@@ -29,7 +33,9 @@ class FusedLLM(LLM):
             EngineOptionError: an option is not supported with fused models.
         """
         config = materialize(fusion if isinstance(fusion, FusionConfig) else load_fusion(fusion))
-        super().__init__(**engine_arguments(config, inspect_fusion(config), engine_options))
+        info = inspect_fusion(config)
+        super().__init__(**engine_arguments(config, info, engine_options))
+        self.renderer = FusedRenderer(self.llm_engine.vllm_config, config, info)
         self.input_processor = FusedInputProcessor(self.input_processor)
         self.llm_engine.input_processor = self.input_processor
 

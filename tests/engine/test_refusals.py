@@ -22,7 +22,9 @@ def test_another_vllm_release_is_refused_by_name(version: str) -> None:
 
 
 def test_a_local_build_of_the_supported_release_is_accepted() -> None:
-    assert server.engine.check_vllm_version("0.32.0+cpu") is None
+    server.engine.check_vllm_version("0.32.0+cpu")
+    with pytest.raises(RuntimeError):
+        server.engine.check_vllm_version("0.31.0+cpu")
 
 
 @pytest.mark.parametrize(
