@@ -12,6 +12,7 @@ is always 4xx: the official client sends a request that failed with 5xx three ti
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -133,27 +134,34 @@ def _engine_dead() -> ApiError:
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
-    told: Any = _most_telling(error.errors())
-    if isinstance(told, str):
-        return InvalidRequest(told)
+    errors: Sequence[Any] = error.errors() or ["The request is not valid."]
+    if isinstance(errors[0], str):
+        return InvalidRequest(errors[0])
+    told = _most_telling(errors)
     cause = told.get("ctx", {}).get("error")
     if isinstance(cause, VLLMValidationError):
         return as_api_error(cause)
     if told["type"] == "json_invalid":
         return InvalidRequest(f"The body is not JSON: {cause}.")
-    # Names of classes are branches of a union that was tried; a client knows its fields only.
-    loc = [part for part in told["loc"][1:] if not re.match(r"[A-Z]", str(part))]
-    param = clean_loc_for_param(tuple(loc)) or None
+    param = _field(told)
     return InvalidRequest(f"{param or 'body'}: {told['msg']}", param)
 
 
 def _most_telling(errors: Sequence[Any]) -> Any:
-    """Of the errors of a union's branches, one that is not just "another type was expected"."""
-    telling = (e for e in errors if not isinstance(e, dict) or not e["type"].endswith(("_type", "literal_error")))
-    return next(telling, errors[0] if errors else "The request is not valid.")
+    """Where a union is wrong, each of its branches complains: take the field that most of them name, and of its
+    complaints one that is not just "another type was expected"."""
+    ((field, _),) = Counter(_field(error) for error in errors).most_common(1)
+    complaints = [error for error in errors if _field(error) == field]
+    return next((c for c in complaints if not c["type"].endswith(("_type", "literal_error"))), complaints[0])
+
+
+def _field(error: Any) -> str | None:
+    """The field of the body, without the classes of a union's branches: a client knows fields only."""
+    loc = [part for part in error["loc"][1:] if not re.match(r"[A-Z]", str(part))]
+    return clean_loc_for_param(tuple(loc)) or None
 
 
 def _named_field(message: str) -> str | None:
     """The field that one of vLLM's messages begins with: "n must be at least 1"."""
-    match = re.match(r"`?([a-z_]+)`? must ", message)
+    match = re.match(r"`?([a-z_]+)`? (must|cannot|should) ", message)
     return match[1] if match else None

@@ -9,7 +9,9 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request being served; "-" outside of any."""
 
 _FORMAT = "%(asctime)s %(levelname)-7s [%(request_id)s] %(name)s: %(message)s"
-_OURS = ("server", "gating", "ultrafuser")
+CONFIGURED_LOGGERS = ("server", "gating", "uvicorn")
+"""The loggers that get our handler; their children inherit it."""
+
 _CLIENT_ERRORS = frozenset({"InvalidRequest", "VLLMClientError"})
 
 
@@ -32,14 +34,13 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.addFilter(_RequestId())
-    for name in _OURS:
-        _adopt(name, handler, level.upper())
-    _adopt("uvicorn", handler, "WARNING")
+    for name in CONFIGURED_LOGGERS:
+        _adopt(name, handler, "WARNING" if name == "uvicorn" else level.upper())
 
 
 def adopt_vllm_logging() -> None:
     """Give this process's vLLM lines our format; call it after vLLM is imported. Its other processes keep theirs."""
-    (handler,) = logging.getLogger(_OURS[0]).handlers
+    (handler,) = logging.getLogger(CONFIGURED_LOGGERS[0]).handlers
     handler.addFilter(_NoClientTracebacks())
     _adopt("vllm", handler, logging.getLogger("vllm").level)
 

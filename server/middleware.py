@@ -75,7 +75,7 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status = int(message["status"])
             MutableHeaders(scope=message)["x-request-id"] = self.id
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):

@@ -36,7 +36,8 @@ class Refusal:
 
 
 def _given(name: str) -> Callable[[Any], bool]:
-    return lambda request: getattr(request, name, None) not in (None, False, {}, [])
+    # By type: 0 equals False, but "no logprobs" is a wish where "false" is none.
+    return lambda request: (value := getattr(request, name, None)) is not None and value is not False and value != {}
 
 
 def _echoes_logprobs(request: Any) -> bool:

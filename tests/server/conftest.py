@@ -1,0 +1,78 @@
+"""A tiny fusion's configuration, and the real app over an engine whose every token is written down beforehand."""
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+# Before vLLM is imported.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import httpx
+import pytest
+
+from gating.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from server.api.health import Readiness
+from server.app import create_app
+from server.engine.options import build_engine_args
+from server.rendering import FusedRenderer
+from server.serving import build_serving
+from server.settings import ServerSettings
+from tests.fakes import write_tiny_fusion
+from tests.server.scripted import ScriptedEngine
+
+
+@pytest.fixture(scope="session")
+def fusion(tmp_path_factory: pytest.TempPathFactory) -> FusionConfig:
+    """Three specialists with three templates: ChatML, User/Assistant, Alpaca."""
+    return load_fusion(write_tiny_fusion(tmp_path_factory.mktemp("tiny-server")))
+
+
+@pytest.fixture(scope="session")
+def info(fusion: FusionConfig) -> FusedModelInfo:
+    """What the fusion is made of."""
+    return inspect_fusion(fusion)
+
+
+@pytest.fixture(scope="session")
+def vllm_config(fusion: FusionConfig, info: FusedModelInfo) -> Any:
+    """The engine's configuration; no engine is started."""
+    return build_engine_args(fusion, info).create_engine_config()
+
+
+@pytest.fixture(scope="session")
+def renderer(vllm_config: Any, fusion: FusionConfig, info: FusedModelInfo) -> FusedRenderer:
+    """The renderer of the tiny fusion."""
+    return FusedRenderer(vllm_config, fusion, info)
+
+
+@pytest.fixture
+def engine(vllm_config: Any) -> ScriptedEngine:
+    """An engine that answers every request with the same tokens."""
+    return ScriptedEngine(vllm_config)
+
+
+@pytest.fixture
+def readiness() -> Readiness:
+    """A server that has produced a token."""
+    return Readiness(is_warm=True)
+
+
+@pytest.fixture
+def settings() -> ServerSettings:
+    """Default settings; a test module overrides this fixture to change them."""
+    return ServerSettings()
+
+
+@pytest.fixture
+async def client(
+    engine: ScriptedEngine,
+    fusion: FusionConfig,
+    info: FusedModelInfo,
+    settings: ServerSettings,
+    readiness: Readiness,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of the app, in this process."""
+    app = create_app(build_serving(engine, fusion, info, settings), settings, readiness)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client

@@ -1,0 +1,72 @@
+"""An engine without a model: it checks requests as the real one does and answers with tokens from a script."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from server.engine.inputs import FusedInputProcessor
+
+SCRIPT = "Yes, it is."
+
+
+class ScriptedEngine:
+    """Answers `SCRIPT`, token by token.
+
+    `failure` is raised instead of token number `fails_at`; `errored` is what a dead engine reports; `prompts` are the
+    engine inputs it has received, `num_aborted` counts the requests whose consumer left before the end.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.input_processor = FusedInputProcessor(InputProcessor(vllm_config))
+        self.renderer = self.input_processor.renderer
+        self.prompts: list[Any] = []
+        self.params: list[SamplingParams] = []
+        self.num_aborted = 0
+        self.errored = False
+        self.failure: Exception | None = None
+        self.fails_at = 0
+        self.refusal: Exception | None = None
+
+    @property
+    def dead_error(self) -> Exception:
+        """What is raised for requests to a dead engine."""
+        return EngineDeadError()
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Raise the refusal that a test has set."""
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **_: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """The script's outputs for one prompt, cut at `max_tokens`."""
+        self.prompts.append(prompt)
+        self.params.append(sampling_params)
+        self.input_processor.process_inputs(request_id, prompt, sampling_params, ("generate",))
+        tokenizer = self.renderer.get_tokenizer()
+        script = tokenizer.encode(SCRIPT, add_special_tokens=False)[: sampling_params.max_tokens]
+        try:
+            for step in range(len(script)):
+                if self.failure is not None and step == self.fails_at:
+                    raise self.failure
+                if sampling_params.output_kind == RequestOutputKind.DELTA:
+                    yield self._output(request_id, prompt, [script[step]], step + 1 == len(script))
+            if sampling_params.output_kind != RequestOutputKind.DELTA:
+                yield self._output(request_id, prompt, script, True)
+        except GeneratorExit:
+            self.num_aborted += 1
+            raise
+
+    def _output(self, request_id: str, prompt: Any, token_ids: list[int], is_last: bool) -> RequestOutput:
+        text = self.renderer.get_tokenizer().decode(token_ids)
+        reason = "stop" if is_last else None
+        output = CompletionOutput(0, text, token_ids, None, None, finish_reason=reason)
+        prompt_ids = prompt["prompt_token_ids"]
+        return RequestOutput(request_id, prompt.get("prompt"), prompt_ids, None, [output], is_last)

@@ -1,0 +1,165 @@
+"""The command line: every option is there, help comes at once, and what is wrong is said in one line."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import server
+from gating.schema import EngineSettings
+from server.__main__ import main
+from server.cli import EngineFlags, build_parser, parse_command
+from server.engine.options import ALLOWED_ENGINE_OPTIONS
+from server.log import CONFIGURED_LOGGERS
+from server.settings import ServerSettings, SettingsError
+
+NOT_FLAGS = {
+    "shutdown_timeout",  # the server has its own: it waits for requests before it ends the engine
+    "tokenizer_mode",  # the renderer reads Hugging Face tokenizers only
+}
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """The command sets variables for vLLM, a signal handler and log handlers; other tests are not to notice."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with mock.patch.dict(os.environ):
+        yield
+    signal.signal(signal.SIGTERM, handler)
+    for name in CONFIGURED_LOGGERS:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
+def help_text(*argv: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a help option prints."""
+    with pytest.raises(SystemExit) as caught:
+        parse_command(argv, {})
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_setting_and_engine_option_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text("serve", "--help", capsys=capsys)
+    for name in [*ServerSettings.model_fields, *EngineFlags.model_fields]:
+        if name != "fusion":
+            assert f"--{name.replace('_', '-')} " in text.replace(",", " "), name
+
+
+def test_the_flags_are_the_tested_engine_options() -> None:
+    assert set(EngineFlags.model_fields) == ALLOWED_ENGINE_OPTIONS - NOT_FLAGS
+
+
+def test_every_engine_setting_of_the_fusion_file_may_be_given() -> None:
+    assert set(EngineSettings.model_fields) <= ALLOWED_ENGINE_OPTIONS
+
+
+def test_help_imports_neither_vllm_nor_torch() -> None:
+    code = (
+        "import sys\n"
+        "from server.cli import parse_command\n"
+        "try: parse_command(['serve', '--help'], {})\n"
+        "except SystemExit: print('loaded:', {'vllm', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("loaded: set()\n")
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    declared = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert help_text("--version", capsys=capsys) == f"ultrafuser {declared}\n"
+    assert server.__version__ == declared
+
+
+def test_flags_become_settings_and_engine_options() -> None:
+    argv = ["serve", "my.yaml", "--port", "9000", "--api-key", "a", "--api-key", "b", "--max-num-seqs", "4"]
+    command = parse_command([*argv, "--no-enforce-eager"], {"ULTRAFUSER_SEED": "7"})
+    assert (command.settings.fusion, command.settings.port) == ("my.yaml", 9000)
+    assert command.settings.api_key == ("a", "b")
+    assert command.engine_options == {"max_num_seqs": 4, "enforce_eager": False, "seed": 7}
+
+
+def test_nothing_given_leaves_the_fusion_file_in_charge() -> None:
+    assert parse_command(["serve"], {}).engine_options == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("4096", 4096), ("4k", 4000), ("4K", 4096), ("2G", 2 << 30), ("2GiB", 2 << 30), ("1.5K", 1536)]
+)
+def test_numbers_take_suffixes(text: str, number: int) -> None:
+    assert parse_command(["serve", "--max-model-len", text], {}).engine_options == {"max_model_len": number}
+
+
+def test_underscores_are_as_good_as_dashes() -> None:
+    assert parse_command(["serve", "--max_num_seqs=4"], {}).engine_options == {"max_num_seqs": 4}
+
+
+def test_json_becomes_an_object() -> None:
+    command = parse_command(["serve", "--structured-outputs-config", '{"backend": "xgrammar"}'], {})
+    assert command.engine_options == {"structured_outputs_config": {"backend": "xgrammar"}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "--max-num-seqs", "0"], "--max-num-seqs: .*'0'"),
+        (["serve", "--scheduling-policy", "lifo"], "--scheduling-policy: .*'lifo'"),
+        (["serve", "--structured-outputs-config", "{"], "--structured-outputs-config: "),
+        (["serve", "--max-model-length", "9"], "did you mean --max-model-len?"),
+        (["serve", "--api-server-count", "2"], "--api-server-count: several frontend processes"),
+        (["serve", "--pipeline-parallel-size", "2"], "--pipeline-parallel-size: pipeline parallelism is not fused"),
+        (["serve", "--data-parallel-size=2"], "--data-parallel-size: data parallelism is not fused"),
+        (["serve", "--speculative-config", "{}"], "--speculative-config: speculative decoding is not fused"),
+        (["serve", "--enable-lora"], "--enable-lora: LoRA requests are not fused"),
+        (["serve", "--cpu-offload-gb", "4"], "--cpu-offload-gb: not tested with fused models"),
+        (["serve", "--frobnicate"], "--frobnicate: vLLM has no such engine option"),
+        (["serve", "one.yaml", "two.yaml"], "two.yaml: unexpected argument"),
+        (["serve", "--port"], "--port: expected one argument"),
+        (["bake"], "invalid choice: 'bake'"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_the_way_out(argv: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        parse_command(argv, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_parser_has_no_abbreviations() -> None:
+    _, rest = build_parser().parse_known_args(["serve", "--por"])
+    assert rest == ["--por"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "no-such-file.yaml"], "no-such-file.yaml: no such fusion file"),
+        (["serve", "--port", "many"], "--port: "),
+        (["serve", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line_and_status_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ultrafuser: ")
+    assert message in line
+
+
+def test_a_port_in_use_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot listen on 127.0.0.1 port {port}: address already in use" in line
+    assert "--port" in line

@@ -1,0 +1,87 @@
+"""Log lines carry the request's id and never what a client has written; the start shows its steps."""
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+
+from server.log import CONFIGURED_LOGGERS, adopt_vllm_logging, configure_logging, request_id
+from server.progress import StartupProgress
+
+
+@pytest.fixture
+def lines() -> Iterator[io.StringIO]:
+    """Logging at info, into a text of its own."""
+    stream = io.StringIO()
+    vllm = logging.getLogger("vllm")
+    before = (list(vllm.handlers), vllm.propagate)
+    configure_logging("info", stream)
+    adopt_vllm_logging()
+    yield stream
+    for name in CONFIGURED_LOGGERS:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    vllm.handlers, vllm.propagate = before
+
+
+def test_each_line_names_the_request(lines: io.StringIO) -> None:
+    token = request_id.set("request-7")
+    logging.getLogger("server.somewhere").info("working")
+    request_id.reset(token)
+    logging.getLogger("server.somewhere").info("idle")
+    first, second = lines.getvalue().splitlines()
+    assert "[request-7] server.somewhere: working" in first
+    assert "[-] server.somewhere: idle" in second
+
+
+def test_levels_below_the_chosen_one_are_not_shown(lines: io.StringIO) -> None:
+    logging.getLogger("server").debug("details")
+    assert lines.getvalue() == ""
+
+
+def test_a_clients_fault_leaves_no_traceback_of_vllm(lines: io.StringIO) -> None:
+    logger = logging.getLogger("vllm.somewhere")
+    for error in (VLLMValidationError("temperature is wrong"), RuntimeError("the engine is wrong")):
+        try:
+            raise error
+        except Exception:
+            logger.exception("Error in stream generator")
+    assert "temperature" not in lines.getvalue()
+    assert "the engine is wrong" in lines.getvalue()
+
+
+def test_the_steps_of_the_start_are_numbered_and_timed() -> None:
+    stream = io.StringIO()
+    progress = StartupProgress(2, stream)
+    with progress.step("first"):
+        progress.report("unpacking", 0.0)
+        progress.report("unpacking", 0.5)
+    with progress.step("second"):
+        pass
+    text = re.sub(r"\d+\.\d s", "T", stream.getvalue())
+    assert text == "[1/2] first ...\n      unpacking\n[1/2] first: T\n[2/2] second ...\n[2/2] second: T\n"
+
+
+def test_a_step_that_fails_is_not_reported_as_done() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ValueError, match="broken"), StartupProgress(1, stream).step("only"):
+        raise ValueError("broken")
+    assert stream.getvalue() == "[1/1] only ...\n"
+
+
+class Terminal(io.StringIO):
+    """A text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Always."""
+        return True
+
+
+def test_on_a_terminal_a_finished_step_leaves_one_line() -> None:
+    stream = Terminal()
+    with StartupProgress(1, stream).step("only"):
+        pass
+    assert stream.getvalue().split("\r\033[K")[-1].startswith("[1/1] only: ")
