@@ -62,6 +62,7 @@ def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
     hidden_sizes = tuple(int(model_config.hidden_size) for model_config in model_configs)
     _check_gate(config, hidden_sizes)
     max_model_len = _max_model_len(config, model_configs)
+    _check_tensor_parallel(config, model_configs)
     tokenizers = [_read_tokenizer(item, f"specialists.{index}") for index, item in enumerate(config.specialists)]
     vocab_sizes = tuple(int(model_config.vocab_size) for model_config in model_configs)
     num_shared_ids = _num_shared_ids(config, vocab_sizes, tokenizers)
@@ -71,6 +72,12 @@ def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
                 f"eos_token_ids: {eos_id} is outside the {num_shared_ids} shared ids; no response could end with it,"
                 " name a shared token"
             )
+    leader_eos = tokenizers[0].eos_token_id
+    if leader_eos is not None and leader_eos not in config.eos_token_ids:
+        raise FusionError(
+            f"eos_token_ids: lacks {leader_eos}, with which the tokenizer of {config.specialists[0].name!r} ends"
+            f" structured output; add {leader_eos}"
+        )
     for index, (specialist, tokenizer) in enumerate(zip(config.specialists, tokenizers, strict=True)):
         _check_template(specialist, tokenizer, f"specialists.{index}.chat_template")
     return FusedModelInfo(hidden_sizes, vocab_sizes, num_shared_ids, max_model_len)
@@ -173,6 +180,17 @@ def _max_model_len(config: FusionConfig, model_configs: Sequence["PreTrainedConf
             f" use at most {limits[shortest]}"
         )
     return wanted or limits[shortest]
+
+
+def _check_tensor_parallel(config: FusionConfig, model_configs: Sequence["PreTrainedConfig"]) -> None:
+    size = config.engine.tensor_parallel_size or 1
+    for specialist, model_config in zip(config.specialists, model_configs, strict=True):
+        num_heads = int(model_config.num_attention_heads)
+        if num_heads % size:
+            raise FusionError(
+                f"engine.tensor_parallel_size: {size} does not divide the {num_heads} attention heads of"
+                f" {specialist.name!r}; use a number that does"
+            )
 
 
 def _read_tokenizer(specialist: SpecialistConfig, key: str) -> "PreTrainedTokenizerBase":

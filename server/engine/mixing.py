@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
 from gating.gate import Gate, fuse
@@ -45,17 +45,19 @@ class Mixer:
         they are garbage and nobody reads them.
         """
         leader = rows[0]
+        num_rows, width = leader.logits_RV.shape
+        mixed_BV = self._mix(rows) if leader.indices else None
+        if mixed_BV is not None and _is_everything(leader.indices, num_rows):
+            return nn.functional.pad(mixed_BV, (0, width - self._num_shared_ids), value=float("-inf"))
         fused_RV = leader.logits_RV.to(torch.float32, copy=True)
         fused_RV[:, self._num_shared_ids :] = float("-inf")
-        if not leader.indices:
-            return fused_RV
-        weights_SB = self._weights([_take(r.hidden_RD, r.indices) for r in rows])
-        mixed_BV = fuse(weights_SB, [_take(r.logits_RV, r.indices) for r in rows], self._num_shared_ids)
-        if _is_everything(leader.indices, fused_RV.shape[0]):
-            fused_RV[:, : self._num_shared_ids] = mixed_BV
-        else:
+        if mixed_BV is not None:
             fused_RV[leader.indices, : self._num_shared_ids] = mixed_BV
         return fused_RV
+
+    def _mix(self, rows: Sequence[Rows]) -> Tensor:
+        weights_SB = self._weights([_take(r.hidden_RD, r.indices) for r in rows])
+        return fuse(weights_SB, [_take(r.logits_RV, r.indices) for r in rows], self._num_shared_ids)
 
     def _weights(self, hidden_SBD: Sequence[Tensor]) -> Tensor:
         """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-from gating.fusion import FusedModelInfo, FusionConfig
+from gating.fusion import FusedModelInfo, FusionConfig, inspect_fusion
 from server.engine.scheduler import SCHEDULER
 from server.engine.spec import EngineSpec, SpecialistSpec
 from server.engine.worker import worker_qualname
@@ -43,7 +43,6 @@ ALLOWED_ENGINE_OPTIONS: frozenset[str] = frozenset(
         "shutdown_timeout",
         "structured_outputs_config",
         "tensor_parallel_size",
-        "tokenizer_mode",
     }
 )
 """vLLM engine options that a fused model may be started with, by their field names in vLLM's `EngineArgs`."""
@@ -66,6 +65,10 @@ REFUSED_ENGINE_OPTIONS: Mapping[str, str] = {
 """Options that people will try, each with the way out."""
 
 
+OPTIONS_OF_MODELS = frozenset({"max_model_len", "tensor_parallel_size"})
+"""Options that must fit every specialist: the fusion is inspected again with them."""
+
+
 class EngineOptionError(ValueError):
     """An engine option is unknown or not supported; the one-line message names it and the way out."""
 
@@ -79,6 +82,7 @@ def build_engine_args(
 
     Raises:
         EngineOptionError: an option is not on the allow-list.
+        FusionError: an option does not fit the models.
     """
     return AsyncEngineArgs(**engine_arguments(fusion, info, engine_options))
 
@@ -89,6 +93,9 @@ def engine_arguments(
     """As `build_engine_args`, by name, for callers that make vLLM's `EngineArgs` themselves."""
     options = dict(engine_options or {})
     check_engine_options(options)
+    if options.keys() & OPTIONS_OF_MODELS:
+        changes = {name: value for name, value in options.items() if name in OPTIONS_OF_MODELS}
+        inspect_fusion(fusion.model_copy(update={"engine": fusion.engine.model_copy(update=changes)}))
     settings = fusion.engine.model_dump(exclude_none=True) | options
     spec = engine_spec(fusion, info, settings.pop("dtype", "auto"))
     leader = spec.specialists[0]

@@ -229,6 +229,8 @@ class FusedModelRunner:
         if not ending or token_ids_R1 is None:
             return torch.zeros(len(req_ids), 1, dtype=torch.int64, device=follower.device)
         rows = [ending.get(req_id, 0) for req_id in req_ids]
+        if rows == list(range(token_ids_R1.shape[0])):
+            return token_ids_R1  # the common decode step: no index to copy to the device
         return token_ids_R1[torch.tensor(rows, device=token_ids_R1.device)]
 
     def _for_each(self, call: Callable[[GPUModelRunner], Any]) -> list[Any]:

@@ -1,6 +1,8 @@
 """Greedy output equals the reference token for token, under everything that touches scheduling."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,3 +113,19 @@ def test_a_follow_up_turn_equals_the_reference(engine: InProcessEngine, judge: J
     glue = random_prompts((7, 3, 12), seed=301)
     follow_up = [prompt + response + own_glue for prompt, own_glue in zip(first, glue, strict=True)]
     assert engine.tokens([Arrival(follow_up, greedy(12))]) == [judge.tokens(follow_up, 12)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enable_prefix_caching": False, "enable_chunked_prefill": False},
+        {"block_size": 96, "prefix_caching_hash_algo": "sha256_cbor", "scheduling_policy": "priority"},
+        {"block_size": 64, "max_num_seqs": 2, "disable_log_stats": True, "logprobs_mode": "processed_logprobs"},
+        {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.05, "seed": 7, "max_logprobs": -1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_other_allowed_option_is_exact_too(tiny_fusion: Path, judge: Judge, options: dict[str, Any]) -> None:
+    engine = InProcessEngine(tiny_fusion, **options)
+    arrivals = [Arrival(prompts, greedy(MAX_TOKENS), step=i) for i, prompts in enumerate(BATCH)]
+    assert engine.tokens(arrivals) == [judge.tokens(prompts, MAX_TOKENS) for prompts in BATCH]

@@ -8,7 +8,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 
 import server.engine
-from gating.fusion import inspect_fusion, load_fusion
+from gating.fusion import FusionError, inspect_fusion, load_fusion
 from server.engine.options import ALLOWED_ENGINE_OPTIONS, EngineOptionError, build_engine_args, check_engine_options
 from tests.engine.harness import InProcessEngine, engine_input, random_prompts
 
@@ -59,6 +59,15 @@ def test_every_allowed_option_exists_in_vllm() -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     assert {field.name for field in fields(AsyncEngineArgs)} >= ALLOWED_ENGINE_OPTIONS
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_model_len", 2048), ("tensor_parallel_size", 3)])
+def test_an_engine_option_that_does_not_fit_the_models_stops_the_start(
+    tiny_fusion: Path, option: str, value: int
+) -> None:
+    fusion = load_fusion(tiny_fusion)
+    with pytest.raises(FusionError, match=f"engine.{option}: {value}"):
+        build_engine_args(fusion, inspect_fusion(fusion), {option: value})
 
 
 def test_engine_options_override_the_fusion_file(tiny_fusion: Path) -> None:

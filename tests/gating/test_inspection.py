@@ -174,6 +174,21 @@ def test_an_end_token_outside_the_shared_ids_is_refused(tiny_copy):
     assert refusal(config).startswith("eos_token_ids: 320 is outside the 320 shared ids")
 
 
+def test_the_leaders_own_end_token_must_be_among_the_end_tokens(tiny_copy):
+    """Structured output ends with the tokenizer's end token: were it no end token, the response would go on."""
+    config = edit_fusion(tiny_copy, lambda content: content.update(eos_token_ids=[3]))
+    assert refusal(config) == (
+        "eos_token_ids: lacks 2, with which the tokenizer of 'text' ends structured output; add 2"
+    )
+
+
+def test_tensor_parallel_must_divide_every_specialists_heads(tiny_copy):
+    config = edit_fusion(tiny_copy, lambda content: content["engine"].update(tensor_parallel_size=3))
+    assert refusal(config) == (
+        "engine.tensor_parallel_size: 3 does not divide the 4 attention heads of 'text'; use a number that does"
+    )
+
+
 def test_a_broken_or_missing_template_is_refused_by_key(tiny_copy):
     config = edit_fusion(tiny_copy, lambda content: content["specialists"][1].update(chat_template="{{ 1 }}"))
     assert refusal(config) == "specialists.1.chat_template: shows no user or assistant turns; correct the template"
