@@ -41,11 +41,14 @@ def test_a_shared_system_prompt_is_computed_once(fresh_engine: InProcessEngine, 
     assert cached_tokens(fresh_engine, judge, Arrival(second, greedy(6))) == [2 * BLOCK]
 
 
-def test_a_hit_is_limited_by_the_shortest_rendering(fresh_engine: InProcessEngine, judge: Judge) -> None:
-    prompts = random_prompts((130, 65, 100), seed=4)
-    assert cached_tokens(fresh_engine, judge, Arrival(prompts, greedy(3))) == [0]
-    # min(l) - 1 = 64 tokens can be cached, of 130.
-    assert cached_tokens(fresh_engine, judge, Arrival(prompts, greedy(3))) == [2 * BLOCK]
+@pytest.mark.parametrize(("shortest", "num_blocks"), [(65, 2), (64, 1)])
+def test_a_hit_is_limited_by_the_shortest_rendering(
+    fresh_engine: InProcessEngine, judge: Judge, shortest: int, num_blocks: int
+) -> None:
+    prompts = random_prompts((130, shortest, 100), seed=4)
+    assert cached_tokens(fresh_engine, judge, Arrival(prompts, greedy(1))) == [0]
+    # min(l) - 1 tokens can be cached, of 130.
+    assert cached_tokens(fresh_engine, judge, Arrival(prompts, greedy(3))) == [num_blocks * BLOCK]
 
 
 def test_requests_of_one_batch_share_their_prefix(fresh_engine: InProcessEngine, judge: Judge) -> None:
