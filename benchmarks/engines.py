@@ -1,0 +1,138 @@
+"""vLLM engines inside this process, fused or plain, stepped by hand: the same settings, threads and seam for both.
+
+Everything runs in one process, so that an engine that waits takes no time from the one that is measured: vLLM's own
+worker processes poll shared memory for a second after each step, which two cores cannot spare.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+from vllm import LLM, SamplingParams
+from vllm.inputs import EngineInput, tokens_input
+from vllm.sampling_params import RequestOutputKind
+
+from benchmarks.workload import Prompts, Request
+from gating.fusion import FusedModelInfo, FusionConfig
+from server.llm import FusedLLM, fused_input
+
+
+class StepEngine:
+    """One engine and the requests it works on, greedy."""
+
+    def __init__(self, llm: LLM, to_input: Callable[[Prompts], EngineInput]) -> None:
+        """`to_input` makes an engine input out of the specialists' prompts."""
+        self._llm, self._engine = llm, llm.llm_engine
+        self._to_input = to_input
+        self._ids = itertools.count()
+        self._token_ids: dict[str, list[int]] = {}
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """The responses so far, in the order of the requests."""
+        return list(self._token_ids.values())
+
+    def start(self, requests: Sequence[Request]) -> None:
+        """Take requests and compute until each has its first token."""
+        self._token_ids = {}
+        for request in requests:
+            self.add(request)
+        while not all(self._token_ids.values()):
+            self.step()
+
+    def add(self, request: Request) -> None:
+        """Queue one more request."""
+        name = str(next(self._ids))
+        self._token_ids[name] = []
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=request.num_tokens,
+            ignore_eos=not request.may_end_early,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._engine.add_request(name, self._to_input(request.prompts), params)
+
+    def step(self) -> int:
+        """One step of the engine; returns the number of requests that finished in it."""
+        outputs: Any = self._engine.step()
+        for output in outputs:
+            self._token_ids[output.request_id].extend(output.outputs[0].token_ids)
+        return sum(output.finished for output in outputs)
+
+    def stop(self) -> None:
+        """Abort what is not finished."""
+        self._engine.abort_request(list(self._token_ids))
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, so that what was computed before cannot be reused."""
+        self._llm.reset_prefix_cache()
+
+    def finish(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The whole responses to requests that arrive at once."""
+        self.start(requests)
+        while self._engine.has_unfinished_requests():
+            self.step()
+        return self.token_ids
+
+
+class ContinuousBatching:
+    """All requests through one engine, at most `num_slots` at a time: a finished one makes room for the next."""
+
+    def __init__(self, engine: StepEngine, requests: Sequence[Request], num_slots: int) -> None:
+        self._engine = engine
+        self._waiting = deque(requests)
+        self._free = num_slots
+        self._num_tokens = sum(request.num_tokens for request in requests)
+        engine.start([])
+
+    @property
+    def progress(self) -> float:
+        """Share of all tokens that are generated."""
+        return sum(map(len, self._engine.token_ids)) / self._num_tokens
+
+    def step(self) -> None:
+        """Fill the free slots and step."""
+        while self._free and self._waiting:
+            self._engine.add(self._waiting.popleft())
+            self._free -= 1
+        self._free += self._engine.step()
+
+
+def fused_engine(fusion: FusionConfig) -> StepEngine:
+    """The fused engine of a materialized fusion."""
+    with _in_this_process():
+        return StepEngine(FusedLLM(fusion, distributed_executor_backend="uni"), fused_input)
+
+
+def plain_engine(fusion: FusionConfig, info: FusedModelInfo) -> StepEngine:
+    """Plain vLLM on the fusion's first specialist, with vLLM's own worker, scheduler and the fusion's settings."""
+    with _in_this_process():
+        llm = LLM(**plain_engine_options(fusion, info, 0) | {"distributed_executor_backend": "uni"})
+        return StepEngine(llm, lambda prompts: tokens_input(prompts[0]))
+
+
+def plain_engine_options(fusion: FusionConfig, info: FusedModelInfo, index: int) -> dict[str, Any]:
+    """vLLM's engine options for one specialist alone, as the fusion file sets them for all."""
+    specialist = fusion.specialists[index]
+    settings = fusion.engine.model_dump(exclude_none=True)
+    return {
+        "max_model_len": info.max_model_len,
+        **settings,
+        "model": specialist.model,
+        "revision": specialist.revision,
+        "dtype": specialist.dtype or settings.get("dtype", "auto"),
+        "quantization": specialist.quantization,
+        "generation_config": "vllm",
+    }
+
+
+def _in_this_process() -> AbstractContextManager[Any]:
+    """vLLM reads the variable while it starts; servers that are started later must not see it."""
+    return patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
