@@ -1,0 +1,104 @@
+"""Benchmarks as programs: nothing but the result on standard output, and no process left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.environment import REPOSITORY
+from benchmarks.servers import ServerFailed, ServerProcess, free_port, running
+
+# A server that answers 200, with a child of its own that would outlive it; its process id is in the answer.
+SERVER = """
+import argparse, http.server, subprocess, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("--host"); parser.add_argument("--port", type=int)
+a = parser.parse_args()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(str(child.pid).encode())
+http.server.HTTPServer((a.host, a.port), Handler).serve_forever()
+"""
+
+BENCHMARK = """
+import os, subprocess
+from benchmarks.command import run_benchmark
+from benchmarks.measure import Comparison, Measured
+from benchmarks.result import Question
+def measure(options):
+    print("noise"); os.system("echo noise of a child")
+    if os.environ.get("BREAK"): raise RuntimeError("broken")
+    side = Measured(value=1.0)
+    return [Comparison(case="batch 1", unit="ms", fused=side, baseline=side, ratio=1.0)]
+run_benchmark(Question(name="fake", text="?", fused="f", baseline="b", ratio="f / b", method="-"), measure)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return status != "Z"
+
+
+def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", BENCHMARK, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env={**os.environ, **environ}
+    )
+
+
+def test_a_server_and_its_children_end_with_the_context() -> None:
+    server = ServerProcess(["-c", SERVER], "/")
+    with running([server]):
+        child = int(httpx.get(server.url, trust_env=False).text)
+        assert is_alive(child)
+    deadline = time.monotonic() + 10
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(child)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url, trust_env=False)
+
+
+def test_a_server_that_dies_says_why_and_takes_the_others_with_it() -> None:
+    healthy = ServerProcess(["-c", SERVER], "/")
+    broken = ServerProcess(["-c", "import sys; sys.exit('no such model')"], "/")
+    with pytest.raises(ServerFailed, match="no such model"), running([healthy, broken]):
+        pass
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(healthy.url, trust_env=False)
+
+
+def test_ports_are_free_and_differ() -> None:
+    ports = [free_port() for _ in range(5)]
+    assert all(port > 1023 for port in ports)
+
+
+def test_standard_output_holds_the_result_and_nothing_else(tmp_path: Path) -> None:
+    done = run("--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    summary = json.loads(line)
+    assert summary["name"] == "fake"
+    assert summary["ok"] is True
+    assert Path(summary["file"]).parent == tmp_path
+    assert "noise of a child" in done.stderr
+
+
+def test_a_quick_run_files_nothing() -> None:
+    assert json.loads(run("--quick").stdout)["file"] is None
+
+
+def test_an_error_is_no_result() -> None:
+    done = run("--quick", BREAK="1")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "broken" in done.stderr
