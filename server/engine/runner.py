@@ -171,10 +171,9 @@ class FusedModelRunner:
         """Forward passes of all specialists over their own views of the schedule; nothing is sampled yet."""
         idle: ModelRunnerOutput | None = None
         for runner, view in zip(self.runners, self._views, strict=True):
-            own = view.translate(scheduler_output)
-            idle = runner.execute_model(own)
-            if own.total_num_scheduled_tokens == 0:
-                _forget_previous_step(runner)
+            # An empty plan is executed too: it carries the finished ids, and ends what async scheduling kept of the
+            # runner's last step (vLLM drops it with every request that leaves the batch).
+            idle = runner.execute_model(view.translate(scheduler_output))
         if scheduler_output.total_num_scheduled_tokens == 0:
             return idle
         self._scheduled = list(scheduler_output.num_scheduled_tokens)
@@ -275,18 +274,6 @@ def _unfinished_rows(runner: GPUModelRunner) -> list[int]:
     """Rows whose prefill is not finished with this step."""
     num_rows = runner.input_batch.num_reqs
     return [int(row) for row in runner.discard_request_mask.np[:num_rows].nonzero()[0]]
-
-
-def _forget_previous_step(runner: GPUModelRunner) -> None:
-    """Drop what async scheduling kept of the last sampled step.
-
-    A runner with nothing to compute in a step falls out of the rhythm that this state assumes; kept, it would
-    overwrite the last token of a later chunk.
-    """
-    batch = runner.input_batch
-    batch.prev_sampled_token_ids = None
-    batch.prev_req_id_to_index = None
-    batch.sampled_token_ids_cpu = None
 
 
 def _is_full_attention(spec: KVCacheSpec) -> bool:
