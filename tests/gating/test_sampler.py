@@ -1,0 +1,74 @@
+"""The balanced sampler: counts, epochs, seeds, resumption, processes."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from gating.sampler import BalancedBatches, SamplerError
+
+DOMAINS = {"text": list(range(0, 7)), "code": list(range(100, 103)), "math": list(range(200, 220))}
+
+
+def batches(**changes: Any) -> BalancedBatches:
+    options: dict[str, Any] = {"rows_per_domain": 4, "micro_rows_per_domain": 4, "num_steps": 9, "seed": 0}
+    return BalancedBatches(DOMAINS, **(options | changes))
+
+
+def test_every_batch_holds_the_same_number_of_rows_of_every_domain():
+    drawn = list(batches())
+    assert len(drawn) == len(batches()) == 9
+    for batch in drawn:
+        assert Counter(row // 100 for row in batch) == {0: 4, 1: 4, 2: 4}
+
+
+def test_every_domain_is_seen_whole_before_any_of_its_rows_comes_again():
+    drawn = [row for batch in batches() for row in batch]
+    for rows in DOMAINS.values():
+        own = [row for row in drawn if row in rows]
+        for begin in range(0, len(own) - len(rows) + 1, len(rows)):
+            assert sorted(own[begin : begin + len(rows)]) == rows
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    own = [row for batch in batches(num_steps=35) for row in batch if row >= 200]
+    epochs = [own[begin : begin + 20] for begin in range(0, 140, 20)]
+    assert len({tuple(epoch) for epoch in epochs}) == 7
+    assert list(batches()) == list(batches())
+    assert list(batches()) != list(batches(seed=1))
+
+
+def test_a_run_resumes_by_counting():
+    whole = list(batches())
+    assert [batches().micro_batch(number) for number in range(5, 9)] == whole[5:]
+    assert list(batches(num_steps=5)) == whole[:5]
+
+
+@pytest.mark.parametrize(("num_processes", "micro_rows"), [(2, 2), (2, 1), (1, 1), (4, 1)])
+def test_processes_and_micro_batches_share_a_steps_rows_without_overlap(num_processes, micro_rows):
+    split = [
+        batches(micro_rows_per_domain=micro_rows, rank=rank, num_processes=num_processes)
+        for rank in range(num_processes)
+    ]
+    per_step = split[0].micro_batches_per_step
+    assert per_step * micro_rows * num_processes == 4
+    for step, whole in enumerate(batches()):
+        shared = [row for own in split for micro in range(per_step) for row in own.micro_batch(step * per_step + micro)]
+        assert sorted(shared) == sorted(whole)
+    assert all(
+        Counter(row // 100 for row in own.micro_batch(3)) == dict.fromkeys(range(3), micro_rows) for own in split
+    )
+
+
+def test_epochs_are_counted_per_domain():
+    assert batches().epochs(7) == {"text": 4.0, "code": 28 / 3, "math": 1.4}
+
+
+def test_rows_that_cannot_be_shared_evenly_are_refused():
+    with pytest.raises(SamplerError, match=r"4 rows of a step cannot be shared by 3 processes .* use a multiple of 3"):
+        batches(micro_rows_per_domain=1, num_processes=3)
+
+
+def test_a_domain_without_rows_is_refused():
+    with pytest.raises(SamplerError, match="domain 'law': has no rows"):
+        BalancedBatches({"law": []}, rows_per_domain=1, micro_rows_per_domain=1, num_steps=1, seed=0)
