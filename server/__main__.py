@@ -20,11 +20,17 @@ EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+class Interrupted(BaseException):
+    """A signal came before the server listened.
+
+    Not KeyboardInterrupt: vLLM swallows that while it waits for its engine, and then waits for ever."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 (failed while serving), 2 (what was asked for cannot be done)."""
     try:
         return _serve(parse_command(sys.argv[1:] if argv is None else argv, os.environ))
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         print("\nultrafuser: interrupted before it was ready", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ValueError as error:
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(command: ServeCommand) -> int:
     """What is cheap to check comes first: the fusion file and the port, then seconds of imports, weights last."""
     settings = command.settings
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     os.environ.update(vllm_environment(os.environ, settings.log_level))
     configure_logging(settings.log_level)
     fusion = load_fusion(settings.fusion)
@@ -50,7 +57,7 @@ def _serve(command: ServeCommand) -> int:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def _is_expected(error: ValueError) -> bool:

@@ -55,9 +55,8 @@ def serve(
 
     Raises:
         SettingsError, FusionError, GateError, EngineOptionError: the user can put it right; no weights are loaded yet.
-        KeyboardInterrupt: a signal came before the server listened; every process of the engine has ended.
+        Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
-    adopt_vllm_logging()
     progress.say(_versions())
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
@@ -70,6 +69,7 @@ def serve(
     # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
     with progress.step("load all specialists into one engine"):
         engine = FusedAsyncLLM.from_fusion(fusion, engine_options)
+    adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
     try:
         serving = build_serving(engine, fusion, info, settings)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

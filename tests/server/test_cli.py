@@ -29,11 +29,12 @@ NOT_FLAGS = {
 
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
-    """The command sets variables for vLLM, a signal handler and log handlers; other tests are not to notice."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """The command sets variables for vLLM, signal and log handlers; other tests are not to notice."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with mock.patch.dict(os.environ):
         yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for name in CONFIGURED_LOGGERS:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

@@ -1,0 +1,47 @@
+"""One real server on the tiny fusion, started once and shared; the official client talks to it."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.e2e.process import ServerProcess
+from tests.fakes import write_tiny_fusion
+
+MODEL = "tiny"
+NO_SPACES = '{"backend": "xgrammar", "disable_any_whitespace": true}'
+"""A random model, free to write spaces between JSON tokens, would write nothing else."""
+
+
+@pytest.fixture(scope="session")
+def tiny_fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three random specialists with three templates, in float32."""
+    return write_tiny_fusion(tmp_path_factory.mktemp("tiny-e2e"))
+
+
+@pytest.fixture(scope="session")
+def server(tiny_fusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a tool call parser."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = ["--tool-call-parser", "hermes", "--structured-outputs-config", NO_SPACES]
+    server = ServerProcess(tiny_fusion, log, *options)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """The official client, which is told every error at once."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(server: ServerProcess) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official asynchronous client."""
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client

@@ -1,0 +1,121 @@
+"""The end of a server: requests finish, the exit status is right, and no process stays behind."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.process import STOP_SECONDS, ServerProcess, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def start(tiny_fusion: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers, and sees to it that none outlives the test."""
+    servers: list[ServerProcess] = []
+
+    def start(*options: str) -> ServerProcess:
+        servers.append(ServerProcess(tiny_fusion, tmp_path / f"log{len(servers)}", *options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+class Listener(threading.Thread):
+    """A client that reads a stream of so many tokens to its end."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        super().__init__()
+        self._url = url
+        self._body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": "Go on."}],
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        self.events: list[str] = []
+        self.error: Exception | None = None
+        self.start()
+        wait_for(lambda: len(self.events) > 2, "the stream has begun")
+
+    def run(self) -> None:
+        """Read."""
+        try:
+            with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=self._body, timeout=60) as response:
+                for line in filter(None, response.iter_lines()):
+                    self.events.append(line.removeprefix("data: "))
+        except httpx.HTTPError as error:
+            self.error = error
+
+
+def test_a_signal_lets_running_requests_finish_and_leaves_nothing_behind(start: Callable[..., ServerProcess]) -> None:
+    server = start("--shutdown-timeout", "30")
+    server.wait_until_ready()
+    listener = Listener(server.url, max_tokens=300)
+    assert len(server.children()) >= 2
+    assert server.end(signal.SIGTERM) == 0
+    listener.join(STOP_SECONDS)
+    assert listener.error is None
+    assert listener.events[-1] == "[DONE]"
+    assert json.loads(listener.events[-2])["choices"][0]["finish_reason"] == "length"
+    assert server.survivors() == []
+    assert "Traceback" not in server.log
+
+
+def test_a_second_signal_ends_at_once(start: Callable[..., ServerProcess]) -> None:
+    server = start("--shutdown-timeout", "300")
+    server.wait_until_ready()
+    listener = Listener(server.url, max_tokens=900)
+    server.children()
+    # As Ctrl-C in a terminal does: to every process of the group.
+    os.killpg(server.process.pid, signal.SIGINT)
+    wait_for(lambda: _refuses(server.url), "no new request is taken")
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.process.wait(STOP_SECONDS) == 0
+    listener.join(STOP_SECONDS)
+    assert listener.events[-1] != "[DONE]" or "error" in json.loads(listener.events[-2])
+    assert server.survivors() == []
+
+
+def test_an_engine_that_dies_ends_streams_with_an_error_and_the_server(start: Callable[..., ServerProcess]) -> None:
+    server = start()
+    server.wait_until_ready()
+    listener = Listener(server.url, max_tokens=900)
+    (core,) = [child for child in server.children() if "EngineCor" in child.name()]
+    core.kill()
+    assert server.process.wait(STOP_SECONDS) == 1
+    listener.join(STOP_SECONDS)
+    *_, error, last = listener.events
+    assert last == "[DONE]"
+    assert json.loads(error)["error"]["code"] == "engine_dead"
+    wait_for(lambda: not server.survivors(), "its workers have noticed and ended")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_weights_are_loaded_leaves_nothing_behind(
+    start: Callable[..., ServerProcess], number: signal.Signals
+) -> None:
+    server = start()
+    server.wait_for_log("[3/4]")
+    wait_for(lambda: any("Worker" in child.name() for child in server.children()), "the worker has started", 90)
+    assert server.end(number) == 130
+    wait_for(lambda: not server.survivors(), "the engine's processes have ended")
+    assert "ready: " not in server.log
+    assert "interrupted before it was ready" in server.log
+
+
+def _refuses(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/health", timeout=5)
+    except httpx.HTTPError:
+        return True
+    return False

@@ -1,0 +1,116 @@
+"""What passes over the wire of a real server: events, probes, metrics, clients that leave."""
+
+import json
+import socket
+import subprocess
+import time
+from typing import Any
+
+import httpx
+import openai
+from openai.types.chat import ChatCompletionMessageParam
+
+from tests.e2e.conftest import MODEL
+from tests.e2e.process import ServerProcess, wait_for
+
+LONG: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Go on for ever."}],
+    "max_tokens": 800,
+    "n": 4,
+    "ignore_eos": True,
+}
+RUNNING = "vllm:num_requests_running{"
+GENERATED = "vllm:generation_tokens_total{"
+LEFT = "fused_client_disconnects_total"
+
+
+def test_curl_sees_events_as_they_come_and_done_at_the_end(server: ServerProcess) -> None:
+    body = json.dumps(LONG | {"max_tokens": 80, "n": 1, "stream": True})
+    command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
+        assert curl.stdout is not None
+        arrivals = [(time.monotonic(), line.rstrip("\n")) for line in curl.stdout if line.strip()]
+    lines = [line for _, line in arrivals]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    # Chunks come with the steps (a busy machine may put a few steps together), not all at the end.
+    assert len(chunks) > 10
+    assert len({round(moment, 2) for moment, _ in arrivals}) > 5
+
+
+def test_a_client_that_leaves_a_stream_ends_its_request(server: ServerProcess) -> None:
+    left, generated = server.metric(LEFT), server.metric(GENERATED)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=LONG | {"stream": True}) as response:
+        next(response.iter_lines())
+    check_nothing_runs(server, left, generated)
+
+
+def test_a_client_that_leaves_before_the_response_ends_its_request(server: ServerProcess) -> None:
+    left, generated = server.metric(LEFT), server.metric(GENERATED)
+    body = json.dumps(LONG).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        wait_for(lambda: server.metric(RUNNING) > 0, "the request is running")
+    check_nothing_runs(server, left, generated)
+
+
+def check_nothing_runs(server: ServerProcess, left: float, generated: float) -> None:
+    """The last client has left, and the engine has stopped long before it had generated everything."""
+    wait_for(lambda: server.metric(LEFT) > left, "the disconnect is counted")
+    wait_for(lambda: server.metric(RUNNING) == 0, "no request is running")
+    assert server.metric(GENERATED) - generated < LONG["max_tokens"] * LONG["n"]
+
+
+def test_nothing_runs_when_nobody_asks(server: ServerProcess, client: openai.OpenAI) -> None:
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
+    client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2)
+    wait_for(lambda: server.metric(RUNNING) == 0, "no request is running")
+    assert server.metric("vllm:num_requests_waiting{") == 0
+
+
+def test_probes_answer_and_say_that_the_server_can_generate(server: ServerProcess) -> None:
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
+    assert server.metric("fused_ready") == 1
+    assert server.metric("fused_specialists{") == 3
+
+
+def test_metrics_hold_vllms_ours_and_the_requests(server: ServerProcess, client: openai.OpenAI) -> None:
+    generated = server.metric(GENERATED)
+    counted = 'http_requests_total{handler="/v1/chat/completions",method="POST",status="2xx"}'
+    before = server.metric(counted)
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
+    response = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=5)
+    assert response.usage is not None
+    expected = generated + response.usage.completion_tokens
+    wait_for(lambda: server.metric(GENERATED) == expected, "every token is counted")
+    assert server.metric(counted) == before + 1
+    assert server.metric("fused_build_info{") == 1
+
+
+def test_the_log_has_ids_and_no_prompts(server: ServerProcess) -> None:
+    secret = "correct horse battery staple"
+    body = LONG | {"messages": [{"role": "user", "content": secret}], "max_tokens": 2, "n": 1}
+    httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"X-Request-Id": "traced-1"})
+    httpx.post(f"{server.url}/v1/chat/completions", json=body | {"temperature": -1, "stream": True})
+    (line,) = wait_for(
+        lambda: [line for line in server.log.splitlines() if "[traced-1]" in line], "the request is in the log"
+    )
+    assert "POST '/v1/chat/completions' 200" in line
+    assert secret not in server.log
+    assert "Traceback" not in server.log
+
+
+def test_the_start_shows_its_steps_and_nothing_of_vllms(server: ServerProcess) -> None:
+    start = server.log[: server.log.index("\nready: ")]
+    assert [line[:5] for line in start.splitlines() if line.startswith("[")] == [
+        f"[{step}/4]" for step in (1, 1, 2, 2, 3, 3, 4, 4)
+    ]
+    assert "INFO" not in start
+    assert "WARNING" not in start
