@@ -17,7 +17,6 @@ LONG: dict[str, Any] = {
     "model": MODEL,
     "messages": [{"role": "user", "content": "Go on for ever."}],
     "max_tokens": 800,
-    "n": 4,
     "ignore_eos": True,
 }
 RUNNING = "vllm:num_requests_running{"
@@ -26,7 +25,7 @@ LEFT = "fused_client_disconnects_total"
 
 
 def test_curl_sees_events_as_they_come_and_done_at_the_end(server: ServerProcess) -> None:
-    body = json.dumps(LONG | {"max_tokens": 80, "n": 1, "stream": True})
+    body = json.dumps(LONG | {"max_tokens": 80, "stream": True})
     command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
         assert curl.stdout is not None
@@ -64,7 +63,7 @@ def check_nothing_runs(server: ServerProcess, left: float, generated: float) -> 
     """The last client has left, and the engine has stopped long before it had generated everything."""
     wait_for(lambda: server.metric(LEFT) > left, "the disconnect is counted")
     wait_for(lambda: server.metric(RUNNING) == 0, "no request is running")
-    assert server.metric(GENERATED) - generated < LONG["max_tokens"] * LONG["n"]
+    assert server.metric(GENERATED) - generated < LONG["max_tokens"]
 
 
 def test_nothing_runs_when_nobody_asks(server: ServerProcess, client: openai.OpenAI) -> None:
@@ -96,7 +95,7 @@ def test_metrics_hold_vllms_ours_and_the_requests(server: ServerProcess, client:
 
 def test_the_log_has_ids_and_no_prompts(server: ServerProcess) -> None:
     secret = "correct horse battery staple"
-    body = LONG | {"messages": [{"role": "user", "content": secret}], "max_tokens": 2, "n": 1}
+    body = LONG | {"messages": [{"role": "user", "content": secret}], "max_tokens": 2}
     httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"X-Request-Id": "traced-1"})
     httpx.post(f"{server.url}/v1/chat/completions", json=body | {"temperature": -1, "stream": True})
     (line,) = wait_for(
