@@ -28,7 +28,7 @@ class Rows:
     """The usable rows of some files, and what became of the others."""
 
     dataset: "Dataset"
-    """Columns `domain`, `input_ids` [S][T_s], `response_mask` [S][T_s], `num_response_tokens`, `is_cut`."""
+    """Columns `domain`, `input_ids` [S][T_s], `response_mask` [S][T_s], `num_response_tokens`, `length`, `is_cut`."""
 
     bad: tuple[BadRow, ...]
     """Rows that were left out."""
@@ -128,6 +128,7 @@ def _write(folder: Path, files: Sequence[DataFile], encoder: ConversationEncoder
         input_ids=List(List(Value("int32"))),
         response_mask=List(List(Value("bool"))),
         num_response_tokens=Value("int32"),
+        length=Value("int32"),
         is_cut=Value("bool"),
     )
     bad: list[BadRow] = []

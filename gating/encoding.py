@@ -35,6 +35,9 @@ class EncodedConversation:
     num_response_tokens: int
     """Tokens that the loss is taken on."""
 
+    length: int
+    """Tokens of the longest sequence."""
+
     is_cut: bool
     """Whether the end of the conversation is missing: turns, or the end of the last response (then without EOS)."""
 
@@ -119,10 +122,12 @@ class ConversationEncoder:
                 f" a response within {self._max_length}"
             )
         responses = [response[:count] for response, count in zip(responses, kept, strict=True) if count > 0]
+        input_ids = [_join(own, responses) for own in glue]
         return EncodedConversation(
-            input_ids=[_join(own, responses) for own in glue],
+            input_ids=input_ids,
             response_mask=[_join_masks(own, responses) for own in glue],
             num_response_tokens=sum(kept),
+            length=max(len(ids) for ids in input_ids),
             is_cut=kept != lengths,
         )
 

@@ -55,6 +55,7 @@ def test_three_turns_in_three_templates_have_the_same_responses_at_their_own_pos
     for index in range(3):
         assert responses(encoded, index) == wanted
     assert len({len(ids) for ids in encoded.input_ids}) == 3
+    assert encoded.length == max(len(ids) for ids in encoded.input_ids)
     assert encoded.num_response_tokens == sum(len(run) for run in wanted)
     assert not encoded.is_cut
 
