@@ -1,0 +1,153 @@
+"""What a training run starts from: the fusion with its models prepared, and the rows to train and evaluate on.
+
+Nothing here loads a weight. Knows fusions, files and the cache; does not know learners and trainers.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gating.cache import Report
+from gating.conversations import DataFile
+from gating.data import Rows, load_rows, select
+from gating.encoding import ConversationEncoder
+from gating.fusion import load_fusion
+from gating.inspection import FusedModelInfo, inspect_fusion
+from gating.materialize import DEFAULT_CACHE_DIR
+from gating.schema import FRESH_GATE, FusionConfig
+from gating.specialists import LoraSettings, identify, prepare
+from gating.training_settings import TrainError, TrainSettings
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything a run is made from, checked."""
+
+    settings: TrainSettings
+    """As asked for."""
+
+    loaded: FusionConfig
+    """The fusion file's content: what the result is a changed copy of."""
+
+    fusion: FusionConfig
+    """What is trained: prepared models; one specialist only if one is trained alone; a gate that exists."""
+
+    info: FusedModelInfo
+    """Of `fusion`."""
+
+    rows: Rows
+    """To train on."""
+
+    domains: tuple[str, ...]
+    """The domains of a step."""
+
+    eval_rows: dict[str, Rows]
+    """To evaluate on, by domain."""
+
+    cache_dir: Path
+    """Where prepared things are kept."""
+
+    @property
+    def lora(self) -> LoraSettings:
+        """Of new adapters."""
+        settings = self.settings
+        return LoraSettings(settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank, settings.lora_dropout)
+
+    @property
+    def data_digests(self) -> dict[str, str]:
+        """SHA-256 of every data file, by name."""
+        digests = dict(self.rows.digests)
+        for rows in self.eval_rows.values():
+            digests |= {name: digest for name, digest in rows.digests.items() if name not in digests}
+        return digests
+
+    @property
+    def models(self) -> list[Any]:
+        """What identifies the models of `fusion`."""
+        return [{"name": item.name, **identify(item)} for item in self.fusion.specialists]
+
+
+def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) -> RunInputs:
+    """Load, prepare and check everything that a run needs, but weights.
+
+    Raises:
+        FusionError, DataError, TrainError: what is wrong with fusion, data or settings.
+    """
+    cache_dir = Path(settings.cache).expanduser() if settings.cache else DEFAULT_CACHE_DIR.expanduser()
+    loaded = load_fusion(settings.fusion)
+    chosen = _choose(loaded, settings)
+    fusion = prepare(chosen, cache_dir, keep_adapters=settings.uses_adapters, on_progress=on_progress)
+    info = inspect_fusion(fusion)
+    tokenizers = _tokenizers(fusion)
+    max_length = _max_length(settings, info)
+    encoder = ConversationEncoder(fusion, tokenizers, num_shared_ids=info.num_shared_ids, max_length=max_length)
+    key = {
+        "tokenizers": [_digest(tokenizer) for tokenizer in tokenizers],
+        "templates": encoder.template_texts,
+        "eos": fusion.eos_token_ids[0],
+        "num_shared_ids": info.num_shared_ids,
+        "max_length": max_length,
+    }
+
+    def read(files: Sequence[str], domains: Sequence[str]) -> Rows:
+        parsed = [DataFile.parse(file) for file in files]
+        return load_rows(parsed, encoder, key=key, cache_dir=cache_dir, domains=domains, on_progress=on_progress)
+
+    rows = read(settings.data, settings.domains)
+    domains = tuple(sorted(settings.domains)) or rows.domains
+    eval_rows = {}
+    if settings.eval_data:
+        found = read(settings.eval_data, domains)
+        eval_rows = {name: select(found, [name], settings.eval_limit, settings.seed) for name in domains}
+    rows = select(rows, domains, settings.limit, settings.seed)
+    return RunInputs(settings, loaded, fusion, info, rows, domains, eval_rows, cache_dir)
+
+
+def resolve_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """The type of the specialists' arithmetic on this device."""
+    if settings.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+
+
+def _choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
+    """The specialists that take part, with a gate file that exists, or a fresh gate."""
+    if settings.specialist is not None:
+        chosen = [item for item in loaded.specialists if item.name == settings.specialist]
+        if not chosen:
+            names = ", ".join(loaded.specialist_names)
+            raise TrainError(f"--specialist: {settings.specialist!r} is not in the fusion; it has {names}")
+        return loaded.model_copy(update={"specialists": tuple(chosen), "gate": None})
+    if len(loaded.specialists) < 2:
+        raise TrainError(f"--stage: {loaded.name} has one specialist and no gate; use --specialist to train it")
+    has_gate = loaded.gate is not None and (loaded.gate == FRESH_GATE or Path(loaded.gate).is_file())
+    if settings.fresh_gate or (settings.stage == 1 and not has_gate):
+        return loaded.model_copy(update={"gate": FRESH_GATE})
+    return loaded
+
+
+def _max_length(settings: TrainSettings, info: FusedModelInfo) -> int:
+    if settings.max_length is not None and settings.max_length > info.max_model_len:
+        raise TrainError(
+            f"--max-length: {settings.max_length} is more than the fusion's {info.max_model_len}; lower it"
+        )
+    return settings.max_length or info.max_model_len
+
+
+def _tokenizers(fusion: FusionConfig) -> list[Any]:
+    from transformers import AutoTokenizer
+
+    return [AutoTokenizer.from_pretrained(item.model, revision=item.revision) for item in fusion.specialists]
+
+
+def _digest(tokenizer: Any) -> str:
+    content = [
+        tokenizer.backend_tokenizer.to_str(),
+        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
