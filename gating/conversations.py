@@ -11,10 +11,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from gating.training_settings import TrainError
+
 ROLES = ("system", "developer", "user", "assistant")
 
 
-class DataError(ValueError):
+class DataError(TrainError):
     """Training data cannot be used. One line that names the file or the domain, and the way out."""
 
 

@@ -76,7 +76,7 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     """Load, prepare and check everything that a run needs, but weights.
 
     Raises:
-        FusionError, DataError, TrainError: what is wrong with fusion, data or settings.
+        FusionError, TrainError: what is wrong with fusion, data or settings.
     """
     cache_dir = Path(settings.cache).expanduser() if settings.cache else DEFAULT_CACHE_DIR.expanduser()
     loaded = load_fusion(settings.fusion)

@@ -12,8 +12,10 @@ from functools import lru_cache
 import torch
 from torch.utils.data import Sampler
 
+from gating.training_settings import TrainError
 
-class SamplerError(ValueError):
+
+class SamplerError(TrainError):
     """The rows of a step cannot be shared out evenly. One line with the way out."""
 
 

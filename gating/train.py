@@ -26,7 +26,7 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     """The command; returns the exit status. `cache` is the default of `--cache`.
 
     Raises:
-        TrainError, FusionError, DataError, SamplerError: one line for the user.
+        TrainError, FusionError: one line for the user.
     """
     train(parse_settings(argv, cache))
     return 0
@@ -36,8 +36,8 @@ def train(settings: TrainSettings) -> Path | None:
     """Train as the settings say; returns the new fusion's file, or None after a plan.
 
     Raises:
-        TrainError, FusionError, DataError, SamplerError: what cannot be done, before anything is loaded.
-        NonFiniteLossError: training has gone wrong; the last checkpoint stays.
+        TrainError, FusionError: what cannot be done, before any weight is loaded (DataError, SamplerError), or that
+            training has gone wrong (NonFiniteLossError); then the last checkpoint stays.
     """
     from gating.inputs import gather_inputs
 

@@ -9,11 +9,11 @@ from types import FrameType
 
 from gating.fusion import load_fusion
 from server import __version__
-from server.cli import ServeCommand, parse_command
+from server.cli import EngineFlags, ServeCommand, parse_command
 from server.listener import listen_on
 from server.log import configure_logging
 from server.progress import StartupProgress
-from server.settings import SettingsError, vllm_environment
+from server.settings import ServerSettings, SettingsError, read_environment, vllm_environment
 
 NUM_STEPS = 4
 EXIT_WRONG_INPUT = 2
@@ -28,8 +28,11 @@ class Interrupted(BaseException):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 (failed while serving), 2 (what was asked for cannot be done)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _serve(parse_command(sys.argv[1:] if argv is None else argv, os.environ))
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:])
+        return _serve(parse_command(arguments, os.environ))
     except (Interrupted, KeyboardInterrupt):
         print("\nultrafuser: interrupted before it was ready", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -56,6 +59,19 @@ def _serve(command: ServeCommand) -> int:
         return serve(settings, command.engine_options, fusion, listener, progress)
 
 
+def _train(arguments: Sequence[str]) -> int:
+    """Training has settings of its own; of the server's it shares the cache folder."""
+    from gating.train import run
+
+    names = [*ServerSettings.model_fields, *EngineFlags.model_fields]
+    cache = read_environment(os.environ, names).get("cache")
+    try:
+        return run(arguments, cache)
+    except KeyboardInterrupt:
+        print("\nultrafuser: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise Interrupted
 
@@ -63,8 +79,9 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 def _is_expected(error: ValueError) -> bool:
     """Whether the message alone helps the user; of anything else, the traceback has to be seen."""
     from gating.schema import FusionError
+    from gating.training_settings import TrainError
 
-    if isinstance(error, SettingsError | FusionError):
+    if isinstance(error, SettingsError | FusionError | TrainError):
         return True
     from gating.gate import GateError
     from server.engine.options import EngineOptionError

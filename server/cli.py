@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ultrafuser {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_ServeParser)
     serve = commands.add_parser("serve", help="serve a fused model behind the OpenAI API")
+    commands.add_parser("train", help="train a gate, specialists, or both (`ultrafuser train --help`)")
     fusion = ServerSettings.model_fields["fusion"]
     serve.add_argument("fusion", nargs="?", metavar="FUSION", default=argparse.SUPPRESS, help=_help(fusion))
     for section in SECTIONS:

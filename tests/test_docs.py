@@ -13,6 +13,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from gating.fusion import FusionConfig, preset_names
 from gating.schema import EngineSettings, SamplingDefaults, SpecialistConfig
 from gating.templates import template_names
+from gating.training_settings import TrainSettings, parse_settings
 from server import __version__
 from server.cli import EngineFlags, parse_command
 from server.settings import PREFIX, ServerSettings
@@ -60,7 +61,8 @@ def test_every_makefile_target_is_explained_and_phony() -> None:
 @each_page
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
-    assert names <= {*ServerSettings.model_fields, *EngineFlags.model_fields, "help", "version", "no_compile"}
+    known = {*ServerSettings.model_fields, *EngineFlags.model_fields, *TrainSettings.model_fields}
+    assert names <= {*known, "help", "version", "no_compile"}
 
 
 @each_page
@@ -69,7 +71,9 @@ def test_commands_of_ours_are_accepted(page: Path) -> None:
         if words[0] == "make" and words[1] == "serve":
             arguments = [word.partition("=")[2] for word in words if word.startswith("ARGS=")]
             parse_command(["serve", *shlex.split(" ".join(arguments))], {})
-        if words[0] == "ultrafuser":
+        if words[:2] == ["ultrafuser", "train"]:
+            parse_settings(words[2:])
+        elif words[0] == "ultrafuser":
             parse_command(words[1:], {})
 
 
