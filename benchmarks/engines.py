@@ -7,11 +7,12 @@ worker processes poll shared memory for a second after each step, which two core
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.inputs import EngineInput, tokens_input
 from vllm.sampling_params import RequestOutputKind
@@ -133,6 +134,14 @@ def plain_engine_options(fusion: FusionConfig, info: FusedModelInfo, index: int)
     }
 
 
-def _in_this_process() -> AbstractContextManager[Any]:
-    """vLLM reads the variable while it starts; servers that are started later must not see it."""
-    return patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """Start vLLM without processes of its own, and with all the threads that torch had before.
+
+    vLLM reads the variable while it starts; servers that are started later must not see it.
+    """
+    num_threads = torch.get_num_threads()
+    with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
+        yield
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)

@@ -83,6 +83,9 @@ class Comparison(Frozen):
     bar: Bar | None = None
     """Null: reported, not judged."""
 
+    note: str | None = None
+    """What else was decided during the run."""
+
     @property
     def key(self) -> str:
         """The case as a name in JSON: "batch_8"."""

@@ -30,7 +30,7 @@ class Sizes:
 
     batches: tuple[int, ...] = (1, 8, 32)
     prompt_length: int = 64
-    num_rounds: int = 8
+    num_rounds: int = 6
     num_steps: int = 12
     num_requests: int = 128
     num_slots: int = 32
@@ -53,7 +53,7 @@ def compare_with_transformers(options: Options) -> list[Comparison]:
     engine = fused_engine(fusion) if options.runs_fused else None
     loop = LockstepLoop(fusion, info) if options.runs_baseline else None
     if loop is not None:
-        choose_cache(loop, _equal_requests(info, max(sizes.batches), sizes, seed=100), sizes.num_steps)
+        choose_cache(loop, _equal_requests(info, max(sizes.batches), sizes, seed=100), sizes.num_steps // 2)
     comparisons = []
     for batch in sizes.batches:
         requests = _equal_requests(info, batch, sizes, seed=batch)
@@ -63,7 +63,8 @@ def compare_with_transformers(options: Options) -> list[Comparison]:
         say(f"{comparisons[-1].case}: ratio {comparisons[-1].ratio}")
     comparisons.append(compare_batching(engine, loop, unequal_requests(info, sizes), sizes))
     say(f"{comparisons[-1].case}: ratio {comparisons[-1].ratio}")
-    return comparisons
+    note = f"the loop with its {loop.cache_kind} cache" if loop is not None else None
+    return [item.model_copy(update={"note": note}) for item in comparisons]
 
 
 def choose_cache(loop: "LockstepLoop", requests: Sequence[Request], num_steps: int) -> None:

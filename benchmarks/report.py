@@ -66,7 +66,8 @@ def _row(item: Comparison, has_samples: bool) -> list[str]:
     bar = f"{item.bar.direction} {item.bar.limit:g}" if item.bar else "-"
     met = {True: "yes", False: "**no**", None: "-"}[item.is_met]
     sides = [*_cells(item.fused, has_samples), *_cells(item.baseline, has_samples)]
-    return [item.case, item.unit, *sides, f"**{_number(item.ratio)}**", bar, met]
+    case = f"{item.case} ({item.note})" if item.note else item.case
+    return [case, item.unit, *sides, f"**{_number(item.ratio)}**", bar, met]
 
 
 def _cells(side: Measured | None, has_samples: bool) -> list[str]:

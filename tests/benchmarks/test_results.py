@@ -31,7 +31,14 @@ def result() -> Result:
             ratio=1.021,
             bar=Bar(limit=1.05, direction="at most"),
         ),
-        Comparison(case="batch 8", unit="tokens/s", fused=Measured(value=1234.5), baseline=None, ratio=None, bar=None),
+        Comparison(
+            case="batch 8",
+            unit="tokens/s",
+            fused=Measured(value=1234.5),
+            baseline=None,
+            ratio=None,
+            note="at night",
+        ),
     )
     environment = describe_environment("benchmarks.decode_step", ["--fusion", "a b.yaml"])
     return Result(question=QUESTION, date="2030-01-02", comparisons=comparisons, environment=environment)
@@ -74,7 +81,7 @@ def test_the_page_has_a_table_of_each_result_and_says_what_is_missing(result: Re
     result.write(tmp_path / "results")
     page = render_page(tmp_path / "results", tmp_path / "results.md")
     assert "| batch 1 | ms per step | 102 | 102 | 103 | 100 | 100 | 100 | **1.02** | at most 1.05 | yes |" in page
-    assert "| batch 8 | tokens/s | 1234 | - | - | - | - | - | **-** | - | - |" in page
+    assert "| batch 8 (at night) | tokens/s | 1234 | - | - | - | - | - | **-** | - | - |" in page
     assert "![decode_step](results/2030-01-02-decode_step.png)" in page
     assert "Run `python -m benchmarks.peers`" in page
     assert [line for line in page.splitlines() if line.startswith("## ")] == [f"## {name}" for name in NAMES]
