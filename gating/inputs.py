@@ -5,8 +5,8 @@ Nothing here loads a weight. Knows fusions, files and the cache; does not know l
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,30 +79,18 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
         FusionError, TrainError: what is wrong with fusion, data or settings.
     """
     cache_dir = Path(settings.cache).expanduser() if settings.cache else DEFAULT_CACHE_DIR.expanduser()
+    files, eval_files = [[DataFile.parse(file) for file in own] for own in (settings.data, settings.eval_data)]
     loaded = load_fusion(settings.fusion)
     chosen = _choose(loaded, settings)
     fusion = prepare(chosen, cache_dir, keep_adapters=settings.uses_adapters, on_progress=on_progress)
     info = inspect_fusion(fusion)
-    tokenizers = _tokenizers(fusion)
-    max_length = _max_length(settings, info)
-    encoder = ConversationEncoder(fusion, tokenizers, num_shared_ids=info.num_shared_ids, max_length=max_length)
-    key = {
-        "tokenizers": [_digest(tokenizer) for tokenizer in tokenizers],
-        "templates": encoder.template_texts,
-        "eos": fusion.eos_token_ids[0],
-        "num_shared_ids": info.num_shared_ids,
-        "max_length": max_length,
-    }
-
-    def read(files: Sequence[str], domains: Sequence[str]) -> Rows:
-        parsed = [DataFile.parse(file) for file in files]
-        return load_rows(parsed, encoder, key=key, cache_dir=cache_dir, domains=domains, on_progress=on_progress)
-
-    rows = read(settings.data, settings.domains)
+    encoder, key = _encoder(fusion, info, _max_length(settings, info))
+    read = partial(load_rows, encoder=encoder, key=key, cache_dir=cache_dir, on_progress=on_progress)
+    rows = read(files, domains=settings.domains)
     domains = tuple(sorted(settings.domains)) or rows.domains
     eval_rows = {}
-    if settings.eval_data:
-        found = read(settings.eval_data, domains)
+    if eval_files:
+        found = read(eval_files, domains=domains)
         eval_rows = {name: select(found, [name], settings.eval_limit, settings.seed) for name in domains}
     rows = select(rows, domains, settings.limit, settings.seed)
     return RunInputs(settings, loaded, fusion, info, rows, domains, eval_rows, cache_dir)
@@ -139,10 +127,21 @@ def _max_length(settings: TrainSettings, info: FusedModelInfo) -> int:
     return settings.max_length or info.max_model_len
 
 
-def _tokenizers(fusion: FusionConfig) -> list[Any]:
+def _encoder(
+    fusion: FusionConfig, info: FusedModelInfo, max_length: int
+) -> tuple[ConversationEncoder, dict[str, object]]:
+    """The encoder, and all that its result depends on beside the conversations."""
     from transformers import AutoTokenizer
 
-    return [AutoTokenizer.from_pretrained(item.model, revision=item.revision) for item in fusion.specialists]
+    tokenizers = [AutoTokenizer.from_pretrained(item.model, revision=item.revision) for item in fusion.specialists]
+    encoder = ConversationEncoder(fusion, tokenizers, num_shared_ids=info.num_shared_ids, max_length=max_length)
+    return encoder, {
+        "tokenizers": [_digest(tokenizer) for tokenizer in tokenizers],
+        "templates": encoder.template_texts,
+        "eos": fusion.eos_token_ids[0],
+        "num_shared_ids": info.num_shared_ids,
+        "max_length": max_length,
+    }
 
 
 def _digest(tokenizer: Any) -> str:

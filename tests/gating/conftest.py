@@ -1,15 +1,19 @@
-"""Tiny fused models, written once per test run; tests that break one work on a copy."""
+"""Tiny fused models, written once per test run; tests that break one work on a copy. And short training runs."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gating.fusion import load_fusion
 from gating.modeling import UltraFuserForCausalLM
+from gating.train import train
+from gating.training_settings import TrainSettings
 from tests.fakes import write_tiny_fusion
+from tests.gating.examples import CONVERSATIONS
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +42,43 @@ def tiny_copy(tiny_path: Path, tmp_path: Path) -> Path:
 def tiny_model(tiny_path: Path) -> UltraFuserForCausalLM:
     """The reference of `tiny_path`; read only."""
     return UltraFuserForCausalLM.from_fusion(load_fusion(tiny_path))
+
+
+@pytest.fixture(scope="session")
+def train_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoded rows and hidden states of all training tests."""
+    return tmp_path_factory.mktemp("train-cache")
+
+
+@pytest.fixture
+def settings_of(tiny_path: Path, tmp_path: Path, train_cache: Path) -> Callable[..., TrainSettings]:
+    """Settings of a short run on the tiny fusion and the examples, with changes."""
+
+    def make(**changes: Any) -> TrainSettings:
+        options: dict[str, Any] = {
+            "fusion": str(tiny_path),
+            "data": [str(CONVERSATIONS)],
+            "output": str(tmp_path / "out"),
+            "cache": str(train_cache),
+            "steps": 4,
+            "rows_per_domain": 4,
+            "learning_rate": 3e-3,
+            "eval_every": 1000,
+            "log_every": 1,
+            "precision": "float32",
+        }
+        return TrainSettings(**(options | changes))
+
+    return make
+
+
+@pytest.fixture
+def run(settings_of: Callable[..., TrainSettings]) -> Callable[..., Path]:
+    """Trains by such settings; returns the new fusion's file."""
+
+    def start(**changes: Any) -> Path:
+        path = train(settings_of(**changes))
+        assert path is not None
+        return path
+
+    return start

@@ -1,8 +1,7 @@
-"""Training end to end on tiny models: what learns, what must not, resumption, stops, and what comes out."""
+"""Training end to end on tiny models: what learns, what must not, and what comes out."""
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,73 +14,14 @@ from gating.batches import collate_rows
 from gating.fusion import load_fusion
 from gating.gate import load_gate
 from gating.inputs import gather_inputs
-from gating.materialize import materialize
 from gating.modeling import UltraFuserForCausalLM
 from gating.train import train
-from gating.trainer import FusedTrainer, NonFiniteLossError
-from gating.training_settings import RUN_FOLDER, TrainError, TrainSettings
+from gating.trainer import FusedTrainer
+from gating.training_settings import RUN_FOLDER
 from tests.gating.examples import CONVERSATIONS
+from tests.gating.training import loss_of, losses_in, weights_of
 
 NAMES = ("text", "code", "math")
-Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def train_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("train-cache")
-
-
-@pytest.fixture
-def settings_of(tiny_path: Path, tmp_path: Path, train_cache: Path) -> Callable[..., TrainSettings]:
-    def make(**changes: Any) -> TrainSettings:
-        options: dict[str, Any] = {
-            "fusion": str(tiny_path),
-            "data": [str(CONVERSATIONS)],
-            "output": str(tmp_path / "out"),
-            "cache": str(train_cache),
-            "steps": 4,
-            "rows_per_domain": 4,
-            "learning_rate": 3e-3,
-            "eval_every": 1000,
-            "log_every": 1,
-            "precision": "float32",
-        }
-        return TrainSettings(**(options | changes))
-
-    return make
-
-
-@pytest.fixture
-def run(settings_of: Callable[..., TrainSettings]) -> Train:
-    def start(**changes: Any) -> Path:
-        path = train(settings_of(**changes))
-        assert path is not None
-        return path
-
-    return start
-
-
-def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    """All of a fusion's weights, as the reference loads them (adapters merged)."""
-    config = materialize(load_fusion(path), path.parent / "merged", on_progress=lambda step, share: None)
-    return UltraFuserForCausalLM.from_fusion(config).state_dict()
-
-
-def loss_of(path: Path, settings: TrainSettings) -> float:
-    """The reference's own loss of the fusion on the training rows."""
-    config = materialize(load_fusion(path), path.parent / "merged", on_progress=lambda step, share: None)
-    rows = gather_inputs(settings).rows.dataset
-    batch = collate_rows([rows[index] for index in range(len(rows))])
-    batch.pop("labels")
-    with torch.no_grad():
-        loss = UltraFuserForCausalLM.from_fusion(config)(**batch).loss
-    assert loss is not None
-    return float(loss)
-
-
-def losses_in(output: Path) -> list[float]:
-    history = json.loads((output / "manifest.json").read_text())["history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def test_stage_1_leaves_the_specialists_in_memory_bit_identical(tiny_path, run, monkeypatch):
@@ -241,140 +181,6 @@ def test_one_specialist_alone_learns_in_its_own_template_and_the_others_stay(tin
     assert after.gate == before.gate
     config = json.loads((path.parent / "manifest.json").read_text())["settings"]
     assert config["specialist"] == "code"
-
-
-@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2, "lora_dropout": 0.3}], ids=["gate", "adapters"])
-def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
-    run, settings_of, tmp_path, monkeypatch, options
-):
-    common = {**options, "steps": 4, "save_every": 2, "eval_every": 2, "eval_data": [str(CONVERSATIONS)]}
-    whole = run(**common, output=str(tmp_path / "whole"))
-    stopped = tmp_path / "stopped"
-    _stop_after(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings_of(**common, output=str(stopped)))
-    monkeypatch.undo()
-    assert [folder.name for folder in (stopped / RUN_FOLDER).glob("checkpoint-*")] == ["checkpoint-2"]
-    assert not (stopped / "fusion.yaml").exists()
-    resumed = run(**common, output=str(stopped), resume=True)
-    last = f"{RUN_FOLDER}/checkpoint-4/trained.safetensors"
-    ours, theirs = [load_file(path.parent / last) for path in (resumed, whole)]
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
-    assert losses_in(resumed.parent) == losses_in(whole.parent)
-
-
-def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Ctrl-C in the middle of a step, between two checkpoints."""
-    step = FusedTrainer.training_step
-
-    def interrupted(self: FusedTrainer, *arguments: Any) -> torch.Tensor:
-        if self.state.global_step == steps:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
-    monkeypatch.setattr(FusedTrainer, "training_step", interrupted)
-
-
-def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(run, settings_of):
-    run(stage=1)
-    with pytest.raises(TrainError, match="has checkpoints of a run; add --resume, or name another folder"):
-        train(settings_of(stage=1))
-    with pytest.raises(TrainError, match=r"--learning-rate: the run to resume had 0\.003, now it is 0\.1"):
-        train(settings_of(stage=1, learning_rate=0.1, resume=True))
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(run, settings_of, monkeypatch, tmp_path):
-    from gating.learner import Learner
-
-    forward = Learner.forward
-    calls: list[int] = []
-
-    def poisoned(self: Learner, **batch: Any) -> dict[str, torch.Tensor]:
-        output = forward(self, **batch)
-        calls.append(1)
-        return output if len(calls) < 3 else {**output, "loss": output["loss"] * float("nan")}
-
-    monkeypatch.setattr(Learner, "forward", poisoned)
-    moved: list[int] = []
-    move = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: moved.append(1) or move(self, *rest))  # type: ignore[func-returns-value]
-    with pytest.raises(NonFiniteLossError, match=r"step 3: the loss is nan .*Lower --learning-rate"):
-        train(settings_of(stage=1, save_every=1))
-    assert len(moved) == 2
-    checkpoints = sorted(folder.name for folder in (tmp_path / "out" / RUN_FOLDER).glob("checkpoint-*"))
-    assert checkpoints == ["checkpoint-1", "checkpoint-2"]
-    assert all(
-        bool(torch.isfinite(tensor).all())
-        for tensor in load_file(tmp_path / "out" / RUN_FOLDER / "checkpoint-2" / "trained.safetensors").values()
-    )
-
-
-def test_checkpoints_say_where_they_come_from_and_are_whole_or_absent(run):
-    path = run(stage=1, save_every=1, keep_checkpoints=2, seed=5)
-    folder = path.parent / RUN_FOLDER
-    assert sorted(item.name for item in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-    assert not (folder / ".partial").exists()
-    assert {name.name for name in (folder / "checkpoint-4").iterdir()} >= {
-        "trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "provenance.json"
-    }  # fmt: skip
-    provenance = json.loads((folder / "checkpoint-4" / "provenance.json").read_text())
-    assert provenance["settings"]["seed"] == 5
-    assert provenance["step"] == 4
-    assert set(provenance["data_sha256"]) == {"conversations.jsonl"}
-    assert provenance["versions"]["torch"] == torch.__version__
-    assert provenance["argv"]
-    assert [item["name"] for item in provenance["models"]] == list(NAMES)
-    gate = set(load_file(folder / "checkpoint-4" / "trained.safetensors"))
-    assert all(name.startswith("fusion_gate.") for name in gate), "what is frozen is in no checkpoint"
-
-
-def test_evaluation_gives_each_domains_loss_and_mean_gate_weights_weighted_by_tokens(tiny_path, run, settings_of):
-    path = run(stage=1, eval_data=[str(CONVERSATIONS)], micro_rows_per_domain=1, steps=2)
-    metrics = json.loads((path.parent / "manifest.json").read_text())["metrics"]
-    rows = gather_inputs(settings_of(stage=1)).rows
-    model = UltraFuserForCausalLM.from_fusion(load_fusion(path))
-    for domain in NAMES:
-        batch = collate_rows([rows.dataset[index] for index in rows.indices(domain)])
-        batch.pop("labels")
-        with torch.no_grad():
-            output = model(**batch)
-        assert metrics[f"eval_loss_{domain}"] == pytest.approx(float(output.loss), rel=1e-4)
-        is_token = output.labels != -100
-        for index, name in enumerate(NAMES):
-            wanted = float(output.gate_weights[index][is_token].mean())
-            assert metrics[f"eval_gate_{domain}_{name}"] == pytest.approx(wanted, abs=1e-4)
-    assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_loss_{domain}"] for domain in NAMES) / 3)
-
-
-def test_training_writes_a_tensorboard_log_and_counts_epochs_per_domain(run):
-    path = run(stage=1, eval_data=[str(CONVERSATIONS)])
-    assert list((path.parent / RUN_FOLDER).rglob("events.out.tfevents.*"))
-    history = json.loads((path.parent / "manifest.json").read_text())["history"]
-    assert [entry["epochs_math"] for entry in history if "loss" in entry] == [0.4, 0.8, 1.2, 1.6]
-
-
-def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("gating.specialists.load_frozen", lambda *_: pytest.fail("weights were loaded"))
-    assert train(settings_of(stage=2, plan=True, steps=100)) is None
-    said = capsys.readouterr().err
-    assert "text: 10 rows" in said
-    assert "gate: 33,793 parameters, all learn" in said
-    assert "steps: 100 of 4 rows x 3 domains, 4 rows of each at a time on 1 process(es)" in said
-    assert "code: 10 rows, 40.00 epochs" in said
-    assert "computed, not measured" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, run, capsys):
-    path = run(stage=2, steps=1)
-    said = capsys.readouterr().err
-    trained = load_file(path.parent / RUN_FOLDER / "checkpoint-1" / "trained.safetensors")
-    for index, name in enumerate(NAMES):
-        own = sum(tensor.numel() for key, tensor in trained.items() if key.startswith(f"specialists.{index}."))
-        assert f"parameters, {own:,} learn" in next(
-            line for line in said.splitlines() if line.startswith(f"{name}: ") and "learn" in line
-        )
 
 
 def test_a_missing_gate_file_is_no_hindrance_to_stage_1(tiny_copy, run):

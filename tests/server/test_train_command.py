@@ -37,7 +37,11 @@ def test_the_command_trains_in_the_environments_cache_folder(tmp_path: Path, mon
     [
         (["demo"], "the following arguments are required"),
         (["demo", "--data", "none.jsonl", "--output", "o"], "--stage: name either a stage"),
-        (["none.yaml", "--data", "none.jsonl", "--output", "o", "--stage", "1"], "none.yaml: no such fusion file"),
+        (["demo", "--data", "none.jsonl", "--output", "o", "--stage", "1"], "none.jsonl: no such data file"),
+        (
+            ["none.yaml", "--data", str(CONVERSATIONS), "--output", "o", "--stage", "1"],
+            "none.yaml: no such fusion file",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(
@@ -47,13 +51,6 @@ def test_mistakes_are_one_line_and_exit_status_2(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("ultrafuser: ")
     assert complaint in line
-
-
-def test_missing_data_is_one_line_and_exit_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fusion = write_tiny_fusion(tmp_path / "fusion")
-    argv = ["train", str(fusion), "--data", "none.jsonl", "--output", str(tmp_path / "o"), "--stage", "1"]
-    assert main([*argv, "--cache", str(tmp_path / "cache")]) == EXIT_WRONG_INPUT
-    assert "ultrafuser: none.jsonl: no such data file" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
