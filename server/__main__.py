@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(command: ServeCommand) -> int:
     """What is cheap to check comes first: the fusion file and the port, then seconds of imports, weights last."""
     settings = command.settings
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     os.environ.update(vllm_environment(os.environ, settings.log_level))
     configure_logging(settings.log_level)

@@ -24,6 +24,7 @@ from gating.fusion import FusionConfig, inspect_fusion
 from gating.materialize import materialize
 from server.api.health import Readiness
 from server.app import create_app
+from server.children import tied_children
 from server.engine.client import FusedAsyncLLM
 from server.engine.options import check_engine_options
 from server.listener import base_url
@@ -39,7 +40,8 @@ ENGINE_CHECK_SECONDS = 1.0
 ENGINE_STOP_SECONDS = 15.0
 """How long the engine's processes may take to end by themselves; then they are killed."""
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, an orchestrator's wish, a closed terminal."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def serve(
     logger.debug("fusion: %s", fusion.model_dump(exclude_none=True))
     logger.debug("engine options: %s", dict(engine_options))
     # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
-    with progress.step("load all specialists into one engine"):
+    with progress.step("load all specialists into one engine"), tied_children():
         engine = FusedAsyncLLM.from_fusion(fusion, engine_options)
     adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
     try:
@@ -89,6 +91,7 @@ class _Service:
         self._listener = listener
         self._progress = progress
         self._readiness = Readiness()
+        self._engine_failed = False
         self._server = _Server(_uvicorn_config(create_app(serving, settings, self._readiness), settings))
 
     async def run(self) -> int:
@@ -106,7 +109,7 @@ class _Service:
         failures = [result for result in results if isinstance(result, Exception)]
         for failure in failures:
             logger.error("the server ended because of", exc_info=failure)
-        return 1 if failures or self._serving.engine.errored else 0
+        return 1 if failures or self._engine_failed else 0
 
     async def _become_ready(self) -> None:
         try:
@@ -125,6 +128,7 @@ class _Service:
         while not self._serving.engine.errored:
             await asyncio.sleep(ENGINE_CHECK_SECONDS)
         logger.error("the engine has stopped; the server ends")
+        self._engine_failed = True
         self._stop()
 
     def _stop(self) -> None:

@@ -57,33 +57,47 @@ class Listener(threading.Thread):
             self.error = error
 
 
-def test_a_signal_lets_running_requests_finish_and_leaves_nothing_behind(start: Callable[..., ServerProcess]) -> None:
-    server = start("--shutdown-timeout", "30")
+def press_ctrl_c(server: ServerProcess) -> None:
+    """As in a terminal: every process of the group gets the signal, not the server alone."""
+    os.killpg(server.process.pid, signal.SIGINT)
+
+
+def test_at_ctrl_c_running_requests_finish_and_nothing_is_left_behind(start: Callable[..., ServerProcess]) -> None:
+    server = start("--shutdown-timeout", "60")
     server.wait_until_ready()
     listener = Listener(server.url, max_tokens=300)
     assert len(server.children()) >= 2
-    assert server.end(signal.SIGTERM) == 0
+    press_ctrl_c(server)
+    assert server.process.wait(STOP_SECONDS) == 0
     listener.join(STOP_SECONDS)
     assert listener.error is None
     assert listener.events[-1] == "[DONE]"
     assert json.loads(listener.events[-2])["choices"][0]["finish_reason"] == "length"
     assert server.survivors() == []
     assert "Traceback" not in server.log
+    assert "ERROR" not in server.log
 
 
-def test_a_second_signal_ends_at_once(start: Callable[..., ServerProcess]) -> None:
+def test_a_second_sigterm_ends_at_once(start: Callable[..., ServerProcess]) -> None:
     server = start("--shutdown-timeout", "300")
     server.wait_until_ready()
     listener = Listener(server.url, max_tokens=900)
     server.children()
-    # As Ctrl-C in a terminal does: to every process of the group.
-    os.killpg(server.process.pid, signal.SIGINT)
+    server.process.send_signal(signal.SIGTERM)
     wait_for(lambda: _refuses(server.url), "no new request is taken")
-    os.killpg(server.process.pid, signal.SIGINT)
-    assert server.process.wait(STOP_SECONDS) == 0
+    assert server.end(signal.SIGTERM) == 0
     listener.join(STOP_SECONDS)
     assert listener.events[-1] != "[DONE]" or "error" in json.loads(listener.events[-2])
     assert server.survivors() == []
+
+
+def test_a_killed_server_takes_its_engine_along(start: Callable[..., ServerProcess]) -> None:
+    server = start()
+    server.wait_until_ready()
+    assert len(server.children()) >= 2
+    server.process.kill()
+    server.process.wait()
+    wait_for(lambda: not server.survivors(), "the engine's processes have noticed and ended", 60)
 
 
 def test_an_engine_that_dies_ends_streams_with_an_error_and_the_server(start: Callable[..., ServerProcess]) -> None:
@@ -100,17 +114,16 @@ def test_an_engine_that_dies_ends_streams_with_an_error_and_the_server(start: Ca
     wait_for(lambda: not server.survivors(), "its workers have noticed and ended")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_weights_are_loaded_leaves_nothing_behind(
-    start: Callable[..., ServerProcess], number: signal.Signals
-) -> None:
+def test_ctrl_c_while_weights_are_loaded_leaves_nothing_behind(start: Callable[..., ServerProcess]) -> None:
     server = start()
     server.wait_for_log("[3/4]")
     wait_for(lambda: any("Worker" in child.name() for child in server.children()), "the worker has started", 90)
-    assert server.end(number) == 130
+    press_ctrl_c(server)
+    assert server.process.wait(STOP_SECONDS) == 130
     wait_for(lambda: not server.survivors(), "the engine's processes have ended")
     assert "ready: " not in server.log
     assert "interrupted before it was ready" in server.log
+    assert "Traceback" not in server.log
 
 
 def _refuses(url: str) -> bool:

@@ -30,7 +30,7 @@ NOT_FLAGS = {
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
     """The command sets variables for vLLM, signal and log handlers; other tests are not to notice."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with mock.patch.dict(os.environ):
         yield
     for number, handler in handlers.items():
