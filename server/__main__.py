@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from types import FrameType
 
@@ -13,9 +13,10 @@ from server.cli import EngineFlags, ServeCommand, parse_command
 from server.listener import listen_on
 from server.log import configure_logging
 from server.progress import StartupProgress
-from server.settings import ServerSettings, SettingsError, read_environment, vllm_environment
+from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
 
 NUM_STEPS = 4
+EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"ultrafuser: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except EngineStartError as error:
+        print(f"ultrafuser: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _serve(command: ServeCommand) -> int:
@@ -55,8 +59,25 @@ def _serve(command: ServeCommand) -> int:
         progress = StartupProgress(NUM_STEPS)
         progress.say(f"ultrafuser {__version__}: {fusion.name}, fused from {', '.join(fusion.specialist_names)}")
         with progress.step("import vLLM"):
-            from server.launch import serve
+            serve = _import_serve()
         return serve(settings, command.engine_options, fusion, listener, progress)
+
+
+def _import_serve() -> Callable[..., int]:
+    """The part that needs vLLM.
+
+    Raises:
+        SettingsError: vLLM is not installed, or not in the version that the engine works with.
+    """
+    try:
+        from server.launch import serve
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise SettingsError("vLLM is not installed; install ultrafuser[cuda], or ultrafuser[cpu]") from error
+    except RuntimeError as error:  # the engine package's refusal of another version, by name
+        raise SettingsError(str(error)) from error
+    return serve
 
 
 def _train(arguments: Sequence[str]) -> int:

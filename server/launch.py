@@ -32,7 +32,7 @@ from server.log import adopt_vllm_logging
 from server.metrics import describe_build
 from server.progress import StartupProgress
 from server.serving import Serving, build_serving, warm_up
-from server.settings import ServerSettings, SettingsError
+from server.settings import EngineStartError, ServerSettings, SettingsError
 
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""
@@ -57,6 +57,7 @@ def serve(
 
     Raises:
         SettingsError, FusionError, GateError, EngineOptionError: the user can put it right; no weights are loaded yet.
+        EngineStartError: the engine's processes have said why.
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
     progress.say(_versions())
@@ -65,12 +66,10 @@ def serve(
     with progress.step("prepare weights"):
         fusion = materialize(fusion, Path(settings.cache) if settings.cache else None, progress.report)
         info = inspect_fusion(fusion)
-    logger.debug("settings: %s", settings.model_dump(exclude={"api_key"}))
-    logger.debug("fusion: %s", fusion.model_dump(exclude_none=True))
-    logger.debug("engine options: %s", dict(engine_options))
+    _log_configuration(settings, fusion, engine_options)
     # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
     with progress.step("load all specialists into one engine"), tied_children():
-        engine = FusedAsyncLLM.from_fusion(fusion, engine_options)
+        engine = _start_engine(fusion, engine_options)
     adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
     try:
         serving = build_serving(engine, fusion, info, settings)
@@ -78,6 +77,24 @@ def serve(
             return runner.run(_Service(serving, settings, listener, progress).run())
     finally:
         engine.shutdown(timeout=ENGINE_STOP_SECONDS)
+
+
+def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusedAsyncLLM:
+    try:
+        return FusedAsyncLLM.from_fusion(fusion, engine_options)
+    except RuntimeError as error:
+        if "initialization failed" not in str(error):
+            raise
+        raise EngineStartError("the engine could not start; the first error above says why") from error
+
+
+def _log_configuration(settings: ServerSettings, fusion: FusionConfig, engine_options: Mapping[str, Any]) -> None:
+    """What is served and how; keys are secret and templates long."""
+    logger.info("settings: %s", settings.model_dump(exclude={"api_key"}, exclude_defaults=True))
+    logger.info("engine: %s", fusion.engine.model_dump(exclude_none=True) | dict(engine_options))
+    logger.info("sampling defaults: %s", fusion.sampling_defaults.model_dump(exclude_none=True))
+    for specialist in fusion.specialists:
+        logger.info("specialist: %s", specialist.model_dump(exclude_none=True, exclude={"chat_template"}))
 
 
 class _Service:

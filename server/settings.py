@@ -24,6 +24,10 @@ class SettingsError(ValueError):
     """A setting is unknown or has an unusable value. One line: the name, the value, the way out."""
 
 
+class EngineStartError(RuntimeError):
+    """The engine's processes ended before they could serve; what they said about it is in the log."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -5,10 +5,12 @@ text (media, embeddings); or it lets the specialists read different things (a te
 One table per request type names field and way out. Knows requests, not engines.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest
@@ -24,6 +26,13 @@ RESERVED_TEMPLATE_KEYS = frozenset(
 
 RESERVED_EXTRA_ARGS = frozenset({"specialist_prompts", "kv_transfer_params", "ec_transfer_params"})
 """Keys of `vllm_xargs` that belong to the server."""
+
+
+MAX_NOTICED_FIELDS = 64
+"""How many unknown fields are logged before nothing more is said about them."""
+
+_noticed: set[str] = set()
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,15 @@ def refuse_unfused_completion(request: CompletionRequest) -> None:
         NotFused: naming the field and what to do instead.
     """
     _apply(COMPLETION_REFUSALS, request)
+
+
+def notice_unknown_fields(request: BaseModel) -> None:
+    """Log, once per name, fields that the API does not know: they are accepted and have no effect."""
+    for name in (request.model_extra or {}).keys() - _noticed:
+        # A client can invent names for ever; neither the log nor this set is to grow with them.
+        if len(_noticed) < MAX_NOTICED_FIELDS:
+            _noticed.add(name)
+            logger.info("requests have the unknown field %.64r, which has no effect", name)
 
 
 def refuse_foreign_ids(request: ChatCompletionRequest | CompletionRequest, num_shared_ids: int) -> None:

@@ -7,7 +7,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from server.api.response import error_responses, to_response
 from server.serving import Serving
-from server.unfused import refuse_foreign_ids, refuse_unfused_completion
+from server.unfused import notice_unknown_fields, refuse_foreign_ids, refuse_unfused_completion
 
 router = APIRouter()
 
@@ -23,4 +23,5 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
     serving: Serving = raw_request.app.state.serving
     refuse_unfused_completion(request)
     refuse_foreign_ids(request, serving.num_shared_ids)
+    notice_unknown_fields(request)
     return await to_response(await serving.completion.create_completion(request, raw_request))

@@ -111,5 +111,8 @@ def test_the_start_shows_its_steps_and_nothing_of_vllms(server: ServerProcess) -
     assert [line[:5] for line in start.splitlines() if line.startswith("[")] == [
         f"[{step}/4]" for step in (1, 1, 2, 2, 3, 3, 4, 4)
     ]
-    assert "INFO" not in start
+    assert "(EngineCore" not in start
+    assert "(Worker" not in start
     assert "WARNING" not in start
+    assert "device cpu" in start or "device NVIDIA" in start
+    assert "specialist: {'name': 'code'" in start

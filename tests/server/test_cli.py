@@ -1,5 +1,6 @@
 """The command line: every option is there, help comes at once, and what is wrong is said in one line."""
 
+import builtins
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +20,7 @@ from gating.schema import EngineSettings
 from server.__main__ import main
 from server.cli import EngineFlags, build_parser, parse_command
 from server.engine.options import ALLOWED_ENGINE_OPTIONS
+from server.launch import _check_tool_parser
 from server.log import CONFIGURED_LOGGERS
 from server.settings import ServerSettings, SettingsError
 
@@ -164,3 +167,38 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(capsys: pytest.Capture
     (line,) = capsys.readouterr().err.splitlines()
     assert f"cannot listen on 127.0.0.1 port {port}: address already in use" in line
     assert "--port" in line
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (ModuleNotFoundError("No module named 'vllm'", name="vllm"), "vLLM is not installed; install ultrafuser[cuda]"),
+        (RuntimeError("vllm 0.31.0 is installed, but ..."), "vllm 0.31.0 is installed, but ..."),
+    ],
+)
+def test_a_missing_or_wrong_vllm_is_one_line_and_status_2(
+    failure: Exception, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: str, *args: Any) -> Any:
+        if name == "server.launch":
+            raise failure
+        return real_import(name, *args)
+
+    real_import = builtins.__import__
+    with mock.patch.object(builtins, "__import__", refuse):
+        assert main(["serve", "--port", "0"]) == 2
+    *steps, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ultrafuser: {message}")
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("parser", "auto", "message"),
+    [("hermess", None, "vLLM has no parser 'hermess'; it has"), (None, True, "there is no parser; name one")],
+)
+def test_tool_parsers_are_checked_before_weights_are_loaded(
+    parser: str | None, auto: bool | None, message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        _check_tool_parser(parser, auto)
+    _check_tool_parser("hermes", True)

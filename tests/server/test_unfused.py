@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.unfused import CHAT_REFUSALS, COMPLETION_REFUSALS
+from server.unfused import CHAT_REFUSALS, COMPLETION_REFUSALS, MAX_NOTICED_FIELDS
 from tests.server.scripted import ScriptedEngine
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
@@ -147,3 +147,24 @@ async def test_refusals_are_counted_by_field(client: httpx.AsyncClient) -> None:
     before = await count()
     await client.post("/v1/completions", json=TEXT | {"use_beam_search": True})
     assert await count() == before + 1
+
+
+async def test_an_unknown_field_is_accepted_and_logged_once(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="server.unfused")
+    for _ in range(2):
+        response = await client.post("/v1/chat/completions", json=CHAT | {"flavour": "vanilla"})
+        assert response.status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.name == "server.unfused"] == [
+        "requests have the unknown field 'flavour', which has no effect"
+    ]
+
+
+async def test_invented_fields_do_not_fill_the_log(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="server.unfused")
+    fields = {f"invented-{number}-" + "x" * 1000: 1 for number in range(2 * MAX_NOTICED_FIELDS)}
+    await client.post("/v1/chat/completions", json=CHAT | fields)
+    messages = [record.getMessage() for record in caplog.records if record.name == "server.unfused"]
+    assert len(messages) <= MAX_NOTICED_FIELDS
+    assert max(len(message) for message in messages) < 200
