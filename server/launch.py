@@ -15,18 +15,20 @@ from typing import Any
 
 import torch
 import uvicorn
+from pydantic import ValidationError
 from vllm.entrypoints.launchers.utils.constants import H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
 from vllm.platforms import current_platform
 from vllm.tool_parsers import ToolParserManager
 from vllm.version import __version__ as vllm_version
 
-from gating.fusion import FusionConfig, inspect_fusion
+from gating.fusion import EngineSettings, FusionConfig, FusionError, inspect_fusion
+from gating.gate import GateError
 from gating.materialize import materialize
 from server.api.health import Readiness
 from server.app import create_app
 from server.children import tied_children
 from server.engine.client import FusedAsyncLLM
-from server.engine.options import check_engine_options
+from server.engine.options import EngineOptionError, check_engine_options
 from server.listener import base_url
 from server.log import adopt_vllm_logging
 from server.metrics import describe_build
@@ -63,6 +65,7 @@ def serve(
     progress.say(_versions())
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
+    fusion = _override_engine(fusion, engine_options)
     with progress.step("prepare weights"):
         fusion = materialize(fusion, Path(settings.cache) if settings.cache else None, progress.report)
         info = inspect_fusion(fusion)
@@ -79,9 +82,22 @@ def serve(
         engine.shutdown(timeout=ENGINE_STOP_SECONDS)
 
 
+def _override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusionConfig:
+    """The fusion with the options in place of its file's engine settings, so that they are checked like these."""
+    known = {name: value for name, value in engine_options.items() if name in EngineSettings.model_fields}
+    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update=known)})
+
+
 def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusedAsyncLLM:
     try:
         return FusedAsyncLLM.from_fusion(fusion, engine_options)
+    except (FusionError, GateError, EngineOptionError):
+        raise
+    except ValueError as error:
+        reason = (
+            error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+        )
+        raise EngineStartError(f"vLLM refuses the engine's configuration: {' '.join(reason.split())}") from error
     except RuntimeError as error:
         if "initialization failed" not in str(error):
             raise
