@@ -79,6 +79,12 @@ def test_at_ctrl_c_running_requests_finish_and_nothing_is_left_behind(start: Cal
 
 
 def test_a_second_sigterm_ends_at_once(start: Callable[..., ServerProcess]) -> None:
+    # On a loaded machine the response may be complete before the second signal comes: such an attempt shows nothing.
+    assert any(second_sigterm_cuts_a_stream(start) for _ in range(3))
+
+
+def second_sigterm_cuts_a_stream(start: Callable[..., ServerProcess]) -> bool:
+    """Whether a running response was cut; in any case the server must have ended well."""
     server = start("--shutdown-timeout", "300")
     server.wait_until_ready()
     listener = Listener(server.url, max_tokens=900)
@@ -87,8 +93,8 @@ def test_a_second_sigterm_ends_at_once(start: Callable[..., ServerProcess]) -> N
     wait_for(lambda: _refuses(server.url), "no new request is taken")
     assert server.end(signal.SIGTERM) == 0
     listener.join(STOP_SECONDS)
-    assert listener.events[-1] != "[DONE]" or "error" in json.loads(listener.events[-2])
     assert server.survivors() == []
+    return listener.events[-1] != "[DONE]" or "error" in json.loads(listener.events[-2])
 
 
 def test_a_killed_server_takes_its_engine_along(start: Callable[..., ServerProcess]) -> None:
