@@ -157,10 +157,10 @@ async def test_tools_without_a_parser_are_refused(client: httpx.AsyncClient) -> 
     [
         (EngineDeadError(), 500, "engine_dead", {"x-should-retry": "false"}),
         (EngineGenerateError(), 500, "internal_error", {}),
-        (GenerationError("/root/secret broke"), 500, "internal_error", {}),
+        (GenerationError("/srv/secret broke"), 500, "internal_error", {}),
         (QueueOverflowError(), 503, "overloaded", {"retry-after": "1"}),
         (VLLMValidationError("no such thing", parameter="seed"), 400, None, {}),
-        (RuntimeError("/root/secret broke"), 500, "internal_error", {}),
+        (RuntimeError("/srv/secret broke"), 500, "internal_error", {}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
