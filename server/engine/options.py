@@ -111,6 +111,7 @@ def engine_arguments(
         "scheduler_cls": SCHEDULER,
         "additional_config": spec.to_additional_config(),
         "generation_config": "vllm",
+        "use_tqdm_on_load": False,
         "override_generation_config": _sampling_defaults(fusion),
     }
 
