@@ -1,13 +1,14 @@
-"""Settings of a training run: one frozen model, and the command line that is laid out from it.
+"""Settings of a training run: one frozen model, from which the command line is laid out.
 
 Knows names, types, texts and what excludes what. Imports no torch, so that `--help` answers at once.
 """
 
-import argparse
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gating.commands import CommandError, parse_command
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -23,7 +24,7 @@ RUN_FOLDER = "run"
 _FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
 
 
-class TrainError(ValueError):
+class TrainError(CommandError):
     """A training run cannot be started or go on. One line that names the setting and the way out."""
 
 
@@ -184,55 +185,17 @@ class TrainSettings(BaseModel):
 
 
 def parse_settings(argv: Sequence[str], cache: str | None = None) -> TrainSettings:
-    """Read the command line of `ultrafuser train`; prints and exits for `--help`.
+    """Read the command line of `ultrafuser train`; prints and exits for `--help`. `cache` is the default of `--cache`.
 
     Raises:
-        TrainError: an unknown flag, or a value that does not fit.
+        CommandError: an unknown flag, or a value that does not fit.
     """
-    given = vars(build_parser().parse_args(argv))
-    try:
-        return TrainSettings(**({"cache": cache} | given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, TrainError):
-            raise TrainError(f"--{cause}".replace("_", "-", 1)) from error
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise TrainError(f"{flag}: {first['msg']}, got {first['input']!r}; change the value") from error
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags; one that was not given leaves no attribute."""
-    parser = _Parser(
+    return parse_command(
+        TrainSettings,
+        argv,
         prog="ultrafuser train",
-        usage="ultrafuser train FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
+        usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
         description="Train a fused model's gate, its gate and specialists together, or one specialist alone.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        positional="fusion",
+        defaults={"cache": cache},
     )
-    for name, field in TrainSettings.model_fields.items():
-        help_text = str(field.description).replace("%", "%%")
-        if name == "fusion":
-            parser.add_argument("fusion", metavar="FUSION", help=help_text)
-            continue
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=help_text, **_options(name, field))
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise TrainError(f"{message}; see `{self.prog} --help`")
-
-
-def _options(name: str, field: Any) -> dict[str, Any]:
-    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    if field.annotation is bool:
-        return {"action": "store_true"}
-    if field.annotation == tuple[str, ...]:
-        return {"nargs": "+", "required": field.is_required(), "metavar": name.split("_")[-1].upper()}
-    literal = field.annotation if get_origin(field.annotation) is Literal else next(iter(kinds), None)
-    if get_origin(literal) is Literal:
-        choices = get_args(literal)
-        return {"type": type(choices[0]), "choices": choices}
-    return {"required": field.is_required(), "metavar": name.split("_")[-1].upper()}

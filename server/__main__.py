@@ -5,11 +5,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from importlib import import_module
 from types import FrameType
 
+from gating.commands import CommandError
 from gating.fusion import load_fusion
 from server import __version__
-from server.cli import EngineFlags, ServeCommand, parse_command
+from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
 from server.listener import listen_on
 from server.log import configure_logging
 from server.progress import StartupProgress
@@ -31,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 (failed while serving), 2 (what was asked for cannot be done)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["train"]:
-            return _train(arguments[1:])
+        if arguments[:1] and arguments[0] in OFFLINE_COMMANDS:
+            return _offline(arguments[0], arguments[1:])
         return _serve(parse_command(arguments, os.environ))
     except (Interrupted, KeyboardInterrupt):
         print("\nultrafuser: interrupted before it was ready", file=sys.stderr)
@@ -80,16 +82,15 @@ def _import_serve() -> Callable[..., int]:
     return serve
 
 
-def _train(arguments: Sequence[str]) -> int:
-    """Training has settings of its own; of the server's it shares the cache folder."""
-    from gating.train import run
-
+def _offline(command: str, arguments: Sequence[str]) -> int:
+    """The commands of `gating` have settings of their own; of the server's they share the cache folder."""
     names = [*ServerSettings.model_fields, *EngineFlags.model_fields]
     cache = read_environment(os.environ, names).get("cache")
+    module = import_module(OFFLINE_COMMANDS[command].module)
     try:
-        return run(arguments, cache)
+        return int(module.run(arguments, cache))
     except KeyboardInterrupt:
-        print("\nultrafuser: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print(f"\nultrafuser: interrupted; {OFFLINE_COMMANDS[command].way_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -100,9 +101,8 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 def _is_expected(error: ValueError) -> bool:
     """Whether the message alone helps the user; of anything else, the traceback has to be seen."""
     from gating.schema import FusionError
-    from gating.training_settings import TrainError
 
-    if isinstance(error, SettingsError | FusionError | TrainError):
+    if isinstance(error, SettingsError | FusionError | CommandError):
         return True
     from gating.gate import GateError
     from server.engine.options import EngineOptionError

@@ -80,6 +80,27 @@ SERVER_FLAGS_OF_VLLM: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class OfflineCommand:
+    """A command that runs without the server."""
+
+    module: str
+    """Its `run(argv, cache)` is the command."""
+
+    summary: str
+    """Its line in the list of commands."""
+
+    way_on: str
+    """What to do after it was interrupted."""
+
+
+OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
+    "train": OfflineCommand(
+        "gating.train", "train a gate, specialists, or both", "the same command with --resume goes on"
+    ),
+}
+
+
+@dataclass(frozen=True)
 class ServeCommand:
     """What `ultrafuser serve` was asked to do."""
 
@@ -110,7 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ultrafuser {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_ServeParser)
     serve = commands.add_parser("serve", help="serve a fused model behind the OpenAI API")
-    commands.add_parser("train", help="train a gate, specialists, or both (`ultrafuser train --help`)")
+    for name, command in OFFLINE_COMMANDS.items():
+        commands.add_parser(name, help=f"{command.summary} (`ultrafuser {name} --help`)")
     fusion = ServerSettings.model_fields["fusion"]
     serve.add_argument("fusion", nargs="?", metavar="FUSION", default=argparse.SUPPRESS, help=_help(fusion))
     for section in SECTIONS:

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from gating.training_settings import TrainError, TrainSettings, build_parser, parse_settings
+from gating.commands import CommandError, build_parser
+from gating.training_settings import TrainSettings, parse_settings
 
 REQUIRED = ["demo", "--data", "a.jsonl", "b.jsonl", "--output", "out"]
 
@@ -20,7 +21,8 @@ def test_flags_become_settings_and_the_rest_has_the_papers_values():
 
 
 def test_every_setting_is_a_flag_with_a_help_text():
-    actions = {action.dest: action for action in build_parser()._actions}
+    parser = build_parser(TrainSettings, prog="p", usage="", description="", positional="fusion")
+    actions = {action.dest: action for action in parser._actions}
     assert set(TrainSettings.model_fields) == set(actions) - {"help"}
     assert all(action.help for action in actions.values())
 
@@ -48,7 +50,7 @@ def test_the_cache_folder_of_the_caller_is_the_default():
     ],
 )
 def test_mistakes_are_one_line_that_names_the_flag(argv, complaint):
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(CommandError) as caught:
         parse_settings(argv)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -70,3 +72,8 @@ def test_help_needs_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("usage: ultrafuser train FUSION")
     assert done.stdout.strip().endswith("set()"), done.stdout[-300:] + done.stderr
+
+
+def test_a_flag_named_twice_adds_to_what_it_had():
+    argv = ["demo", "--data", "a", "b", "--data", "c", "--output", "o", "--stage", "1"]
+    assert parse_settings(argv).data == ("a", "b", "c")
