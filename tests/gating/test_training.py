@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gating.batches import collate_rows
 from gating.fusion import load_fusion
@@ -145,6 +145,21 @@ def test_stage_2_in_full_writes_plain_model_folders(run, settings_of):
         assert Path(item.model).is_relative_to(path.parent.resolve())
         assert len(AutoTokenizer.from_pretrained(item.model)) >= 320
     assert loss_of(path, settings_of(stage=2)) < losses[0]
+
+
+@pytest.mark.parametrize("learn", ["full", "lora"])
+def test_a_specialist_with_a_tied_output_layer_is_trained_and_saved_tied(tiny_copy, run, learn):
+    config = LlamaConfig.from_pretrained(tiny_copy.parent / "code", tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tiny_copy.parent / "code")
+    path = run(fusion=str(tiny_copy), stage=2, learn=learn, learning_rate=1e-3, steps=4)
+    last = load_file(path.parent / RUN_FOLDER / "checkpoint-4" / "trained.safetensors")
+    after = weights_of(path)
+    embedding, output_layer = "specialists.1.model.embed_tokens.weight", "specialists.1.lm_head.weight"
+    assert torch.equal(after[embedding], after[output_layer])
+    if learn == "full":
+        assert output_layer not in last
+        assert torch.equal(after[embedding], last[embedding])
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(run, tmp_path):
