@@ -20,8 +20,8 @@ from gating.inputs import RunInputs, resolve_dtype
 from gating.learner import CachedLearner, FusedLearner, Learner
 from gating.sampler import BalancedBatches
 from gating.schema import FRESH_GATE
-from gating.specialists import add_adapter, identify, load_frozen, load_one_frozen
-from gating.states import StateSource, cache_states
+from gating.specialists import add_adapter, load_frozen
+from gating.states import cache_states, state_sources
 from gating.trainer import Collate
 from gating.training_settings import RUN_FOLDER
 
@@ -50,7 +50,7 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report) -> RunPa
     if inputs.settings.cache_states:
         learner, rows, eval_rows = _cached(inputs, device, on_progress)
         return RunParts(learner, rows, eval_rows, collate_states, batches, arguments)
-    whole = _whole(inputs, resolve_dtype(inputs.settings, device))
+    whole = _whole(inputs, resolve_dtype(inputs.settings.precision, device))
     rows_of = {domain: own.dataset for domain, own in inputs.eval_rows.items()}
     return RunParts(whole, inputs.rows.dataset, rows_of, collate_rows, batches, arguments)
 
@@ -75,14 +75,10 @@ def _whole(inputs: RunInputs, dtype: torch.dtype) -> FusedLearner:
 def _cached(
     inputs: RunInputs, device: torch.device, on_progress: Report
 ) -> tuple[CachedLearner, Dataset[Any], dict[str, Dataset[Any]]]:
-    dtype = resolve_dtype(inputs.settings, device)
-    sources = [
-        StateSource(item.name, identify(item), partial(load_one_frozen, inputs.fusion, index, dtype), dtype, size)
-        for index, (item, size) in enumerate(zip(inputs.fusion.specialists, inputs.info.hidden_sizes, strict=True))
-    ]
+    dtype = resolve_dtype(inputs.settings.precision, device)
     cache = partial(
         cache_states,
-        sources=sources,
+        sources=state_sources(inputs.fusion, inputs.info.hidden_sizes, dtype),
         num_shared_ids=inputs.info.num_shared_ids,
         batch_size=_micro_rows(inputs, 1) * len(inputs.domains),
         device=device,
@@ -136,7 +132,7 @@ def _arguments(inputs: RunInputs, device: torch.device) -> TrainingArguments:
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         # Frozen specialists are in their type already, and the gate's arithmetic is float32 in every precision.
-        bf16=settings.trains_specialists and resolve_dtype(settings, device) == torch.bfloat16,
+        bf16=settings.trains_specialists and resolve_dtype(settings.precision, device) == torch.bfloat16,
         use_cpu=device.type == "cpu",
         seed=settings.seed,
         average_tokens_across_devices=True,

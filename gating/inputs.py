@@ -21,7 +21,7 @@ from gating.inspection import FusedModelInfo, inspect_fusion
 from gating.materialize import DEFAULT_CACHE_DIR
 from gating.schema import FRESH_GATE, FusionConfig
 from gating.specialists import LoraSettings, identify, prepare
-from gating.training_settings import TrainError, TrainSettings
+from gating.training_settings import Precision, TrainError, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     chosen = _choose(loaded, settings)
     fusion = prepare(chosen, cache_dir, keep_adapters=settings.uses_adapters, on_progress=on_progress)
     info = inspect_fusion(fusion)
-    encoder, key = _encoder(fusion, info, _max_length(settings, info))
+    encoder, key = make_encoder(fusion, info, resolve_max_length(settings.max_length, info))
     read = partial(load_rows, encoder=encoder, key=key, cache_dir=cache_dir, on_progress=on_progress)
     rows = read(files, domains=settings.domains)
     domains = tuple(sorted(settings.domains)) or rows.domains
@@ -96,11 +96,11 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     return RunInputs(settings, loaded, fusion, info, rows, domains, eval_rows, cache_dir)
 
 
-def resolve_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of the specialists' arithmetic on this device."""
-    if settings.precision == "auto":
+    if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
@@ -119,18 +119,21 @@ def _choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     return loaded
 
 
-def _max_length(settings: TrainSettings, info: FusedModelInfo) -> int:
-    if settings.max_length is not None and settings.max_length > info.max_model_len:
-        raise TrainError(
-            f"--max-length: {settings.max_length} is more than the fusion's {info.max_model_len}; lower it"
-        )
-    return settings.max_length or info.max_model_len
+def resolve_max_length(max_length: int | None, info: FusedModelInfo) -> int:
+    """Most tokens of a conversation: what was asked for, or the fusion's limit.
+
+    Raises:
+        TrainError: more than that.
+    """
+    if max_length is not None and max_length > info.max_model_len:
+        raise TrainError(f"--max-length: {max_length} is more than the fusion's {info.max_model_len}; lower it")
+    return max_length or info.max_model_len
 
 
-def _encoder(
+def make_encoder(
     fusion: FusionConfig, info: FusedModelInfo, max_length: int
 ) -> tuple[ConversationEncoder, dict[str, object]]:
-    """The encoder, and all that its result depends on beside the conversations."""
+    """The encoder of a prepared fusion, and all that its result depends on beside the conversations."""
     from transformers import AutoTokenizer
 
     tokenizers = [AutoTokenizer.from_pretrained(item.model, revision=item.revision) for item in fusion.specialists]

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from torch.utils.data import Dataset
 from gating.batches import collate_rows, response_ids
 from gating.cache import Artifact, Report, Tick, build_once
 from gating.learner import response_states
+from gating.schema import FusionConfig
+from gating.specialists import identify, load_one_frozen
 
 if TYPE_CHECKING:
     import datasets
@@ -49,6 +52,17 @@ class StateSource:
     hidden_size: int
     """D."""
 
+    sequence: int
+    """Which of a row's sequences it reads: the specialist's place in the fusion that the rows were encoded for."""
+
+
+def state_sources(fusion: FusionConfig, hidden_sizes: Sequence[int], dtype: torch.dtype) -> list[StateSource]:
+    """The specialists of a prepared fusion; `hidden_sizes` are theirs, `dtype` that of the states."""
+    return [
+        StateSource(item.name, identify(item), partial(load_one_frozen, fusion, index, dtype), dtype, size, index)
+        for index, (item, size) in enumerate(zip(fusion.specialists, hidden_sizes, strict=True))
+    ]
+
 
 class CachedStates(Dataset[tuple[list[Tensor], Tensor]]):
     """Rows as S tensors [R, D_s] and their labels [R], read from disk when asked for."""
@@ -62,9 +76,17 @@ class CachedStates(Dataset[tuple[list[Tensor], Tensor]]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    @property
+    def offsets(self) -> list[int]:
+        """Row i has the tokens from `offsets[i]` to `offsets[i + 1]`; the last one is N."""
+        return self._offsets
+
+    def tokens(self, begin: int, end: int) -> tuple[list[Tensor], Tensor]:
+        """Tokens of all rows, counted through: S tensors [end - begin, D_s] and their labels."""
+        return [states_ND[begin:end] for states_ND in self._states], self._labels_N[begin:end]
+
     def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor]:
-        tokens = slice(self._offsets[index], self._offsets[index + 1])
-        return [states_ND[tokens] for states_ND in self._states], self._labels_N[tokens]
+        return self.tokens(self._offsets[index], self._offsets[index + 1])
 
 
 def cache_states(
@@ -85,15 +107,15 @@ def cache_states(
     for count in rows["num_response_tokens"][:]:
         offsets.append(offsets[-1] + count)
     states, output_weights = [], []
-    for index, source in enumerate(sources):
+    for source in sources:
         parts = {
             "recipe": _RECIPE,
             "specialist": source.identity,
-            "rows": _digest(rows, index),
+            "rows": _digest(rows, source.sequence),
             "dtype": str(source.dtype),
             "num_shared_ids": num_shared_ids,
         }
-        job = _Job(rows, index, source, offsets, num_shared_ids, batch_size, device)
+        job = _Job(rows, source, offsets, num_shared_ids, batch_size, device)
         artifact = Artifact("states", f"hidden states of {source.name}", parts, job.build)
         folder = build_once(artifact, cache_dir, on_progress or (lambda label, share: None))
         states.append(_map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype))
@@ -105,7 +127,6 @@ def cache_states(
 @dataclass(frozen=True)
 class _Job:
     rows: "datasets.Dataset"
-    index: int
     source: StateSource
     offsets: Sequence[int]
     num_shared_ids: int
@@ -126,7 +147,7 @@ class _Job:
         for begin in range(0, len(order), self.batch_size):
             tick(begin / len(order))
             chosen = order[begin : begin + self.batch_size]
-            batch = collate_rows([_only(self.rows[row], self.index) for row in chosen])
+            batch = collate_rows([_only(self.rows[row], self.source.sequence) for row in chosen])
             tensors = [batch[key][0].to(self.device) for key in ("input_ids", "attention_mask", "response_mask")]
             found = response_states(specialist, *tensors).to(self.source.dtype).cpu()
             for row, states_RD in zip(chosen, found.split([self._count(row) for row in chosen]), strict=True):
@@ -136,8 +157,8 @@ class _Job:
         return self.offsets[row + 1] - self.offsets[row]
 
 
-def _only(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {"input_ids": [row["input_ids"][index]], "response_mask": [row["response_mask"][index]]}
+def _only(row: dict[str, Any], sequence: int) -> dict[str, Any]:
+    return {"input_ids": [row["input_ids"][sequence]], "response_mask": [row["response_mask"][sequence]]}
 
 
 def _map(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -145,9 +166,9 @@ def _map(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=dtype).view(shape)
 
 
-def _digest(rows: "datasets.Dataset", index: int) -> str:
+def _digest(rows: "datasets.Dataset", sequence: int) -> str:
     """What one specialist reads of the rows: its own sequences and masks."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row["input_ids"][index], row["response_mask"][index]]).encode())
+        digest.update(json.dumps([row["input_ids"][sequence], row["response_mask"][sequence]]).encode())
     return digest.hexdigest()

@@ -60,7 +60,7 @@ def _plan(inputs: "RunInputs", device: "torch.device", num_processes: int) -> li
         inputs.settings,
         inputs.info,
         measure(inputs.fusion, inputs.settings, inputs.lora),
-        dtype=resolve_dtype(inputs.settings, device),
+        dtype=resolve_dtype(inputs.settings.precision, device),
         rows={domain: len(inputs.rows.indices(domain)) for domain in inputs.domains},
         longest=max(dataset["length"][:]),
         response_tokens=sum(dataset["num_response_tokens"][:]),

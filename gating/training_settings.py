@@ -12,6 +12,7 @@ from gating.commands import CommandError, parse_command
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 # The paper's, for three 13B models on 16 GPUs: steps and rows per domain of each stage.
 PAPER_STEPS = {1: 400, 2: 5000}
@@ -102,7 +103,7 @@ class TrainSettings(BaseModel):
     domains: tuple[str, ...] = ()
     """Domains to train on, each of which must have rows; default: all that the data names."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Type of the specialists' arithmetic; what learns is kept in float32. Auto: bfloat16 on a GPU, else float32."""
 
     gradient_checkpointing: bool = False

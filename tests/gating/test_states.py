@@ -35,7 +35,10 @@ def sources(tiny_path: Path, loaded: list[str]) -> list[StateSource]:
         loaded.append(name)
         return AutoModelForCausalLM.from_pretrained(tiny_path.parent / name).requires_grad_(False).eval()
 
-    return [StateSource(name, name, lambda name=name: load(name), torch.float32, 64) for name in NAMES]  # type: ignore[misc]
+    return [
+        StateSource(name, name, lambda name=name: load(name), torch.float32, 64, index)  # type: ignore[misc]
+        for index, name in enumerate(NAMES)
+    ]
 
 
 def compute(tiny_path: Path, rows: Rows, cache: Path, loaded: list[str]) -> tuple[CachedStates, list[torch.Tensor]]:
