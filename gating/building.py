@@ -18,7 +18,7 @@ from gating.cache import Report
 from gating.gate import Gate, fresh_gate, load_gate
 from gating.inputs import RunInputs, resolve_dtype
 from gating.learner import CachedLearner, FusedLearner, Learner
-from gating.sampler import BalancedBatches
+from gating.sampler import BalancedBatches, ProportionalBatches
 from gating.schema import FRESH_GATE
 from gating.specialists import add_adapter, load_frozen
 from gating.states import cache_states, state_sources
@@ -106,7 +106,8 @@ def _micro_rows(inputs: RunInputs, num_processes: int) -> int:
 
 def _batches(inputs: RunInputs, rank: int, num_processes: int) -> BalancedBatches:
     settings = inputs.settings
-    return BalancedBatches(
+    kind = BalancedBatches if settings.sampling == "balanced" else ProportionalBatches
+    return kind(
         {domain: inputs.rows.indices(domain) for domain in inputs.domains},
         rows_per_domain=settings.num_rows_per_domain,
         micro_rows_per_domain=_micro_rows(inputs, num_processes),

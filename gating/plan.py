@@ -83,12 +83,7 @@ def describe(
     if num_gate:
         lines.append(f"gate: {num_gate:,} parameters, all learn")
     lines += [
-        f"steps: {settings.num_steps:,} of {per_step} rows x {len(rows)} domains, {micro} rows of each at a time on"
-        f" {num_processes} process(es)",
-        *(
-            f"  {name}: {count:,} rows, {settings.num_steps * per_step / count:.2f} epochs"
-            for name, count in rows.items()
-        ),
+        *_steps(settings, rows, micro, num_processes),
         "memory of one process, computed, not measured (sharding divides the first two):",
     ]
     return (
@@ -99,6 +94,19 @@ def describe(
         ]
         + _disk(settings, info, dtype, response_tokens)
     )
+
+
+def _steps(settings: TrainSettings, rows: Mapping[str, int], micro: int, num_processes: int) -> list[str]:
+    per_step = settings.num_rows_per_domain
+    epochs = {name: settings.num_steps * per_step / count for name, count in rows.items()}
+    shares = f"{per_step} rows x {len(rows)} domains, {micro} rows of each"
+    if settings.sampling == "proportional":
+        epochs = dict.fromkeys(rows, settings.num_steps * per_step * len(rows) / sum(rows.values()))
+        shares = f"{per_step * len(rows)} rows of all {len(rows)} domains together, {micro * len(rows)} rows"
+    return [
+        f"steps: {settings.num_steps:,} of {shares} at a time on {num_processes} process(es)",
+        *(f"  {name}: {count:,} rows, {epochs[name]:.2f} epochs" for name, count in rows.items()),
+    ]
 
 
 def _memory(

@@ -2,7 +2,8 @@
 
 Each domain is read in epochs of its own, shuffled anew in each; what a step sees is a function of the seed and the
 step's number alone. So a run resumes by counting, and any number of processes shares a step's rows without talking.
-Knows row numbers; does not know what is in the rows.
+The paper's ablation without it is here too: the same over one pool of all rows. Knows row numbers; does not know what
+is in the rows.
 """
 
 import hashlib
@@ -91,3 +92,23 @@ class BalancedBatches(Sampler[list[int]]):
         digest = hashlib.sha256(f"{self._seed}:{domain}:{epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return torch.randperm(len(self._domains[domain]), generator=generator).tolist()
+
+
+class ProportionalBatches(BalancedBatches):
+    """The same number of rows in a step, drawn from all domains together: a domain's share is that of its rows.
+
+    Arguments as of `BalancedBatches`; an epoch is one of the union.
+    """
+
+    _POOL = "all domains"
+
+    def __init__(self, domains: Mapping[str, Sequence[int]], **options: int) -> None:
+        super().__init__(domains, **options)
+        self._names = tuple(domains)
+        self._domains = {self._POOL: [row for rows in domains.values() for row in rows]}
+        self._rows_per_domain *= len(domains)
+        self._micro_rows *= len(domains)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Of the union, for every domain: what is to be expected of it, and exact at the end of an epoch."""
+        return dict.fromkeys(self._names, super().epochs(step)[self._POOL])

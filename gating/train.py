@@ -158,6 +158,8 @@ def _checkpoint(settings: TrainSettings, folder: Path) -> str | None:
         raise TrainError(f"--output: {folder} has checkpoints of a run; add --resume, or name another folder")
     before = json.loads((Path(newest) / PROVENANCE_FILE).read_text(encoding="utf-8"))["lasting"]
     now = settings.lasting()
+    # A setting that is younger than the checkpoint had what is its default now.
+    before = {name: field.default for name, field in TrainSettings.model_fields.items() if name in now} | before
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
         name = changed[0]

@@ -64,6 +64,9 @@ class TrainSettings(BaseModel):
     rows_per_domain: Count | None = None
     """Rows of every domain in one optimizer step, over all devices; default: the paper's (64, 32)."""
 
+    sampling: Literal["balanced", "proportional"] = "balanced"
+    """Rows of a step: as many of every domain, or (an ablation) as many in all, each row of the data equally likely."""
+
     micro_rows_per_domain: Count | None = None
     """Rows of every domain in one forward pass of one device; default: all at once. Lower it to save memory."""
 

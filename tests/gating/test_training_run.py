@@ -11,6 +11,7 @@ from gating.batches import collate_rows
 from gating.fusion import load_fusion
 from gating.inputs import gather_inputs
 from gating.modeling import UltraFuserForCausalLM
+from gating.sampler import ProportionalBatches
 from gating.train import train
 from gating.trainer import FusedTrainer, NonFiniteLossError
 from gating.training_settings import RUN_FOLDER, TrainError
@@ -59,6 +60,17 @@ def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(run, settings_of):
         train(settings_of(stage=1))
     with pytest.raises(TrainError, match=r"--learning-rate: the run to resume had 0\.003, now it is 0\.1"):
         train(settings_of(stage=1, learning_rate=0.1, resume=True))
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_had_its_default(run, settings_of):
+    path = run(stage=1)
+    provenance = path.parent / RUN_FOLDER / "checkpoint-4" / "provenance.json"
+    content = json.loads(provenance.read_text())
+    del content["lasting"]["sampling"]
+    provenance.write_text(json.dumps(content))
+    assert run(stage=1, resume=True) == path
+    with pytest.raises(TrainError, match="--sampling: the run to resume had 'balanced', now it is 'proportional'"):
+        train(settings_of(stage=1, sampling="proportional", resume=True))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(run, settings_of, monkeypatch, tmp_path):
@@ -129,6 +141,29 @@ def test_training_writes_a_tensorboard_log_and_counts_epochs_per_domain(run):
     assert list((path.parent / RUN_FOLDER).rglob("events.out.tfevents.*"))
     history = json.loads((path.parent / "manifest.json").read_text())["history"]
     assert [entry["epochs_math"] for entry in history if "loss" in entry] == [0.4, 0.8, 1.2, 1.6]
+
+
+def test_proportional_sampling_reads_all_rows_alike_and_counts_epochs_of_the_union(
+    run, settings_of, tmp_path, monkeypatch, capsys
+):
+    seen: list[list[int]] = []
+    draw = ProportionalBatches.micro_batch
+
+    def watched(self: ProportionalBatches, number: int) -> list[int]:
+        seen.append(draw(self, number))
+        return seen[-1]
+
+    monkeypatch.setattr(ProportionalBatches, "micro_batch", watched)
+    data = tmp_path / "uneven.jsonl"
+    lines = CONVERSATIONS.read_text().splitlines(keepends=True)
+    math = [line for line in lines if json.loads(line)["domain"] == "math"]
+    data.write_text("".join([*(line for line in lines if line not in math), *math[:4]]))
+    path = run(stage=1, sampling="proportional", steps=2, data=[str(data)])
+    assert "2 of 12 rows of all 3 domains together, 12 rows at a time" in capsys.readouterr().err
+    assert len({row for batch in seen for row in batch}) == sum(len(batch) for batch in seen) == 24
+    history = json.loads((path.parent / "manifest.json").read_text())["history"]
+    logged = [[entry[f"epochs_{name}"] for name in NAMES] for entry in history if "loss" in entry]
+    assert logged == [[0.5] * 3, [1.0] * 3]
 
 
 def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, capsys, monkeypatch, tmp_path):
