@@ -29,7 +29,8 @@ def parse_command(
     """Read a command line into its settings; prints and exits for `--help`.
 
     Args:
-        model: frozen, with a docstring under each field. A bool is a flag, `tuple[str, ...]` takes several values.
+        model: frozen, with a docstring under each field. A bool is a flag, `tuple[str, ...]` takes several values; an
+            alias is the flag's name where the field cannot have it.
         argv: without the command's name.
         prog: the command, for messages.
         usage: its first line of help.
@@ -77,6 +78,7 @@ def build_parser(
             count = None if field.is_required() else "?"
             parser.add_argument(name, nargs=count, metavar=name.upper(), help=help_text)
             continue
+        name = field.alias or name
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=help_text, **_options(name, field))
     return parser
 

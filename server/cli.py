@@ -97,6 +97,9 @@ OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
     "train": OfflineCommand(
         "gating.train", "train a gate, specialists, or both", "the same command with --resume goes on"
     ),
+    "eval": OfflineCommand(
+        "gating.evaluate", "evaluate a fused model", "the same command goes on from what is in the cache"
+    ),
 }
 
 

@@ -1,0 +1,176 @@
+"""Evaluates a fused model: `ultrafuser eval`. Held-out loss per domain, or benchmarks through a running server.
+
+Puts the parts of `gating/evaluation/` together. See docs/evaluation.md.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gating.commands import CommandError, parse_command
+from gating.progress import StepProgress
+from gating.training_settings import Count, Precision
+
+if TYPE_CHECKING:
+    from gating.cache import Report
+    from gating.evaluation.loss import LossTable
+    from gating.evaluation.task import ReadingOptions
+
+
+class EvalSettings(BaseModel):
+    """One evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fusion: str | None = None
+    """Fusion file, folder or preset; for --loss and --variants."""
+
+    loss: bool = False
+    """Take the loss on conversations, per domain, of the fused model and all that it is held against."""
+
+    data: tuple[str, ...] = ()
+    """Conversations for --loss: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
+
+    baseline: str | None = None
+    """A second fusion whose rows are added: the specialists as they entered stage 2, for one."""
+
+    base: str | None = None
+    """Folder or hub id of the model that the specialists were made from; default: the one they all name."""
+
+    task_arithmetic_scale: Annotated[float, Field(gt=0)] = 0.4
+    """Of task arithmetic: base + scale x sum of the specialists' differences from it."""
+
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """Write the losses to this file as JSON."""
+
+    variants: str | None = None
+    """Write one fusion file for each single model of the table into this folder, to be served and compared."""
+
+    limit: Count | None = None
+    """Most rows of a domain, or items of a benchmark, drawn at random; default: all."""
+
+    max_length: Count | None = None
+    """Most tokens of a conversation; default: the fusion's."""
+
+    precision: Precision = "auto"
+    """Type of the models' arithmetic for --loss. Auto: bfloat16 on a GPU, else float32."""
+
+    batch_size: Count = 4
+    """Conversations that a model reads at a time."""
+
+    seed: int = 0
+    """Draws rows and items."""
+
+    cache: str | None = None
+    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvalSettings":
+        if not (self.loss or self.variants):
+            raise CommandError("loss: nothing to do; add --loss with --data, --variants FOLDER, or --benchmark")
+        if self.fusion is None:
+            raise CommandError("loss: which fusion? Name a fusion file, folder or preset first")
+        if self.loss and not self.data:
+            raise CommandError("data: --loss needs conversations; add --data DOMAIN=FILE")
+        return self
+
+
+def run(argv: Sequence[str], cache: str | None = None) -> int:
+    """The command; returns the exit status. `cache` is the default of `--cache`.
+
+    Raises:
+        CommandError, FusionError: one line for the user.
+    """
+    settings = parse_command(
+        EvalSettings,
+        argv,
+        prog="ultrafuser eval",
+        usage="[FUSION] (--loss --data DOMAIN=FILE ... | --variants FOLDER)",
+        description="Evaluate a fused model against its specialists, their base and merged weights.",
+        positional="fusion",
+        defaults={"cache": cache},
+    )
+    from gating.packaged import hidden_bars
+
+    with closing(StepProgress()) as progress, hidden_bars():
+        if settings.variants is not None:
+            _write_variants(settings, Path(settings.variants), progress)
+        if settings.loss:
+            _report(settings, _measure(settings, progress))
+    return 0
+
+
+def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
+    from gating.conversations import DataFile
+    from gating.evaluation.loss import measure
+    from gating.evaluation.task import prepare_task
+
+    options = _reading_options(settings)
+    files = [DataFile.parse(file) for file in settings.data]
+    names = [name for name in (settings.fusion, settings.baseline) if name is not None]
+    tables = []
+    for name in names:
+        task = prepare_task(name, files, options, on_progress)
+        print("\n".join(task.rows.summary()), file=sys.stderr)
+        tables.append(measure(task, settings.base, settings.task_arithmetic_scale))
+    return tables[0] if len(tables) == 1 else tables[0].with_baseline(tables[1])
+
+
+def _reading_options(settings: EvalSettings) -> "ReadingOptions":
+    from gating.evaluation.task import ReadingOptions
+
+    chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
+    return ReadingOptions(cache_dir=_cache_dir(settings), **chosen)
+
+
+def _cache_dir(settings: EvalSettings) -> Path:
+    from gating.materialize import DEFAULT_CACHE_DIR
+
+    return Path(settings.cache or DEFAULT_CACHE_DIR).expanduser()
+
+
+def _report(settings: EvalSettings, table: "LossTable") -> None:
+    from gating.evaluation.loss import describe
+    from gating.provenance import write_json
+
+    print("\n".join(describe(table)))
+    if settings.json_file is not None:
+        path = Path(settings.json_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, table.as_json())
+
+
+def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report") -> None:
+    """One fusion file of a single model for each of the table's rows that is one."""
+    from gating.evaluation.merging import find_variants
+    from gating.fusion import inspect_fusion, load_fusion, save_fusion
+    from gating.materialize import materialize
+
+    assert settings.fusion is not None
+    cache_dir = _cache_dir(settings)
+    loaded = load_fusion(settings.fusion)
+    prepared = materialize(loaded, cache_dir, on_progress)
+    merged, notes = find_variants(
+        loaded,
+        prepared,
+        inspect_fusion(prepared).num_shared_ids,
+        base=settings.base,
+        scale=settings.task_arithmetic_scale,
+        cache_dir=cache_dir,
+        on_progress=on_progress,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for model in (*prepared.specialists, *merged):
+        changes = {"name": f"{loaded.name}-{model.name}", "specialists": (model,), "gate": None}
+        save_fusion(loaded.model_copy(update=changes), folder / f"{model.name}.yaml")
+        print(folder / f"{model.name}.yaml")
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""What a fusion is held against: its models as one set of weights, by averaging or task arithmetic, and their base.
+
+Every one of them is an ordinary model folder in the cache, read in the leader's chat template. Knows models and the
+cache; does not know losses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gating.cache import Artifact, Report, Tick, build_once
+from gating.commands import CommandError
+from gating.materialize import materialize
+from gating.packaged import hidden_bars
+from gating.schema import FusionConfig, SpecialistConfig
+from gating.specialists import identify
+
+AVERAGE = "average"
+BASE = "base"
+TASK_ARITHMETIC = "task_arithmetic"
+
+DEFAULT_SCALE = 0.4
+"""Of task arithmetic: within the range that its authors recommend where nothing is tuned."""
+
+# Part of the cache key: raise it when the same models are to give other weights.
+_RECIPE = 1
+
+
+class MergeError(CommandError):
+    """Models cannot be merged, or there is no base. One line that says why."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One model of a linear combination of weights."""
+
+    factor: float
+    model: SpecialistConfig
+    """Prepared: a folder or a hub id, no adapter."""
+
+
+def find_variants(
+    loaded: FusionConfig,
+    prepared: FusionConfig,
+    num_shared_ids: int,
+    *,
+    base: str | None,
+    scale: float,
+    cache_dir: Path,
+    on_progress: Report,
+) -> tuple[list[SpecialistConfig], tuple[str, ...]]:
+    """Base, average (model soups, arXiv 2203.05482) and task arithmetic (arXiv 2212.04089), as prepared models.
+
+    Args:
+        loaded: the fusion as its file has it.
+        prepared: the same with plain model folders.
+        num_shared_ids: ids that mean the same token in every model; merged models have no others.
+        base: a folder or hub id; default: the model that all specialists name, each with its adapter or none.
+        scale: of task arithmetic: base + scale x sum over s of (weights of s - base).
+        cache_dir: where merged models are kept.
+        on_progress: told what is being done.
+
+    Returns:
+        Those that can be had, each under its name; and one line for those that cannot.
+    """
+    models = prepared.specialists
+    combine = partial(_combine, models[0], num_shared_ids, cache_dir, on_progress)
+    found, notes = [], []
+    try:
+        found.append(_find_base(loaded, base, cache_dir, on_progress))
+    except MergeError as error:
+        notes.append(f"no rows {BASE} and {TASK_ARITHMETIC}: {error}")
+    try:
+        found.append(combine(AVERAGE, [Term(1 / len(models), model) for model in models]))
+        if len(found) > 1:
+            terms = [Term(1 - scale * len(models), found[0]), *(Term(scale, model) for model in models)]
+            found.append(combine(TASK_ARITHMETIC, terms))
+    except MergeError as error:
+        notes.append(f"no merged weights: {error}")
+    return found, tuple(notes)
+
+
+def _find_base(loaded: FusionConfig, base: str | None, cache_dir: Path, on_progress: Report | None) -> SpecialistConfig:
+    leader = loaded.specialists[0]
+    named = {(item.model, item.revision) for item in loaded.specialists}
+    if base is None and len(named) > 1:
+        raise MergeError("the specialists name different models; give the one they were made from as --base")
+    changes: dict[str, Any] = {"name": BASE, "adapter": None}
+    if base is not None:
+        changes |= {"model": base, "revision": None}
+    alone = loaded.model_copy(update={"specialists": (leader.model_copy(update=changes),), "gate": None})
+    return materialize(alone, cache_dir, on_progress).specialists[0]
+
+
+def _combine(
+    leader: SpecialistConfig,
+    num_shared_ids: int,
+    cache_dir: Path,
+    on_progress: Report,
+    name: str,
+    terms: Sequence[Term],
+) -> SpecialistConfig:
+    artifact = Artifact(
+        name=name,
+        label=f"merging weights: {name.replace('_', ' ')}",
+        parts={
+            "recipe": _RECIPE,
+            "terms": [[term.factor, identify(term.model)] for term in terms],
+            "num_shared_ids": num_shared_ids,
+        },
+        build=partial(_write, terms, num_shared_ids),
+    )
+    folder = build_once(artifact, cache_dir, on_progress)
+    changes = {"name": name, "model": str(folder), "revision": None, "quantization": None}
+    return leader.model_copy(update=changes)
+
+
+def _write(terms: Sequence[Term], num_shared_ids: int, folder: Path, tick: Tick) -> None:
+    """Sums in float32, with two models in memory at a time."""
+    from transformers import AutoTokenizer
+
+    with hidden_bars():
+        total = _load(terms[0].model, num_shared_ids)
+        sums = {name: tensor.mul_(terms[0].factor) for name, tensor in _weights(total).items()}
+        for number, term in enumerate(terms[1:], start=1):
+            tick(number / len(terms))
+            own = _weights(_load(term.model, num_shared_ids))
+            unlike = {name for name in sums.keys() | own.keys() if _shape(sums, name) != _shape(own, name)}
+            if unlike:
+                raise MergeError(f"the models' weights have different shapes ({sorted(unlike)[0]})")
+            for name, tensor in own.items():
+                sums[name].add_(tensor, alpha=term.factor)
+        total.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(terms[0].model.model, revision=terms[0].model.revision).save_pretrained(folder)
+
+
+def _load(model: SpecialistConfig, num_shared_ids: int) -> Any:
+    """In float32, with rows for the shared ids only: the others mean different tokens in different models."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model.model, revision=model.revision, dtype=torch.float32)
+    if loaded.get_input_embeddings().num_embeddings != num_shared_ids:
+        loaded.resize_token_embeddings(num_shared_ids)
+    return loaded
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """Parameters by name, a tied one once."""
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _shape(weights: dict[str, Any], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None
