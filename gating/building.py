@@ -51,6 +51,8 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report) -> RunPa
         learner, rows, eval_rows = _cached(inputs, device, on_progress)
         return RunParts(learner, rows, eval_rows, collate_states, batches, arguments)
     whole = _whole(inputs, resolve_dtype(inputs.settings.precision, device))
+    # A GPU computes a padded batch faster than its rows one by one; a CPU pays for every token of padding.
+    whole.reads_rows_alone = device.type == "cpu"
     rows_of = {domain: own.dataset for domain, own in inputs.eval_rows.items()}
     return RunParts(whole, inputs.rows.dataset, rows_of, collate_rows, batches, arguments)
 

@@ -63,7 +63,10 @@ class Learner(nn.Module):
 
 
 class FusedLearner(Learner):
-    """The whole fused model. Specialists without a trainable parameter run without a graph, in eval mode."""
+    """The whole fused model. Specialists without a trainable parameter run without a graph, in eval mode.
+
+    With `reads_rows_alone` a specialist's forward pass has one row and no padding: the same result, quicker on a CPU.
+    """
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class FusedLearner(Learner):
     ) -> None:
         super().__init__(gate, num_shared_ids, chunk_size)
         self.specialists = nn.ModuleList(specialists)
+        self.reads_rows_alone = False
 
     def train(self, mode: bool = True) -> "FusedLearner":
         """As of any module, but what is frozen stays in eval mode: its dropout would teach the gate noise."""
@@ -88,7 +92,8 @@ class FusedLearner(Learner):
         `input_ids`, `attention_mask`, `response_mask` are lists of S tensors [B, T_s].
         """
         inputs = zip(self.specialists, batch["input_ids"], batch["attention_mask"], batch["response_mask"], strict=True)
-        return [response_states(specialist, *tensors) for specialist, *tensors in inputs]
+        read = _states_row_by_row if self.reads_rows_alone else response_states
+        return [read(specialist, *tensors) for specialist, *tensors in inputs]
 
     def output_layers(self) -> list[nn.Module]:
         return [specialist.get_output_embeddings() for specialist in self._models]
@@ -128,6 +133,13 @@ def response_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, response_m
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
         return hidden_BTD[:, :-1][response_mask_BT[:, 1:]]
+
+
+def _states_row_by_row(specialist: Any, *tensors: Tensor) -> Tensor:
+    """As `response_states`, of the same tensors [B, T], one row at a time and without its padding."""
+    lengths = tensors[1].sum(dim=1).tolist()
+    rows = zip(lengths, *tensors, strict=True)
+    return torch.cat([response_states(specialist, *(own_T[None, -length:] for own_T in row)) for length, *row in rows])
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
