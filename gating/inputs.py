@@ -91,7 +91,8 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     eval_rows = {}
     if eval_files:
         found = read(eval_files, domains=domains)
-        eval_rows = {name: select(found, [name], settings.eval_limit, settings.seed) for name in domains}
+        # The same rows whatever the run's seed: runs with several seeds are compared on them.
+        eval_rows = {name: select(found, [name], settings.eval_limit, seed=0) for name in domains}
     rows = select(rows, domains, settings.limit, settings.seed)
     return RunInputs(settings, loaded, fusion, info, rows, domains, eval_rows, cache_dir)
 

@@ -101,7 +101,7 @@ class TrainSettings(BaseModel):
     """Most rows of a domain to train on, drawn at random; default: all."""
 
     eval_limit: Count | None = None
-    """Most rows of a domain to evaluate on, drawn at random; default: all."""
+    """Most rows of a domain to evaluate on, drawn at random but the same for every seed; default: all."""
 
     domains: tuple[str, ...] = ()
     """Domains to train on, each of which must have rows; default: all that the data names."""
