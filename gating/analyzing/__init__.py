@@ -1,0 +1,1 @@
+"""What a gate does, as numbers, pictures and a page. The command is `gating/analysis.py`."""
