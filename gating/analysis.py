@@ -61,10 +61,10 @@ class AnalysisSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "AnalysisSettings":
-        if self.fusion is None and not self.run:
-            raise CommandError("run: nothing to analyze; name a FUSION with --data, or folders of runs with --run")
         if self.fusion is None and self.data:
             raise CommandError("data: which fusion reads it? Name a fusion file, folder or preset first")
+        if self.fusion is None and not self.run:
+            raise CommandError("run: nothing to analyze; name a FUSION with --data, or folders of runs with --run")
         if self.fusion is not None and not self.data:
             raise CommandError("data: a gate is shown on conversations; add --data DOMAIN=FILE")
         return self

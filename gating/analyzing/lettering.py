@@ -42,10 +42,10 @@ _UNDERLINES: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0, (4, 1, 0.7, 1)),
     (0, (1, 3)),
 )
-# The first one comes with matplotlib; of the others those are used that are installed.
+# The first two come with matplotlib; of the others those are used that are installed.
 _FAMILIES = (
-    "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei",
-    "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Noto Emoji", "Segoe UI Symbol", "Apple Symbols",
+    "DejaVu Sans Mono", "DejaVu Sans", "Noto Sans Mono CJK SC", "Noto Sans CJK SC", "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Noto Emoji", "Segoe UI Symbol", "Apple Symbols",
 )  # fmt: skip
 _MISSING = "\u25a1"
 
@@ -67,8 +67,9 @@ class Run:
 def lay_out(texts: Sequence[str], num_columns: int = NUM_COLUMNS) -> list[Run]:
     """Texts one after the other on a grid; a line ends at its last column, and after each line end in the texts.
 
-    A text that fits on a line is not broken. Wide letters (CJK, emoji) take two cells and are runs of their own,
-    combining marks take none. A line end is shown by an arrow; tabs go to the next column that is a multiple of four.
+    A text that fits on a line is not broken. Wide letters (CJK, emoji) take two cells, combining marks none. A line
+    end is shown by an arrow; tabs go to the next column that is a multiple of four. What is not as wide as
+    a letter of the first font is a run of its own.
     """
     runs: list[Run] = []
     line = column = 0
@@ -80,14 +81,15 @@ def lay_out(texts: Sequence[str], num_columns: int = NUM_COLUMNS) -> list[Run]:
             shown, width = _cells(letter, column)
             if column + width > num_columns and width and letter != "\n":
                 line, column, is_open = line + 1, 0, False
-            last = runs[-1] if is_open and width < 2 else Run(line, column, 0, "", owner)
+            is_alone = width > 1 or not _is_regular(shown)
+            last = runs[-1] if is_open and not is_alone else Run(line, column, 0, "", owner)
             run = Run(last.line, last.column, last.width + width, last.text + shown, owner)
             if last.text:
                 runs[-1] = run
             else:
                 runs.append(run)
             column += width
-            is_open = width < 2
+            is_open = not is_alone
             if letter == "\n":
                 line, column, is_open = line + 1, 0, False
     return runs
@@ -215,5 +217,13 @@ def _families() -> list[str]:
 
 @cache
 def _can_draw(letter: str) -> bool:
-    fonts = (font_manager.get_font(font_manager.findfont(name)) for name in _families())
-    return any(font.get_char_index(ord(letter)) for font in fonts)
+    return any(_has(name, letter) for name in _families())
+
+
+@cache
+def _is_regular(letters: str) -> bool:
+    return all(_has(_FAMILIES[0], letter) for letter in letters)
+
+
+def _has(family: str, letter: str) -> bool:
+    return bool(font_manager.get_font(font_manager.findfont(family)).get_char_index(ord(letter)))

@@ -8,9 +8,10 @@ SHEET = """\
   --faint: #5c636e;
   --box: #f3f4f6;
   --rule: #d5d8de;
+  --lift: 0%;
 }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #14161a; --ink: #f2f3f5; --faint: #a5acb8; --box: #1f2228; --rule: #3a3f48; }
+  :root { --paper: #14161a; --ink: #f2f3f5; --faint: #a5acb8; --box: #1f2228; --rule: #3a3f48; --lift: 30%; }
 }
 * {
   box-sizing: border-box;
@@ -75,7 +76,7 @@ section > p {
 .t, .legend b, .legend span {
   background: rgb(var(--own) / var(--strength));
   text-decoration-line: underline;
-  text-decoration-color: rgb(var(--own));
+  text-decoration-color: color-mix(in srgb, rgb(var(--own)), white var(--lift));
   text-decoration-thickness: 2px;
   text-underline-offset: 4px;
   text-decoration-skip-ink: none;
