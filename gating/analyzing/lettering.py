@@ -45,7 +45,8 @@ _UNDERLINES: tuple[tuple[float, tuple[float, ...]], ...] = (
 # The first two come with matplotlib; of the others those are used that are installed.
 _FAMILIES = (
     "DejaVu Sans Mono", "DejaVu Sans", "Noto Sans Mono CJK SC", "Noto Sans CJK SC", "Noto Sans CJK JP",
-    "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Noto Emoji", "Segoe UI Symbol", "Apple Symbols",
+    "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Noto Emoji", "Segoe UI Symbol",
+    "Apple Symbols",
 )  # fmt: skip
 _MISSING = "\u25a1"
 
