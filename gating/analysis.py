@@ -36,7 +36,8 @@ class AnalysisSettings(BaseModel):
     """Conversations: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
 
     run: tuple[str, ...] = ()
-    """Output folders of `ultrafuser train` whose curves are drawn over each other. Several may follow."""
+    """Output folders of `ultrafuser train` whose curves are drawn over each other: FOLDER, or LABEL=FOLDER; runs with
+    the same label look the same. Several may follow."""
 
     output: Annotated[str, Field(min_length=1)]
     """Folder for tables, pictures and the page; files of the same names are replaced."""

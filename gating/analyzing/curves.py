@@ -39,7 +39,7 @@ class Panel:
 
 
 def draw_curves(runs: Sequence[RunCurves]) -> Figure:
-    """Training loss, losses by domain, mean gate weights by domain; one colour and marker per run."""
+    """Training loss, losses by domain, mean gate weights by domain; one colour and marker per label."""
     panels = list(_panels(runs))
     legend = _legend(runs)
     num_rows = 1 + max(panel.row for panel in panels)
@@ -58,7 +58,8 @@ def draw_curves(runs: Sequence[RunCurves]) -> Figure:
 
 
 def _panels(runs: Sequence[RunCurves]) -> Iterator[Panel]:
-    looks = [_look(index) for index in range(len(runs))]
+    labels = _labels(runs)
+    looks = [_look(labels.index(run.label)) for run in runs]
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
     specialists = _specialists(runs)
     yield Panel(0, 0, "training loss", "nats per token", _pair([run.loss for run in runs], looks))
@@ -77,6 +78,10 @@ def _panels(runs: Sequence[RunCurves]) -> Iterator[Panel]:
             yield Panel(2, column, f"mean gate weights, {domain}", "" if column else "weight", tuple(curves))
 
 
+def _labels(runs: Sequence[RunCurves]) -> list[str]:
+    return list(dict.fromkeys(run.label for run in runs))
+
+
 def _specialists(runs: Sequence[RunCurves]) -> list[str]:
     """Those that a gate chose between; a specialist that was trained alone had none."""
     chosen = [own for run in runs for own in run.gate.values() if len(own) > 1]
@@ -84,7 +89,7 @@ def _specialists(runs: Sequence[RunCurves]) -> list[str]:
 
 
 def _legend(runs: Sequence[RunCurves]) -> list[Line2D]:
-    handles = [Line2D([], [], label=run.label, **_look(index)) for index, run in enumerate(runs)]
+    handles = [Line2D([], [], label=label, **_look(index)) for index, label in enumerate(_labels(runs))]
     for index, name in enumerate(_specialists(runs)):
         handles.append(Line2D([], [], label=f"weight of {name}", color="0.3", linestyle=_line(index)))
     return handles

@@ -15,9 +15,6 @@ from gating.analyzing.styles import CONTROLS, NUM_LEVELS, Style, level, style_of
 _SPACES = {ord("\n"): "\u240a", ord("\t"): "\u2409", ord(" "): "\u2423"}
 """Where a token stands alone."""
 
-_STRONGEST = 0.6
-"""Opacity of the strongest colour behind a token: the text on it keeps a contrast of more than 4.5."""
-
 
 def render_page(fusion: str, specialists: Sequence[str], conversations: Sequence[ShownConversation]) -> str:
     """The whole page.
@@ -59,7 +56,7 @@ def _rules(styles: Sequence[Style]) -> Iterator[str]:
         red, green, blue = style.rgb
         yield f".s{index} {{ --own: {red} {green} {blue}; text-decoration-style: {style.css_line}; }}"
     for step in range(NUM_LEVELS + 1):
-        yield f".w{step} {{ --strength: {_STRONGEST * step / NUM_LEVELS:.2f}; }}"
+        yield f".w{step} {{ --strength: {step / NUM_LEVELS:.1f}; }}"
 
 
 def _legend(specialists: Sequence[str]) -> Iterator[str]:

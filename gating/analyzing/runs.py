@@ -35,6 +35,8 @@ class RunCurves:
     """What one run logged."""
 
     label: str
+    """Runs with the same label are drawn alike."""
+
     loss: Series
     """Training loss, nats per response token."""
 
@@ -48,22 +50,32 @@ class RunCurves:
     """Mean weight on the evaluation data, by domain and specialist."""
 
 
-def read_runs(folders: Sequence[str]) -> list[RunCurves]:
-    """Curves of the runs in these output folders of `ultrafuser train`; one that is not done gives what it has saved.
+def read_runs(arguments: Sequence[str]) -> list[RunCurves]:
+    """Curves of runs; one that is not done gives what it has saved.
+
+    Args:
+        arguments: output folders of `ultrafuser train`: FOLDER, or LABEL=FOLDER.
 
     Raises:
         CommandError: a folder without a run, or with one that has logged no loss.
     """
-    names = Counter(Path(folder).resolve().name for folder in folders)
+    pairs = [_split(argument) for argument in arguments]
+    names = Counter(Path(folder).resolve().name for _, folder in pairs)
     runs = []
-    for folder in folders:
+    for label, folder in pairs:
         name = Path(folder).resolve().name
         # Runs are often told apart by an outer folder: then the whole path is the label.
-        run = _curves(name if names[name] == 1 else folder, _history(folder))
+        run = _curves(label or (name if names[name] == 1 else folder), _history(folder))
         if not run.loss.steps and not run.eval_loss.steps:
             raise CommandError(f"--run: {folder} has logged no loss; look at it again after its first checkpoint")
         runs.append(run)
     return runs
+
+
+def _split(argument: str) -> tuple[str, str]:
+    """Label and folder; no label if the whole is a folder's name."""
+    label, equals, folder = argument.partition("=")
+    return ("", argument) if not equals or Path(argument).is_dir() else (label, folder)
 
 
 def _history(folder: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 _CSS_LINES = ("solid", "dashed", "dotted", "double", "wavy")
 PLOT_LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-MARKERS = "os^DvPX"
+MARKERS = "os^DvPX*"  # not as many as colours, so that a pair of both comes again late
 
 # Control characters have no look of their own: they are shown by their pictures (Unicode has a block of them).
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}

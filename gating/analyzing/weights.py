@@ -7,6 +7,7 @@ Shape suffixes: S specialists, N response tokens of all conversations, R convers
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +40,12 @@ class GateReading:
     domains: Mapping[str, Sequence[int]]
     """Which conversations are of each domain."""
 
-    @property
+    @cached_property
     def entropy_N(self) -> Floats:
         """Nats, from 0 (one specialist alone) to log S (equal weights)."""
         return _entropy(self.weights_SN)
 
-    @property
+    @cached_property
     def leaders_N(self) -> NDArray[np.int64]:
         """The specialist with the largest weight; the first of equals."""
         return self.weights_SN.argmax(axis=0)
@@ -128,7 +129,8 @@ def summarize(reading: GateReading, seed: int = 0) -> dict[str, DomainSummary]:
 def _entropy(weights_SN: Floats) -> Floats:
     # A closed gate's weights are exactly 0, whose part is 0.
     logs_SN = np.log(weights_SN, out=np.zeros_like(weights_SN), where=weights_SN > 0)
-    return -(weights_SN * logs_SN).sum(axis=0) + 0.0  # not -0.0
+    # Weights in float32 may sum to a little more than one.
+    return np.maximum(-(weights_SN * logs_SN).sum(axis=0), 0)
 
 
 def _estimate(sums_KR: Floats, tokens_R: Floats, generator: np.random.Generator) -> list[Estimate]:

@@ -6,7 +6,8 @@ import re
 from html.parser import HTMLParser
 
 from gating.analyzing.page import render_page
-from gating.analyzing.styles import level, style_of
+from gating.analyzing.sheet import SHEET
+from gating.analyzing.styles import PALETTE, level, style_of
 from tests.gating.analyzing.readings import conversation_of
 
 NAMES = ("text", "co<de")
@@ -96,6 +97,28 @@ def test_specialists_differ_by_line_as_well_as_by_colour_in_light_and_dark():
     assert "prefers-color-scheme: dark" in content
     looks = {(style_of(index).colour, style_of(index).css_line) for index in range(35)}
     assert len(looks) == 35
+
+
+def test_text_on_the_strongest_colours_can_be_read_in_light_and_dark():
+    light, dark = SHEET.split("@media (prefers-color-scheme: dark)", 1)
+    for rules in (light, dark.split("}", 1)[0]):
+        found = dict(re.findall(r"--(\w+): ([^;]+);", rules))
+        share = float(found["most"])
+        for colour in PALETTE:
+            pairs = zip(_channels(found["paper"]), _channels(colour), strict=True)
+            behind = [paper * (1 - share) + own * share for paper, own in pairs]
+            assert _contrast(_channels(found["ink"]), behind) >= 4.5, colour
+
+
+def _channels(colour: str) -> list[float]:
+    return [int(colour[begin : begin + 2], 16) / 255 for begin in (1, 3, 5)]
+
+
+def _contrast(*colours: list[float]) -> float:
+    """WCAG's ratio: 4.5 is asked of text."""
+    linear = [[part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in own] for own in colours]
+    dark, light = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear)
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_the_colour_is_the_stronger_the_larger_the_leaders_weight():

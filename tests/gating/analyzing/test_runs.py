@@ -46,6 +46,22 @@ def test_runs_of_one_name_are_labelled_by_their_paths(tmp_path):
     assert [run.label for run in read_runs(folders)] == folders
 
 
+def test_runs_with_the_same_label_look_the_same(tmp_path):
+    folders = [write(tmp_path / name, LOG) for name in ("one", "two", "a=b")]
+    runs = read_runs([f"seeds={folders[0]}", f"seeds={folders[1]}", folders[2]])
+    assert [run.label for run in runs] == ["seeds", "seeds", "a=b"]
+    figure = draw_curves(runs)
+    first, second, third = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
+    assert first == second != third
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["seeds", "a=b"]
+
+
+def test_many_runs_all_look_different(tmp_path):
+    runs = read_runs([write(tmp_path / str(index), LOG) for index in range(20)])
+    lines = draw_curves(runs).axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+
+
 @pytest.mark.parametrize(
     ("history", "complaint"),
     [
