@@ -99,6 +99,12 @@ class FusedLearner(Learner):
         return [specialist.get_output_embeddings() for specialist in self._models]
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Class names of the decoder layers, where Transformers' models have them too: the units of sharding."""
+        named = {name for model in self._models for name in model._no_split_modules or ()}
+        return sorted(named & {type(module).__name__ for module in self.specialists.modules()})
+
+    @property
     def _models(self) -> list[Any]:
         return list(self.specialists)
 

@@ -7,7 +7,7 @@ Knows learners and rows of any kind; does not know fusions or files of data.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from gating.learner import Learner, trainable_parameters
+from gating.learner import FusedLearner, Learner, trainable_parameters
 from gating.provenance import PROVENANCE_FILE, write_json
 from gating.sampler import BalancedBatches
+from gating.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
 from gating.training_settings import TrainError
 
 TRAINED_FILE = "trained.safetensors"
@@ -74,6 +76,15 @@ class FusedTrainer(Trainer):
             learner, arguments, data_collator=collate, train_dataset=rows, eval_dataset=dict(eval_rows) or None
         )
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, and what sharding needs, if accelerate's configuration asks for it."""
+        super().create_accelerator_and_postprocess()
+        configure_sharding(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+        if self.is_fsdp_enabled and isinstance(self._learner, FusedLearner):
+            # Every forward pass gathers parameters from all processes: they must make the same number of them.
+            self._learner.reads_rows_alone = False
+
     # Data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -106,16 +117,18 @@ class FusedTrainer(Trainer):
         """As the Trainer's; keeps the sum of the step's losses until the optimizer is asked to move."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients and self._learner.fusion_gate is not None:
+            average_gradients(self._learner.fusion_gate.parameters())
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last call before the optimizer moves, by all processes: where a run that has gone wrong ends."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm)))
         assert self._step_loss is not None
         # One process's loss may be wrong while its neighbour's is right; summed, all processes see the same.
         seen = self.accelerator.reduce(self._step_loss.detach().float(), reduction="sum")
         self._step_loss = None
-        if not bool(torch.isfinite(seen)) or not bool(torch.isfinite(torch.as_tensor(norm))):
+        if not bool(torch.isfinite(seen)) or not bool(torch.isfinite(norm)):
             raise NonFiniteLossError(
                 f"step {self.state.global_step + 1}: the loss is {float(seen)} and its gradient's norm {float(norm)};"
                 " nothing was changed by this step. Lower --learning-rate, or look at the rows of this step"
@@ -125,15 +138,16 @@ class FusedTrainer(Trainer):
     # Checkpoints
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What learns, by name, on the CPU; with sharded parameters all processes must call it."""
-        wanted = trainable_parameters(self._learner)
-        if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)
-            return {name: state[name] for name in wanted if name in state}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in wanted.items()}
+        """What learns, by name, on the CPU; all processes must call it, the first one gets it."""
+        state = {}
+        for name, parameter in trainable_parameters(self._learner).items():
+            tensor = whole(parameter.detach())
+            if self.args.should_save:
+                state[name] = tensor.cpu().contiguous()
+        return state
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what learns, and where it comes from. (Sharded parameters are saved beside it by accelerate.)"""
+        """Write what learns, and where it comes from; in whole tensors, however they were sharded."""
         folder = Path(output_dir or str(self.args.output_dir))
         state = self.trained_state()
         if self.args.should_save:
@@ -142,9 +156,11 @@ class FusedTrainer(Trainer):
             write_json(folder / PROVENANCE_FILE, {**self._provenance, "step": self.state.global_step})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+        if self.is_fsdp_enabled == (Path(resume_from_checkpoint) / "optimizer.pt").is_file():
+            raise TrainError(
+                f"{resume_from_checkpoint}: was written {'without' if self.is_fsdp_enabled else 'with'} sharding, which"
+                " its optimizer's state cannot change; resume it with the same accelerate configuration"
+            )
         saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
         wanted = trainable_parameters(self._learner)
         if saved.keys() != wanted.keys():
@@ -152,9 +168,21 @@ class FusedTrainer(Trainer):
             raise TrainError(
                 f"{resume_from_checkpoint}: does not hold what learns here ({odd}); start in a new --output"
             )
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(saved[name])
+        for name, parameter in wanted.items():
+            fill(parameter, saved[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """With sharded parameters the Trainer would save the frozen ones here too."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _get_output_dir(self, trial: Any) -> str:
         return os.path.join(super()._get_output_dir(trial), _STAGING)
@@ -189,7 +217,7 @@ class FusedTrainer(Trainer):
         """
         metrics: dict[str, float] = {}
         losses = []
-        own = [list(self._shares(_length(rows))) for rows in self._eval_rows.values()]
+        own = [self._shares(_length(rows)) for rows in self._eval_rows.values()]
         self.callback_handler.eval_dataloader = range(sum(len(shares) for shares in own))  # the progress bar's length
         for (domain, rows), shares in zip(self._eval_rows.items(), own, strict=True):
             loss, weights_S = self._evaluate_domain(rows, shares)
@@ -217,21 +245,26 @@ class FusedTrainer(Trainer):
         assert model is not None
         model.eval()
         sums = torch.zeros(2 + len(self._specialists), dtype=torch.float64, device=self.args.device)
-        loader = DataLoader(rows, batch_sampler=shares, collate_fn=self.data_collator)
-        for batch in loader:
+        loader = DataLoader(rows, batch_sampler=[share or [0] for share in shares], collate_fn=self.data_collator)
+        for share, batch in zip(shares, loader, strict=True):
             batch = self._prepare_inputs(batch)
             outputs = model(**batch)
+            if not share:
+                continue
             sums[0] += outputs["tokens_N"].double().sum()
             sums[1] += len(outputs["tokens_N"])
             sums[2:] += outputs["weights_SN"].double().sum(dim=1)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        drop_gathered(model)
         total, count, *weights = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / count, [weight / count for weight in weights]
 
-    def _shares(self, num_rows: int) -> Iterator[list[int]]:
+    def _shares(self, num_rows: int) -> list[list[int]]:
+        """This process's rows in batches, as many as the first process has; the last may be empty."""
         own = range(self.args.process_index, num_rows, self.args.world_size)
         size = self.args.per_device_eval_batch_size
-        return (list(own[begin : begin + size]) for begin in range(0, len(own), size))
+        most = len(range(0, num_rows, self.args.world_size))
+        return [list(own[begin : begin + size]) for begin in range(0, most, size)]
 
 
 def _length(rows: Any) -> int:
