@@ -5,6 +5,7 @@ Numbers are computed, not measured. Knows configurations of models and settings;
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,6 +30,9 @@ class ModelSize:
     num_output: int
     """Parameters of the output layer."""
 
+    num_outside_layers: int
+    """Parameters of no decoder layer: embeddings, final norm, output layer."""
+
     num_layers: int
     hidden_size: int
 
@@ -44,6 +48,7 @@ def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -
             model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             num_output = model.get_output_embeddings().weight.numel()
+            num_outside = num_parameters - _num_in_layers(model)
             if settings.uses_adapters:
                 add_adapter(model, None, lora)
             elif settings.trains_specialists:
@@ -51,7 +56,13 @@ def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         sizes.append(
             ModelSize(
-                specialist.name, num_parameters, num_trained, num_output, config.num_hidden_layers, config.hidden_size
+                specialist.name,
+                num_parameters,
+                num_trained,
+                num_output,
+                num_outside,
+                config.num_hidden_layers,
+                config.hidden_size,
             )
         )
     return sizes
@@ -84,7 +95,8 @@ def describe(
         lines.append(f"gate: {num_gate:,} parameters, all learn")
     lines += [
         *_steps(settings, rows, micro, num_processes),
-        "memory of one process, computed, not measured (sharding divides the first two):",
+        "memory of one process, computed, not measured (FSDP2 divides the first two by the number of processes, but"
+        f" gathers {_gib(_gathered(settings, sizes, dtype))} for a step):",
     ]
     return (
         lines
@@ -129,6 +141,20 @@ def _memory(
         "logits of a chunk of the loss": logits,
         f"activations of {tokens:,} tokens, at most": _activations(settings, sizes, dtype, tokens),
     }
+
+
+def _gathered(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: torch.dtype) -> int:
+    """What is whole in every process during a step although it is sharded: all but the decoder layers, and its
+    gradients if it learns. Decoder layers are gathered one after the other."""
+    count = sum(size.num_output if settings.cache_states else size.num_outside_layers for size in sizes)
+    learns = settings.trains_specialists and not settings.uses_adapters
+    return count * dtype.itemsize * (2 if learns else 1)
+
+
+def _num_in_layers(model: Any) -> int:
+    names = model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
 
 
 def _activations(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: torch.dtype, tokens: int) -> int:

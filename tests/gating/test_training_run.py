@@ -11,6 +11,7 @@ from gating.batches import collate_rows
 from gating.fusion import load_fusion
 from gating.inputs import gather_inputs
 from gating.modeling import UltraFuserForCausalLM
+from gating.plan import measure
 from gating.sampler import ProportionalBatches
 from gating.train import train
 from gating.trainer import FusedTrainer, NonFiniteLossError
@@ -187,3 +188,10 @@ def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, 
         assert f"parameters, {own:,} learn" in next(
             line for line in said.splitlines() if line.startswith(f"{name}: ") and "learn" in line
         )
+
+
+def test_the_plan_counts_what_sharding_gathers_for_a_step(settings_of):
+    settings = settings_of(stage=2)
+    inputs = gather_inputs(settings)
+    outside = [size.num_outside_layers for size in measure(inputs.fusion, settings, inputs.lora)]
+    assert outside == [2 * vocab_size * 64 + 64 for vocab_size in (320, 336, 328)], "embedding, output layer, norm"
