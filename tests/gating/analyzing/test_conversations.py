@@ -65,6 +65,16 @@ def test_a_decoder_that_drops_the_first_space_loses_no_other():
     assert split_text(Stripping(), [0, 1, 2, 3]) == ["w0", " w1", " w2", " w3"]
 
 
+def test_a_decoder_that_takes_back_a_space_gives_the_following_tokens_their_own_text():
+    class Cleaning:
+        """As decoders do that write no space before a mark."""
+
+        def decode(self, ids, **_):
+            return "".join(("a ", "!", " b", "c")[index] for index in ids).replace(" !", "!")
+
+    assert split_text(Cleaning(), [0, 1, 2, 3]) == ["a", "!", " b", "c"]
+
+
 def test_turns_are_a_prompt_and_a_response_each_with_the_readings_numbers(tokenizer):
     first, second = [[*tokenizer.encode(text, add_special_tokens=False), EOS_ID] for text in ("Yes.", "No!")]
     glue = [tokenizer.encode(text, add_special_tokens=False) for text in ("Is it? ", " And now? ")]
