@@ -6,6 +6,7 @@ Puts the parts together: inputs, learner, trainer, results. See docs/training.md
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +176,8 @@ def _processes() -> "PartialState":
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    # The others wait while the first one writes a checkpoint or the result: minutes for large models.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=1))
 
 
 class _Progress:
