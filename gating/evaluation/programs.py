@@ -35,8 +35,10 @@ def extract_code(text: str, names: Sequence[str]) -> str:
 
 
 def defines(code: str, name: str) -> bool:
-    """Whether code has a function, or another thing of this name, at its outermost level."""
-    return re.search(rf"^(?:(?:async\s+)?def\s+|class\s+)?{re.escape(name)}\b\s*[(:=]", code, re.MULTILINE) is not None
+    """Whether code has a function, a class or a variable of this name at its outermost level."""
+    word = re.escape(name)
+    forms = rf"(?:async\s+)?def\s+{word}\s*\(|class\s+{word}\s*[(:]|{word}\s*(?::[^=\n]+)?=(?!=)"
+    return re.search(rf"^(?:{forms})", code, re.MULTILINE) is not None
 
 
 def complete(prompt: str, entry_point: str, text: str) -> str:
