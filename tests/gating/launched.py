@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from torch.distributed.tensor import DTensor
 
 from gating.learner import Learner
@@ -57,6 +57,10 @@ def _watch(patch: pytest.MonkeyPatch, seen: dict[str, Any], stop_at: int | None,
             rest = ()
         return step(self, model, inputs, *rest)
 
+    def keeping_gradients_whole(*_: Any, **__: Any) -> None:
+        pytest.fail("gradients wait for the step's end in every process, whole")
+
+    patch.setattr(Accelerator, "no_sync", keeping_gradients_whole)
     patch.setattr(FusedTrainer, "_save_checkpoint", saving)
     patch.setattr(FusedTrainer, "training_step", stepping)
 
