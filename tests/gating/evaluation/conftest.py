@@ -1,0 +1,18 @@
+"""Fixtures of the benchmarks' tests."""
+
+from pathlib import Path
+
+import pytest
+
+from gating.evaluation import client
+from tests.gating.evaluation.runner import Runner
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE_SECONDS", 0.01)
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)

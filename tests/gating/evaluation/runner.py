@@ -1,0 +1,35 @@
+"""Runs benchmarks on the hand-written rows against a scripted server, in one output folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gating.evaluation.benchmarks import BenchmarkFile, BenchmarkOptions, run
+from tests.gating.evaluation.endpoint import Endpoint, Script, serving
+from tests.gating.evaluation.examples import ROWS, write_rows
+
+
+class Runner:
+    """Runs benchmarks on the hand-written rows, in one output folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.output = folder / "output"
+
+    def file(self, name: str) -> BenchmarkFile:
+        return BenchmarkFile.parse(f"{name}={write_rows(self.folder / f'{name}.jsonl', ROWS[name])}")
+
+    def __call__(self, endpoint: Endpoint, *names: str, **options: Any) -> dict[str, Any]:
+        files = [self.file(name) for name in names]
+        settings = BenchmarkOptions.model_validate({"output": self.output, "base_url": endpoint.base_url, **options})
+        report = run(files, settings)
+        assert report == json.loads((self.output / "results.json").read_text())
+        return report["benchmarks"]
+
+    def lines(self, *path: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.joinpath(*path).read_text().splitlines()]
+
+
+def result_of(runner: Runner, name: str, script: Script, **options: Any) -> dict[str, Any]:
+    with serving(script) as endpoint:
+        return runner(endpoint, name, **options)[name]
