@@ -13,6 +13,7 @@ from gating.materialize import materialize
 from server.engine.inputs import FusedInputProcessor
 from server.engine.options import engine_arguments
 from server.engine.prompts import SPECIALIST_PROMPTS
+from server.engine.weights import Takeover
 from server.rendering import FusedRenderer
 
 
@@ -20,7 +21,8 @@ class FusedLLM(LLM):
     """vLLM's `LLM` for a fusion file: `generate` and `chat` take what vLLM's take.
 
     A prompt may also be a mapping `{"specialist_prompts": [[...], ...]}` with one list of token ids per
-    specialist. Text and plain token ids are the same for all specialists.
+    specialist. Text and plain token ids are the same for all specialists. With `extra_args={"gate_weights": True}` in
+    the sampling parameters, completions have `gate_weights`: float32 [tokens, specialists].
     """
 
     input_processor: InputProcessor
@@ -38,6 +40,13 @@ class FusedLLM(LLM):
         self.renderer = FusedRenderer(self.llm_engine.vllm_config, config, info)
         self.input_processor = FusedInputProcessor(self.input_processor)
         self.llm_engine.input_processor = self.input_processor
+
+    def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
+        outputs = super()._run_engine(*args, **kwargs)
+        for output in outputs:
+            for completion in output.outputs:
+                Takeover().take(completion)
+        return outputs
 
     def _preprocess_cmpl_one(self, prompt: Any, *args: Any, **kwargs: Any) -> EngineInput:
         if isinstance(prompt, Mapping) and SPECIALIST_PROMPTS in prompt:

@@ -3,9 +3,10 @@
 Token ids in, token ids and text out; which worker, scheduler and input processor run is decided here.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
@@ -13,6 +14,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from gating.fusion import FusionConfig, inspect_fusion
 from server.engine.inputs import FusedInputProcessor
 from server.engine.options import build_engine_args
+from server.engine.weights import Takeover, stream_weights
 
 
 class FusedAsyncLLM(AsyncLLM):
@@ -27,6 +29,15 @@ class FusedAsyncLLM(AsyncLLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.input_processor = FusedInputProcessor(self.input_processor)
+        stream_weights(self.output_processor)
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
+        """As vLLM's; completions carry `gate_weights`, one row for each token, if `extra_args` asked for them."""
+        takeover = Takeover()
+        async for output in super().generate(*args, **kwargs):
+            for completion in output.outputs:
+                takeover.take(completion)
+            yield output
 
     @classmethod
     def from_fusion(cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None) -> "FusedAsyncLLM":

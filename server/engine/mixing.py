@@ -37,8 +37,8 @@ class Mixer:
         self._gate = gate
         self._num_shared_ids = num_shared_ids
 
-    def fuse_into_leader(self, rows: Sequence[Rows]) -> Tensor:
-        """The leader's logits [R, V] in float32 with the fused logits in the rows that end in a token.
+    def fuse_into_leader(self, rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
+        """The leader's logits [R, V] in float32 with the fused logits in the rows that end in a token; weights [S, B].
 
         `rows[0]` is the leader's. Ids outside the shared vocabulary are -inf: V stays the leader's width,
         which penalties, masks and top-k depend on. Rows of unfinished prefills keep the leader's own logits;
@@ -46,18 +46,15 @@ class Mixer:
         """
         leader = rows[0]
         num_rows, width = leader.logits_RV.shape
-        mixed_BV = self._mix(rows) if leader.indices else None
-        if mixed_BV is not None and _is_everything(leader.indices, num_rows):
-            return nn.functional.pad(mixed_BV, (0, width - self._num_shared_ids), value=float("-inf"))
+        weights_SB = self._weights([_take(r.hidden_RD, r.indices) for r in rows])
+        mixed_BV = fuse(weights_SB, [_take(r.logits_RV, r.indices) for r in rows], self._num_shared_ids)
+        if _is_everything(leader.indices, num_rows):
+            fused_RV = nn.functional.pad(mixed_BV, (0, width - self._num_shared_ids), value=float("-inf"))
+            return fused_RV, weights_SB
         fused_RV = leader.logits_RV.to(torch.float32, copy=True)
         fused_RV[:, self._num_shared_ids :] = float("-inf")
-        if mixed_BV is not None:
-            fused_RV[leader.indices, : self._num_shared_ids] = mixed_BV
-        return fused_RV
-
-    def _mix(self, rows: Sequence[Rows]) -> Tensor:
-        weights_SB = self._weights([_take(r.hidden_RD, r.indices) for r in rows])
-        return fuse(weights_SB, [_take(r.logits_RV, r.indices) for r in rows], self._num_shared_ids)
+        fused_RV[leader.indices, : self._num_shared_ids] = mixed_BV
+        return fused_RV, weights_SB
 
     def _weights(self, hidden_SBD: Sequence[Tensor]) -> Tensor:
         """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""

@@ -23,6 +23,7 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_wo
 
 from server.engine.mixing import Mixer, Rows
 from server.engine.schedule import SpecialistView, leader_sampling_params, neutral_sampling_params
+from server.engine.weights import StepWeights, with_weights
 
 _AMPLE_BYTES = 1 << 62
 """Memory given to a runner's own KV plan, whose size is decided by the common plan already."""
@@ -187,27 +188,26 @@ class FusedModelRunner:
             req_ids=[], req_id_to_index={}, sampled_token_ids=[]
         )
         ending = _ending_rows(self.leader)
+        weights = self._mix(ending) if ending else None
         if self.leader.execute_model_state is not None:
-            self._mix(ending)
             output = self._sample_leader(grammar_output)
         for follower in self.followers:
             if follower.execute_model_state is not None:
                 follower.sampler.token_ids_R1 = self._tokens_for(follower, ending)
                 follower.sample_tokens(None)
         if isinstance(output, AsyncModelRunnerOutput):
-            return FusedAsyncOutput(output, scheduled)
-        return _name_all(output, scheduled)
+            return FusedAsyncOutput(output, scheduled, weights)
+        return with_weights(_name_all(output, scheduled), weights)
 
-    def _mix(self, ending: dict[str, int]) -> None:
-        if not ending:
-            return
+    def _mix(self, ending: dict[str, int]) -> StepWeights:
         rows = []
         for runner in self.runners:
             state = runner.execute_model_state
             index = runner.input_batch.req_id_to_index
             rows.append(Rows([index[req_id] for req_id in ending], state.sample_hidden_states, state.logits))
-        fused_RV = self._mixer.fuse_into_leader(rows)
+        fused_RV, weights_SB = self._mixer.fuse_into_leader(rows)
         self.leader.execute_model_state = self.leader.execute_model_state._replace(logits=fused_RV)
+        return StepWeights.start(list(ending), weights_SB)
 
     def _sample_leader(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample; rows that end in no token must not advance their seeded generator.
@@ -243,13 +243,16 @@ class FusedModelRunner:
 class FusedAsyncOutput(AsyncModelRunnerOutput):
     """The leader's asynchronous output, completed when it is collected."""
 
-    def __init__(self, leader_output: AsyncModelRunnerOutput, scheduled: list[str]) -> None:
+    def __init__(
+        self, leader_output: AsyncModelRunnerOutput, scheduled: list[str], weights: StepWeights | None
+    ) -> None:
         self._leader_output = leader_output
         self._scheduled = scheduled
+        self._weights = weights
 
     def get_output(self) -> ModelRunnerOutput:
-        """Block until the leader's tokens are on the host; then name every scheduled request."""
-        return _name_all(self._leader_output.get_output(), self._scheduled)
+        """Block until the leader's tokens are on the host, and with them the weights; then name every request."""
+        return with_weights(_name_all(self._leader_output.get_output(), self._scheduled), self._weights)
 
 
 def _name_all(output: ModelRunnerOutput, scheduled: list[str]) -> ModelRunnerOutput:

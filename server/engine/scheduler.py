@@ -12,10 +12,14 @@ from vllm.config import VllmConfig
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from server.engine.prompts import all_prompts
+from server.engine.weights import attach, wants_weights
 
 
 def lag(num_canonical_prompt: int, num_shortest_prompt: int) -> int:
@@ -67,6 +71,7 @@ class FusedSchedulerMixin(Scheduler):
         super().__init__(vllm_config, *args, **kwargs)
         self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         self._lags: dict[str, int] = {}
+        self._wanting: set[str] = set()
         coordinator = self.kv_cache_manager.coordinator
         announce = coordinator.cache_blocks
         coordinator.cache_blocks = lambda request, num_computed_tokens: announce(
@@ -84,11 +89,26 @@ class FusedSchedulerMixin(Scheduler):
             request._block_hasher = fused_block_hasher(prompts, num_canonical, self.hash_block_size, self._hash_fn)
             request.block_hashes = []
             request.update_block_hashes()
+        if wants_weights(request.sampling_params):
+            self._wanting.add(request.request_id)
         super().add_request(request)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """As vLLM's; the tokens of requests that asked get the gate's weights."""
+        wanting = set(self._wanting)  # a request that ends with this token is forgotten in the next line
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        weights = getattr(model_runner_output, "step_weights", None)
+        if wanting and weights is not None:
+            for own in outputs.values():
+                attach(own.outputs, weights, wanting)
+        return outputs
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._lags.pop(request.request_id, None)
+        self._wanting.discard(request.request_id)
 
 
 class FusedScheduler(FusedSchedulerMixin, Scheduler):

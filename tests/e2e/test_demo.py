@@ -8,14 +8,13 @@ import httpx
 import openai
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from gating.fusion import load_fusion
 from gating.materialize import materialize
 from gating.modeling import UltraFuserForCausalLM
-from gating.templates import fold_messages
 from tests.e2e.process import ServerProcess
 from tests.engine.judge import MIN_GAP
+from tests.prompts import prompts_of
 
 MODEL = "ultrafuser-demo"
 NUM_STREAMS = 32
@@ -62,18 +61,7 @@ def test_the_text_is_the_references(server: ServerProcess, model_cache: Path) ->
     fusion = materialize(load_fusion("demo"), model_cache)
     reference = UltraFuserForCausalLM.from_fusion(fusion, dtype=torch.float32)
     questions = QUESTIONS[::8]
-    prompts = []
-    for question in questions:
-        own = []
-        for specialist in fusion.specialists:
-            tokenizer = AutoTokenizer.from_pretrained(specialist.model)
-            assert specialist.chat_template is not None
-            messages, _ = fold_messages([{"role": "user", "content": question}], None, specialist.chat_template)
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=specialist.chat_template, tokenize=False, add_generation_prompt=True
-            )
-            own.append(tokenizer.encode(text, add_special_tokens=False))
-        prompts.append(own)
+    prompts = [prompts_of(fusion, question) for question in questions]
     generations = reference.generate(
         prompts, max_new_tokens=MAX_TOKENS, eos_token_ids=fusion.eos_token_ids, use_cache=True
     )

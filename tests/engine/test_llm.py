@@ -51,3 +51,13 @@ def test_chat_renders_each_specialists_own_prompt(llm: FusedLLM, judge: Judge, t
 def test_an_unsupported_engine_option_is_refused(tiny_fusion: Path) -> None:
     with pytest.raises(EngineOptionError, match="pipeline_parallel_size"):
         FusedLLM(tiny_fusion, pipeline_parallel_size=2)
+
+
+def test_completions_carry_the_gates_weights_if_they_are_asked_for(llm: FusedLLM, judge: Judge) -> None:
+    own = random_prompts((13, 16, 36), seed=0)
+    asked, plain = llm.generate(
+        [{"specialist_prompts": own}] * 2, [greedy(8, extra_args={"gate_weights": True}), greedy(8)], use_tqdm=False
+    )
+    wanted = judge.generation(own, 8).gate_weights
+    assert asked.outputs[0].gate_weights == pytest.approx(wanted.numpy(), abs=1e-4)
+    assert plain.outputs[0].gate_weights is None
