@@ -71,13 +71,13 @@ class AnalysisSettings(BaseModel):
         return self
 
 
-def run(argv: Sequence[str], cache: str | None = None) -> int:
-    """The command; returns the exit status. `cache` is the default of `--cache`.
+def parse_settings(argv: Sequence[str], cache: str | None = None) -> AnalysisSettings:
+    """Read the command line of `ultrafuser analyze`; prints and exits for `--help`. `cache` is as in `run`.
 
     Raises:
-        CommandError, FusionError: one line for the user.
+        CommandError: an unknown flag, or a value that does not fit.
     """
-    settings = parse_command(
+    return parse_command(
         AnalysisSettings,
         argv,
         prog="ultrafuser analyze",
@@ -86,7 +86,15 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
         positional="fusion",
         defaults={"cache": cache},
     )
-    for path in analyze(settings):
+
+
+def run(argv: Sequence[str], cache: str | None = None) -> int:
+    """The command; returns the exit status. `cache` is the default of `--cache`.
+
+    Raises:
+        CommandError, FusionError: one line for the user.
+    """
+    for path in analyze(parse_settings(argv, cache)):
         print(f"written: {path}", file=sys.stderr, flush=True)
     return 0
 

@@ -79,13 +79,13 @@ class EvalSettings(BaseModel):
         return self
 
 
-def run(argv: Sequence[str], cache: str | None = None) -> int:
-    """The command; returns the exit status. `cache` is the default of `--cache`.
+def parse_settings(argv: Sequence[str], cache: str | None = None) -> EvalSettings:
+    """Read the command line of `ultrafuser eval`; prints and exits for `--help`. `cache` is the default of `--cache`.
 
     Raises:
-        CommandError, FusionError: one line for the user.
+        CommandError: an unknown flag, or a value that does not fit.
     """
-    settings = parse_command(
+    return parse_command(
         EvalSettings,
         argv,
         prog="ultrafuser eval",
@@ -94,8 +94,17 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
         positional="fusion",
         defaults={"cache": cache},
     )
+
+
+def run(argv: Sequence[str], cache: str | None = None) -> int:
+    """The command; returns the exit status. `cache` is the default of `--cache`.
+
+    Raises:
+        CommandError, FusionError: one line for the user.
+    """
     from gating.packaged import hidden_bars
 
+    settings = parse_settings(argv, cache)
     with closing(StepProgress()) as progress, hidden_bars():
         if settings.variants is not None:
             _write_variants(settings, Path(settings.variants), progress)

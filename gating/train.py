@@ -10,8 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from gating.progress import StepProgress
 from gating.training_settings import RUN_FOLDER, TrainError, TrainSettings, parse_settings
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def train(settings: TrainSettings) -> Path | None:
     state = _processes()
     output = Path(settings.output)
     checkpoint = _checkpoint(settings, output / RUN_FOLDER)
-    with closing(_Progress(is_shown=state.is_main_process)) as progress:
+    with closing(StepProgress(is_shown=state.is_main_process)) as progress:
         inputs = gather_inputs(settings, progress)
     if state.is_main_process:
         print("\n".join(_plan(inputs, state.device, state.num_processes)), file=sys.stderr, flush=True)
@@ -80,7 +79,7 @@ def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint
 
     settings = inputs.settings
     set_seed(settings.seed)
-    with closing(_Progress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
+    with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
         parts = build(inputs, device, progress)
     provenance = collect_provenance(settings.model_dump(mode="json"), inputs.data_digests, inputs.models)
     trainer = FusedTrainer(
@@ -178,28 +177,6 @@ def _processes() -> "PartialState":
 
     # The others wait while the first one writes a checkpoint or the result: minutes for large models.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=1))
-
-
-class _Progress:
-    """A bar on stderr for what is prepared before training; where there is no terminal, a line for each step."""
-
-    def __init__(self, *, is_shown: bool) -> None:
-        self._label = ""
-        self._is_shown = is_shown
-        bar_format = "{desc} |{bar:30}| {percentage:3.0f}% {elapsed}"
-        self._bar = tqdm(total=1.0, disable=None if is_shown else True, bar_format=bar_format, leave=False)
-
-    def __call__(self, label: str, share: float) -> None:
-        if not self._bar.disable:
-            self._bar.set_description_str(label, refresh=False)
-            self._bar.update(share - self._bar.n)
-        elif self._is_shown and label != self._label:
-            print(label, file=sys.stderr, flush=True)
-        self._label = label
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
-        self._bar.close()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
+from gating import analysis, evaluate
 from gating.fusion import FusionConfig, preset_names
 from gating.schema import EngineSettings, SamplingDefaults, SpecialistConfig
 from gating.templates import template_names
@@ -24,6 +25,7 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
+OFFLINE = {"train": parse_settings, "eval": evaluate.parse_settings, "analyze": analysis.parse_settings}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -62,6 +64,8 @@ def test_every_makefile_target_is_explained_and_phony() -> None:
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
     known = {*ServerSettings.model_fields, *EngineFlags.model_fields, *TrainSettings.model_fields}
+    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings):
+        known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile"}
 
 
@@ -71,10 +75,9 @@ def test_commands_of_ours_are_accepted(page: Path) -> None:
         if words[0] == "make" and words[1] == "serve":
             arguments = [word.partition("=")[2] for word in words if word.startswith("ARGS=")]
             parse_command(["serve", *shlex.split(" ".join(arguments))], {})
-        if words[:2] == ["ultrafuser", "train"]:
-            parse_settings(words[2:])
-        elif words[0] == "ultrafuser":
-            parse_command(words[1:], {})
+        if words[0] == "ultrafuser":
+            parse = OFFLINE.get(words[1])
+            parse(words[2:]) if parse else parse_command(words[1:], {})
 
 
 def test_the_readmes_request_is_a_valid_one_for_the_demo() -> None:
