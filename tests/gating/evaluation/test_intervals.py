@@ -38,3 +38,8 @@ def test_the_bootstrap_is_the_same_for_the_same_seed():
     values, ones = numpy.random.default_rng(3).uniform(size=50).tolist(), [1.0] * 50
     assert bootstrap_interval(values, ones, seed=1) == bootstrap_interval(values, ones, seed=1)
     assert bootstrap_interval(values, ones, seed=1) != bootstrap_interval(values, ones, seed=2)
+
+
+def test_a_share_is_of_the_questions_that_were_drawn():
+    # All right, whatever is drawn, though questions differ in size.
+    assert bootstrap_interval([1.0, 5.0, 20.0], [1.0, 5.0, 20.0], seed=0) == pytest.approx((1.0, 1.0))
