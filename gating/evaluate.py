@@ -50,6 +50,36 @@ class EvalSettings(BaseModel):
     variants: str | None = None
     """Write one fusion file for each single model of the table into this folder, to be served and compared."""
 
+    benchmark: tuple[str, ...] = ()
+    """Benchmarks to ask of a running server: NAME=FILE, or NAME for the hub's copy. Several may follow."""
+
+    output: str | None = None
+    """Folder for a benchmark's answers and scores; the same command goes on where it was stopped."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """The server's OpenAI API, for --benchmark."""
+
+    model: str | None = None
+    """Model to ask; default: the first that the server names."""
+
+    api_key: str | None = None
+    """Key that the server wants."""
+
+    chain_of_thought: bool = False
+    """Append "Let's think step by step." to questions of mathematics, as the paper does."""
+
+    execute_code: bool = False
+    """Run what the model wrote for HumanEval and MBPP, within limits; this is no security boundary."""
+
+    concurrency: Count = 16
+    """Requests at a time."""
+
+    max_tokens: Count = 512
+    """Most tokens of an answer."""
+
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """After which an answer counts as missing."""
+
     limit: Count | None = None
     """Most rows of a domain, or items of a benchmark, drawn at random; default: all."""
 
@@ -70,12 +100,18 @@ class EvalSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "EvalSettings":
-        if not (self.loss or self.variants):
-            raise CommandError("loss: nothing to do; add --loss with --data, --variants FOLDER, or --benchmark")
-        if self.fusion is None:
+        if not (self.loss or self.variants or self.benchmark):
+            raise CommandError(
+                "loss: nothing to do; add --loss with --data, --variants FOLDER, or --benchmark NAME=FILE"
+            )
+        if self.fusion is None and (self.loss or self.variants):
             raise CommandError("loss: which fusion? Name a fusion file, folder or preset first")
+        if self.fusion is not None and not (self.loss or self.variants):
+            raise CommandError("benchmark: a running server is asked, not a fusion; leave the fusion out")
         if self.loss and not self.data:
             raise CommandError("data: --loss needs conversations; add --data DOMAIN=FILE")
+        if self.benchmark and self.output is None:
+            raise CommandError("output: answers are kept in a folder; add --output FOLDER")
         return self
 
 
@@ -89,8 +125,8 @@ def parse_settings(argv: Sequence[str], cache: str | None = None) -> EvalSetting
         EvalSettings,
         argv,
         prog="ultrafuser eval",
-        usage="[FUSION] (--loss --data DOMAIN=FILE ... | --variants FOLDER)",
-        description="Evaluate a fused model against its specialists, their base and merged weights.",
+        usage="(FUSION --loss --data FILE ... | FUSION --variants FOLDER | --benchmark NAME=FILE ... --output FOLDER)",
+        description="Hold a fused model against its specialists, their base and merged weights; or ask a server.",
         positional="fusion",
         defaults={"cache": cache},
     )
@@ -105,12 +141,23 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     from gating.packaged import hidden_bars
 
     settings = parse_settings(argv, cache)
+    if settings.benchmark:
+        _ask(settings)
     with closing(StepProgress()) as progress, hidden_bars():
         if settings.variants is not None:
             _write_variants(settings, Path(settings.variants), progress)
         if settings.loss:
             _report(settings, _measure(settings, progress))
     return 0
+
+
+def _ask(settings: EvalSettings) -> None:
+    """Benchmarks through a running server; needs no torch."""
+    from gating.evaluation.benchmarks import BenchmarkFile, BenchmarkOptions
+    from gating.evaluation.benchmarks import run as run_benchmarks
+
+    chosen = settings.model_dump(include=set(BenchmarkOptions.model_fields))
+    run_benchmarks([BenchmarkFile.parse(text) for text in settings.benchmark], BenchmarkOptions(**chosen))
 
 
 def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
