@@ -1,8 +1,10 @@
 """vLLM's serving classes, wired for a fused model: our renderer, our errors, our names. Knows no routes.
 
-They are used as they are, but for one thing: they put their own error object into a stream, where ours must be.
+They are used as they are, but for two things: they put their own error object into a stream, where ours must be, and
+they do not know the gate's weights.
 """
 
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -10,15 +12,19 @@ from typing import Any, NoReturn
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.outputs import RequestOutput
 from vllm.parser.metrics import init_parser_metrics
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from gating.fusion import FusedModelInfo, FusionConfig
 from server.errors import ApiError, as_api_error
+from server.gate_weights import WeightsInEvents, add_to_choices, is_asked
 from server.rendering import FusedRenderer
 from server.settings import ServerSettings
 
@@ -39,11 +45,65 @@ class _OwnErrors:
 
 
 class FusedServingChat(_OwnErrors, OpenAIServingChat):
-    """vLLM's chat completions."""
+    """vLLM's chat completions, with the gate's weights for those who ask."""
+
+    specialists: Sequence[str] = ()
+
+    async def chat_completion_stream_generator(
+        self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        base = super().chat_completion_stream_generator
+        if not is_asked(request):
+            async for event in base(request, result_generator, *args, **kwargs):
+                yield event
+            return
+        weights = WeightsInEvents(request, self.specialists)
+        async for event in base(request, weights.watch(result_generator), *args, **kwargs):
+            yield weights.decorate(event)
+
+    async def chat_completion_full_generator(
+        self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> ErrorResponse | ChatCompletionResponse:
+        base = super().chat_completion_full_generator
+        if not is_asked(request):
+            return await base(request, result_generator, *args, **kwargs)
+        last: list[RequestOutput] = []
+
+        async def watched() -> AsyncGenerator[RequestOutput, None]:
+            async for output in result_generator:
+                last[:] = [output]
+                yield output
+
+        response = await base(request, watched(), *args, **kwargs)
+        if isinstance(response, ChatCompletionResponse):
+            add_to_choices(response, self.specialists, last[0].outputs)
+        return response
 
 
 class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
-    """vLLM's completions."""
+    """vLLM's completions, with the gate's weights for those who ask."""
+
+    specialists: Sequence[str] = ()
+
+    async def completion_stream_generator(
+        self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        base = super().completion_stream_generator
+        if not is_asked(request):
+            async for event in base(request, engine_inputs, result_generator, *args, **kwargs):
+                yield event
+            return
+        weights = WeightsInEvents(request, self.specialists)
+        async for event in base(request, engine_inputs, weights.watch_several(result_generator), *args, **kwargs):
+            yield weights.decorate(event)
+
+    def request_output_to_completion_response(
+        self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
+    ) -> CompletionResponse:
+        response = super().request_output_to_completion_response(final_res_batch, request, *args, **kwargs)
+        if is_asked(request):
+            add_to_choices(response, self.specialists, [own for output in final_res_batch for own in output.outputs])
+        return response
 
 
 @dataclass(frozen=True)
@@ -86,6 +146,7 @@ def build_serving(
         engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
     )
     for serving in (chat, completion):
+        serving.specialists = fusion.specialist_names
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)

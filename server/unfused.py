@@ -17,6 +17,7 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from vllm.renderers.chat_utils import TEXT_PART_TYPES
 
 from server.errors import InvalidRequest, NotFused
+from server.gate_weights import FIELD as GATE_WEIGHTS_FIELD
 from server.metrics import REFUSED
 
 RESERVED_TEMPLATE_KEYS = frozenset(
@@ -24,7 +25,7 @@ RESERVED_TEMPLATE_KEYS = frozenset(
 )
 """Keys of `chat_template_kwargs` that belong to the server: they would change how, not what, is rendered."""
 
-RESERVED_EXTRA_ARGS = frozenset({"specialist_prompts", "kv_transfer_params", "ec_transfer_params"})
+RESERVED_EXTRA_ARGS = frozenset({"specialist_prompts", "kv_transfer_params", "ec_transfer_params", GATE_WEIGHTS_FIELD})
 """Keys of `vllm_xargs` that belong to the server."""
 
 
@@ -128,7 +129,7 @@ def refuse_unfused_completion(request: CompletionRequest) -> None:
 
 def notice_unknown_fields(request: BaseModel) -> None:
     """Log, once per name, fields that the API does not know: they are accepted and have no effect."""
-    for name in (request.model_extra or {}).keys() - _noticed:
+    for name in (request.model_extra or {}).keys() - {GATE_WEIGHTS_FIELD} - _noticed:
         # A client can invent names for ever; neither the log nor this set is to grow with them.
         if len(_noticed) < MAX_NOTICED_FIELDS:
             _noticed.add(name)

@@ -6,6 +6,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from server.api.response import error_responses, to_response
+from server.gate_weights import ask_for_weights
 from server.serving import Serving
 from server.unfused import notice_unknown_fields, refuse_foreign_ids, refuse_unfused_chat
 
@@ -23,5 +24,6 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     serving: Serving = raw_request.app.state.serving
     refuse_unfused_chat(request)
     refuse_foreign_ids(request, serving.num_shared_ids)
+    ask_for_weights(request)
     notice_unknown_fields(request)
     return await to_response(await serving.chat.create_chat_completion(request, raw_request))

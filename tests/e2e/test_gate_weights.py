@@ -1,0 +1,183 @@
+"""The gate's weights over the wire: as many rows as tokens, the reference's numbers, whatever else is asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from gating.fusion import load_fusion
+from gating.modeling import UltraFuserForCausalLM
+from tests.e2e.conftest import MODEL
+from tests.e2e.process import ServerProcess
+from tests.prompts import prompts_of
+
+NAMES = ["text", "code", "math"]
+QUESTION = "Tell me about the sea."
+CHAT: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": QUESTION}],
+    "temperature": 0,
+    "max_tokens": 12,
+    "gate_weights": True,
+}
+SUM_TOLERANCE = 5e-6
+"""Each weight is rounded to six digits."""
+
+
+def ask(server: ServerProcess, body: dict[str, Any], path: str = "chat/completions") -> Any:
+    response = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events(server: ServerProcess, body: dict[str, Any], path: str = "chat/completions") -> list[Any]:
+    with httpx.stream("POST", f"{server.url}/v1/{path}", json={**body, "stream": True}, timeout=120) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def rows_in(chunks: list[Any], index: int = 0) -> list[list[float]]:
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return [row for choice in choices for row in choice.get("gate_weights", {}).get("content", [])]
+
+
+def check(weights: Any, num_tokens: int) -> None:
+    """As many rows as tokens, each a distribution, and their mean."""
+    rows = weights["content"]
+    assert len(rows) == num_tokens
+    assert all(sum(row) == pytest.approx(1, abs=SUM_TOLERANCE) and min(row) >= 0 for row in rows)
+    assert weights["mean"] == pytest.approx([sum(own) / len(own) for own in zip(*rows, strict=True)], abs=1e-6)
+
+
+def test_the_weights_are_the_references(server: ServerProcess, tiny_fusion: Path) -> None:
+    fusion = load_fusion(tiny_fusion)
+    (wanted,) = UltraFuserForCausalLM.from_fusion(fusion).generate(
+        [prompts_of(fusion, QUESTION)], max_new_tokens=12, eos_token_ids=fusion.eos_token_ids
+    )
+    response = ask(server, {**CHAT, "return_token_ids": True})
+    (choice,) = response["choices"]
+    assert response["specialists"] == NAMES
+    assert choice["token_ids"] == wanted.token_ids
+    check(choice["gate_weights"], len(wanted.token_ids))
+    for found, own in zip(choice["gate_weights"]["content"], wanted.gate_weights.tolist(), strict=True):
+        assert found == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_a_stream_has_the_weights_of_each_parts_tokens(server: ServerProcess, path: str) -> None:
+    body = CHAT if path.startswith("chat") else {**CHAT, "prompt": "once upon"} | {"messages": None}
+    body = {name: value for name, value in body.items() if value is not None}
+    whole = ask(server, body, path)
+    chunks = events(server, body, path)
+    assert [chunk.get("specialists") for chunk in chunks] == [NAMES] + [None] * (len(chunks) - 1)
+    assert rows_in(chunks) == whole["choices"][0]["gate_weights"]["content"]
+    last = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    assert last[0]["gate_weights"]["mean"] == whole["choices"][0]["gate_weights"]["mean"]
+    assert not any("token_ids" in choice for chunk in chunks for choice in chunk["choices"]), "nobody asked for them"
+    assert not any("prompt_token_ids" in chunk for chunk in chunks)
+
+
+def test_parts_line_up_with_token_ids_and_logprobs(server: ServerProcess) -> None:
+    chunks = events(server, {**CHAT, "return_token_ids": True, "logprobs": True, "top_logprobs": 0})
+    num_tokens = 0
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        own = len(choice.get("token_ids") or [])
+        assert len(choice.get("gate_weights", {}).get("content", [])) == own
+        assert len((choice["logprobs"] or {"content": []})["content"]) == own
+        num_tokens += own
+    assert num_tokens == 12
+
+
+def test_several_choices_have_weights_of_their_own(server: ServerProcess) -> None:
+    body = {**CHAT, "n": 3, "temperature": 1.0, "seed": 5, "return_token_ids": True}
+    whole = ask(server, body)
+    for choice in whole["choices"]:
+        check(choice["gate_weights"], len(choice["token_ids"]))
+    assert len({json.dumps(choice["gate_weights"]["content"]) for choice in whole["choices"]}) == 3
+    chunks = events(server, body)
+    for choice in whole["choices"]:
+        assert rows_in(chunks, choice["index"]) == choice["gate_weights"]["content"]
+
+
+def test_several_prompts_have_weights_of_their_own(server: ServerProcess) -> None:
+    body = {**CHAT, "prompt": ["one two", "a sea of words"], "n": 2, "temperature": 1.0, "seed": 5}
+    del body["messages"]
+    whole = ask(server, body, "completions")
+    chunks = events(server, body, "completions")
+    assert len(whole["choices"]) == 4
+    for choice in whole["choices"]:
+        assert rows_in(chunks, choice["index"]) == choice["gate_weights"]["content"]
+
+
+def test_a_stop_string_ends_text_and_weights_together(server: ServerProcess) -> None:
+    free = ask(server, {**CHAT, "return_token_ids": True})["choices"][0]
+    text = free["message"]["content"]
+    body = {**CHAT, "stop": text[len(text) // 2 : len(text) // 2 + 2], "return_token_ids": True}
+    for stream in (False, True):
+        if stream:
+            chunks = events(server, body)
+            ids = [token for chunk in chunks for choice in chunk["choices"] for token in choice.get("token_ids") or []]
+            rows = rows_in(chunks)
+        else:
+            (choice,) = ask(server, body)["choices"]
+            assert choice["finish_reason"] == "stop"
+            ids, rows = choice["token_ids"], choice["gate_weights"]["content"]
+        assert 0 < len(ids) < len(free["token_ids"])
+        assert rows == free["gate_weights"]["content"][: len(ids)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_structured_output_and_tool_calls_have_weights_for_every_token(server: ServerProcess, stream: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
+    wishes: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "look"}}},
+    ]
+    for wish in wishes:
+        body = {**CHAT, **wish, "max_tokens": 60, "return_token_ids": True}
+        if stream:
+            chunks = events(server, {**body, "stream_options": {"include_usage": True}})
+            assert len(rows_in(chunks)) == chunks[-1]["usage"]["completion_tokens"]
+        else:
+            (choice,) = ask(server, body)["choices"]
+            check(choice["gate_weights"], len(choice["token_ids"]))
+
+
+def test_the_official_client_reads_them(client: openai.OpenAI) -> None:
+    response = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=4,
+        temperature=0,
+        extra_body={"gate_weights": True},
+    )
+    assert response.model_extra is not None
+    assert response.model_extra["specialists"] == NAMES
+    extra = response.choices[0].model_extra
+    assert extra is not None
+    check(extra["gate_weights"], 4)
+
+
+@pytest.mark.parametrize("wish", [{}, {"gate_weights": False}, {"gate_weights": None}])
+def test_nobody_gets_them_unasked(server: ServerProcess, wish: dict[str, Any]) -> None:
+    body = {name: value for name, value in CHAT.items() if name != "gate_weights"} | wish
+    for text in (json.dumps(ask(server, body)), json.dumps(events(server, body))):
+        assert "gate_weights" not in text
+        assert "specialists" not in text
+
+
+@pytest.mark.parametrize("wish", ["true", 1, [True]])
+def test_another_value_is_refused_by_name(server: ServerProcess, wish: Any) -> None:
+    response = httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "gate_weights": wish})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "gate_weights"
