@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.environment import REPOSITORY, Environment
 from benchmarks.measure import Comparison, Measured
+from benchmarks.quality import NAME as QUALITY
+from benchmarks.quality import Quality, describe
 from benchmarks.result import RESULTS_FOLDER, Result, newest_result, read_result
 
 NAMES = ("decode_step", "serve_overhead", "peers", "batch_invariance")
@@ -24,13 +26,27 @@ Ratios first: absolute times belong to the hardware below each table. Every tabl
 `python -m benchmarks.report` writes this page from `benchmarks/results/`, nobody edits it. Measure again with
 `make bench`, or one by one with the command below a table."""
 
+_QUALITY_QUESTION = """\
+Is the fused model worth it? The demo (3 x 135M parameters) on conversations that nobody trained on, made by
+`gating/demo/recipe.sh`; rows are explained in [evaluation.md](evaluation.md). `baseline` rows are the specialists as
+they entered stage 2."""
+
 _NOT_RUN = "No result is filed yet. Run `python -m benchmarks.{name}`, then `python -m benchmarks.report`."
 
 
 def render_page(results_folder: Path, page: Path = PAGE) -> str:
     """The page as Markdown; links are relative to `page`."""
     sections = [_section(name, newest_result(results_folder, name), page.parent) for name in NAMES]
-    return "\n\n".join([_INTRODUCTION, *sections]) + "\n"
+    quality = _quality(newest_result(results_folder, QUALITY), page.parent)
+    return "\n\n".join([_INTRODUCTION, quality, *sections]) + "\n"
+
+
+def _quality(path: Path | None, folder: Path) -> str:
+    if path is None:
+        return f"## {QUALITY}\n\n{_NOT_RUN.format(name=QUALITY)}"
+    quality = Quality.model_validate_json(path.read_text(encoding="utf-8"))
+    where = _where(quality.environment, quality.date, Path(os.path.relpath(path, folder)).as_posix())
+    return "\n\n".join([f"## {QUALITY}", _QUALITY_QUESTION, describe(quality), where])
 
 
 def _section(name: str, path: Path | None, folder: Path) -> str:
