@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm.exceptions import VLLMError
 
 from server import __version__
-from server.api import chat, completions, health, models, tokenize
+from server.api import chat, completions, gate, health, models, tokenize
 from server.api.health import Readiness
 from server.api.response import answer_error
 from server.errors import ApiError
@@ -17,7 +17,7 @@ from server.middleware import ApiKeys, RequestLog
 from server.serving import Serving
 from server.settings import ServerSettings
 
-ROUTERS = tuple(module.router for module in (chat, completions, models, tokenize, health))
+ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))
 
 # The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
 TRANSLATED_ERRORS: tuple[type[Exception], ...] = (

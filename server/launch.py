@@ -153,7 +153,7 @@ class _Service:
             raise
         self._readiness.is_warm = True
         name = self._serving.models.model_name()
-        describe_build(name, self._serving.num_specialists, vllm_version)
+        describe_build(name, len(self._serving.specialists), vllm_version)
         self._progress.say(f"ready: {base_url(self._settings, self._listener)}/v1  model {name}")
 
     async def _watch_engine(self) -> None:

@@ -115,7 +115,9 @@ class Serving:
     chat: FusedServingChat
     completion: FusedServingCompletion
     tokenization: ServingTokenization
-    num_specialists: int
+    tokenizer: Any
+    """The leader's; it gives text the ids that all specialists share."""
+    specialists: tuple[str, ...]
     num_shared_ids: int
 
 
@@ -132,7 +134,8 @@ def build_serving(
     is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
     tools: dict[str, Any] = {"tool_parser": parser, "enable_auto_tools": is_auto}
     template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
-    renderer = OnlineRenderer(engine.model_config, FusedRenderer(engine.vllm_config, fusion, info), **template, **tools)
+    fused_renderer = FusedRenderer(engine.vllm_config, fusion, info)
+    renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
     chat = FusedServingChat(
         engine,
         models,
@@ -150,7 +153,16 @@ def build_serving(
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)
-    return Serving(engine, models, chat, completion, tokenization, len(fusion.specialists), info.num_shared_ids)
+    return Serving(
+        engine,
+        models,
+        chat,
+        completion,
+        tokenization,
+        fused_renderer.tokenizer,
+        fusion.specialist_names,
+        info.num_shared_ids,
+    )
 
 
 async def warm_up(serving: Serving) -> None:

@@ -25,7 +25,9 @@ RESERVED_TEMPLATE_KEYS = frozenset(
 )
 """Keys of `chat_template_kwargs` that belong to the server: they would change how, not what, is rendered."""
 
-RESERVED_EXTRA_ARGS = frozenset({"specialist_prompts", "kv_transfer_params", "ec_transfer_params", GATE_WEIGHTS_FIELD})
+RESERVED_EXTRA_ARGS = frozenset(
+    {"specialist_prompts", "forced_token_ids", "kv_transfer_params", "ec_transfer_params", GATE_WEIGHTS_FIELD}
+)
 """Keys of `vllm_xargs` that belong to the server."""
 
 

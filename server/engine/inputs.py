@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from server.engine.forcing import FORCED_TOKEN_IDS, forced_token_ids
 from server.engine.prompts import SPECIALIST_PROMPTS
 from server.engine.spec import EngineSpec
 
@@ -70,6 +71,11 @@ class FusedInputProcessor(InputProcessor):
         if isinstance(prompt, dict) and prompt.get("type", "token") != "token":
             raise VLLMValidationError("only text and token ids are fused, no embeddings or media", parameter="prompt")
         num_shared = self._spec.num_shared_ids
+        if not all(0 <= token_id < num_shared for token_id in forced_token_ids(params) or ()):
+            raise VLLMValidationError(
+                f"a token id of the response lies outside the shared vocabulary, 0 to {num_shared - 1}",
+                parameter=FORCED_TOKEN_IDS,
+            )
         if params.allowed_token_ids and not all(0 <= i < num_shared for i in params.allowed_token_ids):
             raise VLLMValidationError(
                 f"allowed_token_ids must lie in the shared vocabulary, 0 to {num_shared - 1}",

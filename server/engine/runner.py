@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
@@ -21,6 +22,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_workspace
 
+from server.engine.forcing import Forcing, forced_in_step
 from server.engine.mixing import Mixer, Rows
 from server.engine.schedule import SpecialistView, leader_sampling_params, neutral_sampling_params
 from server.engine.weights import StepWeights, with_weights
@@ -74,11 +76,13 @@ class FusedModelRunner:
         self._views = [
             SpecialistView(i, neutral_sampling_params if i else leader_sampling_params) for i in range(len(runners))
         ]
+        self._forcing = Forcing(self.leader.sampler)
         self._leader_sampler = LeaderSampler(self.leader.sampler)
         self.leader.sampler = self._leader_sampler
         for follower in self.followers:
             follower.sampler = FollowerSampler()
         self._scheduled: list[str] | None = None
+        self._forced: dict[str, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["leader"], name)
@@ -178,6 +182,7 @@ class FusedModelRunner:
         if scheduler_output.total_num_scheduled_tokens == 0:
             return idle
         self._scheduled = list(scheduler_output.num_scheduled_tokens)
+        self._forced = forced_in_step(scheduler_output, self._params_of)
         return None
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
@@ -214,12 +219,18 @@ class FusedModelRunner:
 
         vLLM draws for such rows and rewinds the generator afterwards, which generators on the CPU refuse.
         """
+        row_of = self.leader.input_batch.req_id_to_index
+        self._forcing.set({row_of[request]: token for request, token in self._forced.items() if request in row_of})
         generators = self.leader.input_batch.generators
         unfinished = _unfinished_rows(self.leader)
         held = {row: generators.pop(row) for row in unfinished if row in generators}
         output = self.leader.sample_tokens(grammar_output)
         generators.update(held)
         return output
+
+    def _params_of(self, req_id: str) -> SamplingParams | None:
+        state = self.leader.requests.get(req_id)
+        return state.sampling_params if state is not None else None
 
     def _tokens_for(self, follower: GPUModelRunner, ending: dict[str, int]) -> Tensor:
         """The leader's tokens [R, 1] in the order of the follower's rows; 0 where a row ends in no token."""

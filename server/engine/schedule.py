@@ -117,7 +117,7 @@ class SpecialistView:
         new_reqs: list[NewRequestData] = []
         cached = CachedRequestData.make_empty()
         num_scheduled: dict[str, int] = {}
-        for req_id, start, num_outputs in _scheduled(output):
+        for req_id, start, num_outputs in scheduled_requests(output):
             request = self._requests[req_id]
             own_start, own_end = own_span(
                 start,
@@ -176,7 +176,7 @@ def _copy(block_ids: BlockIds) -> BlockIds:
     return tuple(list(ids) for ids in block_ids)
 
 
-def _scheduled(output: SchedulerOutput) -> list[tuple[str, int, int]]:
+def scheduled_requests(output: SchedulerOutput) -> list[tuple[str, int, int]]:
     """(request id, first canonical position, output tokens so far) of each scheduled request, in order."""
     state = {new.req_id: (new.num_computed_tokens, 0) for new in output.scheduled_new_reqs}
     cached = output.scheduled_cached_reqs

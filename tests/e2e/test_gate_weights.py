@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from gating.fusion import load_fusion
 from gating.modeling import UltraFuserForCausalLM
@@ -181,3 +182,79 @@ def test_another_value_is_refused_by_name(server: ServerProcess, wish: Any) -> N
     response = httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "gate_weights": wish})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "gate_weights"
+
+
+def analyze(server: ServerProcess, **body: Any) -> Any:
+    return httpx.post(f"{server.url}/v1/gate/analyze", json=body, timeout=120)
+
+
+def read_by_the_reference(
+    tiny_fusion: Path, prompts: list[list[int]], given: list[int]
+) -> tuple[list[float], list[list[float]]]:
+    """Log probability and weights of each given token, from one forward pass."""
+    model = UltraFuserForCausalLM.from_fusion(load_fusion(tiny_fusion))
+    rows = [torch.tensor([[*prompt, *given]]) for prompt in prompts]
+    masks = [torch.arange(row.shape[1])[None] >= len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
+    with torch.no_grad():
+        output = model(input_ids=rows, attention_mask=[torch.ones_like(row) for row in rows], response_mask=masks)
+    logprobs = output.logits[0].log_softmax(dim=-1)[range(len(given)), given].tolist()
+    return logprobs, output.gate_weights[:, 0].T.tolist()
+
+
+def check_tokens(tokens: list[Any], logprobs: list[float], weights: list[list[float]]) -> None:
+    for token, logprob, own in zip(tokens, logprobs, weights, strict=True):
+        assert token["logprob"] == pytest.approx(logprob, abs=5e-4)
+        assert token["gate_weights"] == pytest.approx(own, abs=1e-4)
+
+
+def test_an_answer_is_analyzed_as_the_reference_reads_it(server: ServerProcess, tiny_fusion: Path) -> None:
+    answer = "The sea is wide, and its answer is 42."
+    result = analyze(server, messages=[{"role": "user", "content": QUESTION}], answer=answer).json()
+    assert (result["object"], result["model"], result["specialists"]) == ("gate.analysis", MODEL, NAMES)
+    assert "".join(token["token"] for token in result["tokens"]) == answer
+    given = [token["token_id"] for token in result["tokens"]]
+    prompts = prompts_of(load_fusion(tiny_fusion), QUESTION)
+    assert len({len(prompt) for prompt in prompts}) > 1
+    check_tokens(result["tokens"], *read_by_the_reference(tiny_fusion, prompts, given))
+    rows = [token["gate_weights"] for token in result["tokens"]]
+    assert result["mean"] == pytest.approx([sum(own) / len(own) for own in zip(*rows, strict=True)], abs=1e-5)
+
+
+def test_a_text_is_analyzed_from_its_second_token_on(server: ServerProcess, tiny_fusion: Path) -> None:
+    text = "def add(a, b): return a + b"
+    first, *rest = analyze(server, text=text).json()["tokens"]
+    assert first["token"] + "".join(token["token"] for token in rest) == text
+    assert (first["logprob"], first["gate_weights"]) == (None, None)
+    given = [token["token_id"] for token in rest]
+    check_tokens(rest, *read_by_the_reference(tiny_fusion, [[first["token_id"]]] * 3, given))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "text"),
+        ({"text": "x y", "messages": [], "answer": "z"}, "text"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "answer"),
+        ({"text": "x y", "answer": "z"}, "answer"),
+        ({"text": ""}, "text"),
+        ({"text": "e"}, "text"),
+        ({"text": "x y", "temperature": 1}, "temperature"),
+        ({"text": "no room " * 2000}, "text"),
+        ({"messages": [{"role": "user", "content": "hi"}], "answer": "no room " * 800}, "answer"),
+    ],
+)
+def test_what_cannot_be_analyzed_is_refused_by_name(server: ServerProcess, body: dict[str, Any], param: str) -> None:
+    response = analyze(server, **body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_another_model_is_not_found(server: ServerProcess) -> None:
+    assert analyze(server, text="a b", model="other").status_code == 404
+
+
+def test_users_cannot_force_tokens_in_other_requests(server: ServerProcess) -> None:
+    body = {**CHAT, "vllm_xargs": {"forced_token_ids": [5, 6]}}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "vllm_xargs"
