@@ -290,6 +290,7 @@ async def test_the_schema_describes_the_routes(client: httpx.AsyncClient) -> Non
     assert set(paths) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/gate/analyze",
         "/v1/models",
         "/v1/models/{name}",
         "/tokenize",
