@@ -25,7 +25,7 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_wo
 from server.engine.forcing import Forcing, forced_in_step
 from server.engine.mixing import Mixer, Rows
 from server.engine.schedule import SpecialistView, leader_sampling_params, neutral_sampling_params
-from server.engine.weights import StepWeights, with_weights
+from server.engine.weights import WeightsOnTheWay, with_weights
 
 _AMPLE_BYTES = 1 << 62
 """Memory given to a runner's own KV plan, whose size is decided by the common plan already."""
@@ -204,7 +204,7 @@ class FusedModelRunner:
             return FusedAsyncOutput(output, scheduled, weights)
         return with_weights(_name_all(output, scheduled), weights)
 
-    def _mix(self, ending: dict[str, int]) -> StepWeights:
+    def _mix(self, ending: dict[str, int]) -> WeightsOnTheWay:
         rows = []
         for runner in self.runners:
             state = runner.execute_model_state
@@ -212,7 +212,7 @@ class FusedModelRunner:
             rows.append(Rows([index[req_id] for req_id in ending], state.sample_hidden_states, state.logits))
         fused_RV, weights_SB = self._mixer.fuse_into_leader(rows)
         self.leader.execute_model_state = self.leader.execute_model_state._replace(logits=fused_RV)
-        return StepWeights.start(list(ending), weights_SB)
+        return WeightsOnTheWay(list(ending), weights_SB)
 
     def _sample_leader(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample; rows that end in no token must not advance their seeded generator.
@@ -255,7 +255,7 @@ class FusedAsyncOutput(AsyncModelRunnerOutput):
     """The leader's asynchronous output, completed when it is collected."""
 
     def __init__(
-        self, leader_output: AsyncModelRunnerOutput, scheduled: list[str], weights: StepWeights | None
+        self, leader_output: AsyncModelRunnerOutput, scheduled: list[str], weights: WeightsOnTheWay | None
     ) -> None:
         self._leader_output = leader_output
         self._scheduled = scheduled

@@ -29,26 +29,33 @@ Weights = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StepWeights:
-    """The weights of one step."""
+    """The weights of one step, on the host. An array: a tensor would take ten times as long between processes."""
 
-    rows: dict[str, int]
-    """Column of each request."""
+    requests: list[str]
+    """In the order of the rows."""
 
-    weights_SB: Tensor
-    """float32, on the host or on its way there."""
-
-    @classmethod
-    def start(cls, requests: Sequence[str], weights_SB: Tensor) -> "StepWeights":
-        """Begin to copy the weights to the host; they are there when the step's tokens are."""
-        if weights_SB.device.type != "cpu":
-            pinned_SB = torch.empty(weights_SB.shape, dtype=weights_SB.dtype, pin_memory=True)
-            weights_SB = pinned_SB.copy_(weights_SB, non_blocking=True)
-        return cls({request: row for row, request in enumerate(requests)}, weights_SB)
+    weights_BS: Weights
 
     def of(self, request: str) -> Weights:
         """[1, S]: of the request's token in this step."""
-        row: Weights = self.weights_SB[:, self.rows[request]].numpy()[None].copy()
-        return row
+        row = self.requests.index(request)
+        return self.weights_BS[row : row + 1]
+
+
+class WeightsOnTheWay:
+    """The weights of one step, being copied to the host; they are there when the step's tokens are."""
+
+    def __init__(self, requests: list[str], weights_SB: Tensor) -> None:
+        """Begin to copy; `requests` in the order of B."""
+        self._requests = requests
+        self._weights_SB = weights_SB
+        if weights_SB.device.type != "cpu":
+            pinned_SB = torch.empty(weights_SB.shape, dtype=weights_SB.dtype, pin_memory=True)
+            self._weights_SB = pinned_SB.copy_(weights_SB, non_blocking=True)
+
+    def arrive(self) -> StepWeights:
+        """To be called when the step's tokens are on the host."""
+        return StepWeights(self._requests, self._weights_SB.numpy().T.copy())
 
 
 @dataclass
@@ -58,10 +65,12 @@ class FusedRunnerOutput(ModelRunnerOutput):
     step_weights: StepWeights | None = None
 
 
-def with_weights(output: ModelRunnerOutput, weights: StepWeights | None) -> ModelRunnerOutput:
-    """The same output, weights beside it."""
+def with_weights(output: ModelRunnerOutput, weights: WeightsOnTheWay | None) -> ModelRunnerOutput:
+    """The output of a step whose tokens are on the host, with the weights beside them."""
+    if weights is None:
+        return output
     own = {field.name: getattr(output, field.name) for field in fields(ModelRunnerOutput)}
-    return FusedRunnerOutput(**own, step_weights=weights)
+    return FusedRunnerOutput(**own, step_weights=weights.arrive())
 
 
 def wants_weights(params: SamplingParams | None) -> bool:
