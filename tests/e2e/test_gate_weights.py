@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
@@ -26,6 +27,8 @@ CHAT: dict[str, Any] = {
 }
 SUM_TOLERANCE = 5e-6
 """Each weight is rounded to six digits."""
+BATCH_TOLERANCE = 1e-5
+"""Requests that share their steps with others are added up in another order."""
 
 
 def ask(server: ServerProcess, body: dict[str, Any], path: str = "chat/completions") -> Any:
@@ -44,6 +47,11 @@ def events(server: ServerProcess, body: dict[str, Any], path: str = "chat/comple
 def rows_in(chunks: list[Any], index: int = 0) -> list[list[float]]:
     choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
     return [row for choice in choices for row in choice.get("gate_weights", {}).get("content", [])]
+
+
+def nearly(weights: list[Any]) -> Any:
+    """The same numbers in a batch of another size."""
+    return pytest.approx(np.array(weights), abs=BATCH_TOLERANCE)
 
 
 def check(weights: Any, num_tokens: int) -> None:
@@ -75,9 +83,9 @@ def test_a_stream_has_the_weights_of_each_parts_tokens(server: ServerProcess, pa
     whole = ask(server, body, path)
     chunks = events(server, body, path)
     assert [chunk.get("specialists") for chunk in chunks] == [NAMES] + [None] * (len(chunks) - 1)
-    assert rows_in(chunks) == whole["choices"][0]["gate_weights"]["content"]
+    assert rows_in(chunks) == nearly(whole["choices"][0]["gate_weights"]["content"])
     last = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
-    assert last[0]["gate_weights"]["mean"] == whole["choices"][0]["gate_weights"]["mean"]
+    assert last[0]["gate_weights"]["mean"] == nearly(whole["choices"][0]["gate_weights"]["mean"])
     assert not any("token_ids" in choice for chunk in chunks for choice in chunk["choices"]), "nobody asked for them"
     assert not any("prompt_token_ids" in chunk for chunk in chunks)
 
@@ -101,7 +109,7 @@ def test_several_choices_have_weights_of_their_own(server: ServerProcess) -> Non
     assert len({json.dumps(choice["gate_weights"]["content"]) for choice in whole["choices"]}) == 3
     chunks = events(server, body)
     for choice in whole["choices"]:
-        assert rows_in(chunks, choice["index"]) == choice["gate_weights"]["content"]
+        assert rows_in(chunks, choice["index"]) == nearly(choice["gate_weights"]["content"])
 
 
 def test_several_prompts_have_weights_of_their_own(server: ServerProcess) -> None:
@@ -111,7 +119,7 @@ def test_several_prompts_have_weights_of_their_own(server: ServerProcess) -> Non
     chunks = events(server, body, "completions")
     assert len(whole["choices"]) == 4
     for choice in whole["choices"]:
-        assert rows_in(chunks, choice["index"]) == choice["gate_weights"]["content"]
+        assert rows_in(chunks, choice["index"]) == nearly(choice["gate_weights"]["content"])
 
 
 def test_a_stop_string_ends_text_and_weights_together(server: ServerProcess) -> None:
@@ -128,7 +136,7 @@ def test_a_stop_string_ends_text_and_weights_together(server: ServerProcess) -> 
             assert choice["finish_reason"] == "stop"
             ids, rows = choice["token_ids"], choice["gate_weights"]["content"]
         assert 0 < len(ids) < len(free["token_ids"])
-        assert rows == free["gate_weights"]["content"][: len(ids)]
+        assert rows == nearly(free["gate_weights"]["content"][: len(ids)])
 
 
 @pytest.mark.parametrize("stream", [False, True])
