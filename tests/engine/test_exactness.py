@@ -122,7 +122,7 @@ def test_a_follow_up_turn_equals_the_reference(engine: InProcessEngine, judge: J
         {"enable_prefix_caching": False, "enable_chunked_prefill": False},
         {"block_size": 96, "prefix_caching_hash_algo": "sha256_cbor", "scheduling_policy": "priority"},
         {"block_size": 64, "max_num_seqs": 2, "disable_log_stats": True, "logprobs_mode": "processed_logprobs"},
-        {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.2, "seed": 7, "max_logprobs": -1},
+        {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.4, "seed": 7, "max_logprobs": -1},
     ],
     ids=lambda options: "-".join(options),
 )
