@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gating.commands import CommandError
-from gating.evaluation.merging import AVERAGE, BASE, DEFAULT_SCALE, TASK_ARITHMETIC, find_variants
+from gating.evaluation.merging import AVERAGE, BASE, TASK_ARITHMETIC, find_variants
 from gating.evaluation.passes import Reading
 from gating.evaluation.task import FUSED, UNIFORM, ReadingTask
 
@@ -86,7 +86,7 @@ class LossTable:
         return {**found, "mean": _interval(means[name], means[other])}
 
 
-def measure(task: ReadingTask, base: str | None = None, scale: float = DEFAULT_SCALE) -> LossTable:
+def measure(task: ReadingTask, *, base: str | None, scale: float) -> LossTable:
     """All rows of the table that can be had; those that cannot are in its notes.
 
     Args:

@@ -21,9 +21,6 @@ AVERAGE = "average"
 BASE = "base"
 TASK_ARITHMETIC = "task_arithmetic"
 
-DEFAULT_SCALE = 0.4
-"""Of task arithmetic: within the range that its authors recommend where nothing is tuned."""
-
 # Part of the cache key: raise it when the same models are to give other weights.
 _RECIPE = 1
 

@@ -13,7 +13,8 @@ from gating.batches import collate_rows
 from gating.cache import Report
 from gating.commands import CommandError
 from gating.conversations import DataFile
-from gating.evaluation.loss import LossTable, describe, measure
+from gating.evaluation import loss
+from gating.evaluation.loss import LossTable, describe
 from gating.evaluation.task import ReadingOptions, ReadingTask, prepare_task
 from gating.gate import Gate, save_gate
 from gating.modeling import UltraFuserForCausalLM
@@ -52,6 +53,10 @@ def reference_loss(fusion: FusionConfig, task: ReadingTask, domain: str) -> floa
         loss = model(**{name: tensors[:count] for name, tensors in batch.items()}).loss
     assert loss is not None
     return float(loss)
+
+
+def measure(task: ReadingTask, base: str | None = None, scale: float = 0.4) -> LossTable:
+    return loss.measure(task, base=base, scale=scale)
 
 
 def single(fusion: FusionConfig, index: int) -> FusionConfig:
