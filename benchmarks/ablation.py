@@ -3,7 +3,8 @@
 Run: python -m benchmarks.ablation FUSION --data FILE ... --eval-data FILE ... --output FOLDER [--seeds 0 1 2]
 
 Every arm ends with the same number of stage-2 steps on the same number of rows; the two-stage arms train the gate alone
-before that. Arms that are done are not done again, one that was stopped goes on.
+before that. Domains of unequal size show what balancing does: proportional sampling draws by size.
+Arms that are done are not done again, one that was stopped goes on.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import say
+from gating.conversations import Conversation, DataFile, read_conversations
 from gating.provenance import write_json
 
 ARMS: Mapping[str, tuple[str | None, str]] = {
@@ -52,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
             say(f"seed {seed}: {arm}")
             runs.setdefault(arm, []).append(run_arm(options, budget, arm, seed))
     content = {
-        "budget": vars(budget),
+        "budget": vars(budget) | {"max_length": options.max_length},
+        "rows": count_rows(options.data),
         "seeds": options.seeds,
         "arms": {arm: summarise(own) for arm, own in runs.items()},
     }
@@ -77,6 +81,12 @@ def run_arm(options: argparse.Namespace, budget: Budget, arm: str, seed: int) ->
     )
     metrics: dict[str, float] = json.loads((end / "manifest.json").read_text(encoding="utf-8"))["metrics"]
     return metrics
+
+
+def count_rows(files: Sequence[str]) -> dict[str, int]:
+    """Conversations of each domain in the training files: proportional sampling draws by them."""
+    rows = [row for file in files for _, row, _ in read_conversations(DataFile.parse(file))]
+    return dict(Counter(row.domain for row in rows if isinstance(row, Conversation)))
 
 
 def summarise(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:

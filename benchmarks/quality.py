@@ -71,10 +71,13 @@ def describe(quality: Quality) -> str:
 
 def _describe_budget(ablation: Mapping[str, Any]) -> str:
     budget = ablation["budget"]
+    rows = ", ".join(f"{count:,} {domain}" for domain, count in ablation["rows"].items())
     return (
         f"Every arm: {budget['stage2_steps']} steps of stage 2 on {budget['rows_per_domain']} x 3 rows, learning rate"
         f" {budget['learning_rate']:g} (gate {budget['gate_learning_rate']:g}). The two-stage arms train the gate alone"
-        f" before that: {budget['stage1_steps']} steps on {budget['stage1_limit']} rows of each domain. Validation loss"
+        f" before that: {budget['stage1_steps']} steps on {budget['stage1_limit']} rows of each domain. Training rows:"
+        f" {rows}; proportional sampling (the first two arms) draws by these numbers, balanced sampling the same number"
+        f" of each. Conversations of at most {budget['max_length']} tokens. Validation loss"
         f" in nats per response token: mean and standard deviation over {len(ablation['seeds'])} seeds, every seed's"
         " value of the mean over domains."
     )

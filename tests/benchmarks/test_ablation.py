@@ -35,6 +35,7 @@ def test_three_arms_end_with_the_same_budget_and_are_summarised(
     assert not (tmp_path / "out" / "direct-0" / "stage1").exists()
     summary = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary["arms"]
+    assert sum(summary["rows"].values()) == len(CONVERSATIONS.read_text().splitlines())
     losses = [arm["eval_loss"]["mean"] for arm in summary["arms"].values()]
     assert len(set(losses)) == 3
     written = (tmp_path / "out" / "direct-0" / "stage2" / "manifest.json").stat().st_mtime_ns

@@ -17,9 +17,14 @@ def files(tmp_path: Path) -> Path:
     metrics = [{f"eval_loss{suffix}": value for suffix in ("", "_text", "_code", "_math")} for value in (1.5, 1.7)]
     budget = {
         "stage1_steps": 60, "stage2_steps": 30, "rows_per_domain": 2, "learning_rate": 3e-4,
-        "gate_learning_rate": 1e-3, "stage1_limit": 100,
+        "gate_learning_rate": 1e-3, "stage1_limit": 100, "max_length": 320,
     }  # fmt: skip
-    content = {"budget": budget, "seeds": [0, 1], "arms": {"direct": summarise(metrics)}}
+    content = {
+        "budget": budget,
+        "rows": {"text": 1200, "code": 30},
+        "seeds": [0, 1],
+        "arms": {"direct": summarise(metrics)},
+    }
     (tmp_path / "ablation.json").write_text(json.dumps(content))
     score: dict[str, Any] = {"value": 0.25, "low": 0.1, "high": 0.5, "num_items": 8}
     for name, own in (("base", {"gsm8k": score}), ("fused", {"gsm8k": score, "humaneval": {"value": None}})):
@@ -42,6 +47,7 @@ def test_a_filing_becomes_a_section_of_the_page(files: Path) -> None:
     assert "1.5000 1.7000 |" in page
     assert "| fused | 25.0 [10.0, 50.0] of 8 | - |" in page
     assert "30 steps of stage 2 on 2 x 3 rows" in page
+    assert "Training rows: 1,200 text, 30 code;" in page
     assert str(files) not in path.read_text()
 
 
