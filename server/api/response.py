@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -10,9 +10,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
-from server.errors import as_api_error
+from server.admission import DONE_EVENT
+from server.errors import Rejection, as_api_error
+from server.metrics import REJECTIONS
 
 EARLY_SECONDS = 1.0
 """How long a stream's headers wait for its first event.
@@ -21,7 +25,6 @@ What is wrong with a request often shows only in the engine, milliseconds after 
 the client gets the right status instead of a stream that begins with an error."""
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_DONE = "data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,9 @@ async def answer_error(request: Request, error: Exception) -> Response:
     told = as_api_error(error)
     if isinstance(error, HTTPException) and told.status in (404, 405):
         told.message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
-    if told.status >= 500 or isinstance(error, TypeError):
+    if isinstance(told, Rejection):
+        REJECTIONS.labels(told.reason).inc()
+    elif told.status >= 500 or isinstance(error, TypeError):
         logger.error("answered %d", told.status, exc_info=error)
     return told.response()
 
@@ -54,10 +59,25 @@ async def _stream(events: AsyncGenerator[str, None]) -> Response:
         raise
     if first.done() and isinstance(error := first.exception(), Exception):
         raise error
-    return StreamingResponse(_events(first, events), media_type="text/event-stream", headers=_STREAM_HEADERS)
+    return EventStream(_events(first, events))
 
 
-async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+class EventStream(StreamingResponse):
+    """Events as they come, and comments while none comes; the generator is closed when the client leaves."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        events = with_sse_keep_alive(self._events, scope["app"].state.keep_alive_interval)
+        self.body_iterator = events
+        async with aclosing(events):
+            await super().__call__(scope, receive, send)
+
+
+async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     async with aclosing(events):
         try:
             yield await first
@@ -69,7 +89,7 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
             if told.status >= 500:
                 logger.error("a stream ended early", exc_info=error)
             yield told.event()
-            yield _DONE
+            yield DONE_EVENT
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
