@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -85,6 +86,18 @@ class ServerProcess:
         for child in psutil.Process(self.process.pid).children(recursive=True):
             self._seen[child.pid] = child
         return list(self._seen.values())
+
+    def child(self, name: str) -> psutil.Process:
+        """The living process below it whose name has this part; waits until there is one."""
+
+        def found() -> psutil.Process | None:
+            for child in self.children():
+                with suppress(psutil.NoSuchProcess):  # some live for a moment only
+                    if name in child.name():
+                        return child
+            return None
+
+        return wait_for(found, f"a process {name}", 90)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit status."""

@@ -88,7 +88,7 @@ def test_a_killed_server_takes_its_engine_along(start: Callable[..., ServerProce
 def test_ctrl_c_while_weights_are_loaded_leaves_nothing_behind(start: Callable[..., ServerProcess]) -> None:
     server = start()
     server.wait_for_log("[3/4]")
-    wait_for(lambda: any("Worker" in child.name() for child in server.children()), "the worker has started", 90)
+    server.child("Worker")
     press_ctrl_c(server)
     assert server.process.wait(STOP_SECONDS) == 130
     wait_for(lambda: not server.survivors(), "the engine's processes have ended")
