@@ -79,7 +79,8 @@ class Network(_Section):
     """Seconds a client may stop reading its response; then its connection is closed and its request ends."""
 
     keep_alive_interval: Annotated[float, Field(ge=0)] = 15.0
-    """Seconds without an event after which a stream gets a comment, so that no proxy gives it up; 0: never."""
+    """Seconds between looks at a stream; one without an event since the last gets a comment, so that no proxy gives
+    it up; 0: never."""
 
 
 class Access(_Section):

@@ -10,9 +10,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from server.admission import DONE_EVENT
 from server.errors import Rejection, as_api_error
@@ -25,6 +24,7 @@ What is wrong with a request often shows only in the engine, milliseconds after 
 the client gets the right status instead of a stream that begins with an error."""
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_COMMENT = b": keep-alive\n\n"
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,45 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
-        events = with_sse_keep_alive(self._events, scope["app"].state.keep_alive_interval)
-        self.body_iterator = events
-        async with aclosing(events):
-            await super().__call__(scope, receive, send)
+        line = _KeptAlive(send, scope["app"].state.keep_alive_interval)
+        async with aclosing(self._events), line:
+            await super().__call__(scope, receive, line.send)
+
+
+class _KeptAlive:
+    """A stream's `send`, and a comment after every interval in which it was not used.
+
+    vLLM's `with_sse_keep_alive` does the same with a task for every event, a tenth of what an event costs.
+    """
+
+    def __init__(self, send: Send, interval_seconds: float) -> None:
+        self._send = send
+        self._interval_seconds = interval_seconds
+        self._is_silent = self._is_sending = False
+        self._comments: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        if self._interval_seconds:
+            self._comments = asyncio.create_task(self._comment())
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._comments is not None:
+            self._comments.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on."""
+        self._is_silent, self._is_sending = False, True
+        try:
+            await self._send(message)
+        finally:
+            self._is_sending = False
+
+    async def _comment(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_seconds)
+            if self._is_silent and not self._is_sending:
+                await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+            self._is_silent = True
 
 
 async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
