@@ -11,7 +11,7 @@ from server import __version__
 from server.admission import Admission, AdmissionControl
 from server.api import chat, completions, gate, health, models, tokenize
 from server.api.health import Readiness
-from server.api.response import answer_error
+from server.api.response import answer_error, error_responses
 from server.errors import ApiError
 from server.keys import KeyRing
 from server.metrics import count_http_requests
@@ -21,6 +21,9 @@ from server.serving import Serving
 from server.settings import ServerSettings
 
 ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))
+
+REJECTED_WITH = (400, 401, 429, 503, 504)
+"""What the middleware may answer in the place of a route."""
 
 # The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
 TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
@@ -54,7 +57,8 @@ def create_app(
     app.state.readiness = readiness
     app.state.keep_alive_interval = settings.keep_alive_interval
     for router in ROUTERS:
-        app.include_router(router)
+        is_for_probes = router is health.router
+        app.include_router(router, responses=None if is_for_probes else error_responses(*REJECTED_WITH))
     for error in TRANSLATED_ERRORS:
         app.add_exception_handler(error, answer_error)
     _add_middleware(app, settings, admission or Admission())
