@@ -87,12 +87,23 @@ def ask(url: str, **fields: Any) -> httpx.Response:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_fusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server's log is, and what is done to it."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_fusion: Path, folder: Path) -> Iterator[ServerProcess]:
     """A server that notices stalls quickly, started where another one has left its metrics behind."""
-    folder = tmp_path_factory.mktemp("faults")
-    (folder / "left").mkdir()
+    for name in ("left", "site"):
+        (folder / name).mkdir()
     (folder / "left" / "counter_1.db").write_bytes(b"\xff" * 4096)
-    environ = {"PROMETHEUS_MULTIPROC_DIR": str(folder / "left")}
+    (folder / "site" / "sitecustomize.py").write_text(RAISE_ON_DEMAND)
+    environ = {
+        "PROMETHEUS_MULTIPROC_DIR": str(folder / "left"),
+        "PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]),
+        "FAULT_FILE": str(folder / "fault"),
+    }
     server = ServerProcess(tiny_fusion, folder / "log", *OPTIONS, str(REQUEST_SECONDS), environ=environ)
     try:
         server.wait_until_ready()
@@ -174,41 +185,19 @@ def check_the_end(server: ServerProcess, break_engine: Callable[[], None]) -> No
     wait_for(lambda: not server.survivors(), "its other processes have ended", 10)
 
 
-def test_a_killed_engine_core_ends_everything_with_an_error(server: ServerProcess) -> None:
-    """The last test of this server."""
-    check_the_end(server, server.child("EngineCor").kill)
-
-
-@pytest.fixture
-def start(tiny_fusion: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts one server for a test that ends it."""
-    servers: list[ServerProcess] = []
-
-    def start(**environ: str) -> ServerProcess:
-        servers.append(ServerProcess(tiny_fusion, tmp_path / "log", environ=environ))
-        servers[-1].wait_until_ready()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.kill()
-
-
-def test_a_killed_worker_ends_everything_with_an_error(start: Callable[..., ServerProcess]) -> None:
-    server = start()
-    check_the_end(server, server.child("Worker").kill)
-
-
-def test_a_specialist_that_raises_ends_everything_with_an_error(
-    start: Callable[..., ServerProcess], tmp_path: Path
-) -> None:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(RAISE_ON_DEMAND)
-    fault = tmp_path / "fault"
-    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    server = start(PYTHONPATH=path, FAULT_FILE=str(fault))
-    check_the_end(server, fault.touch)
+def test_a_specialist_that_raises_ends_everything_with_an_error(server: ServerProcess, folder: Path) -> None:
+    """The last test of this server: an engine of two specialists would be another model."""
+    check_the_end(server, (folder / "fault").touch)
     assert "an injected fault" in server.log
+
+
+def test_a_killed_engine_core_ends_everything_with_an_error(tiny_fusion: Path, tmp_path: Path) -> None:
+    server = ServerProcess(tiny_fusion, tmp_path / "log")
+    try:
+        server.wait_until_ready()
+        check_the_end(server, server.child("EngineCor").kill)
+    finally:
+        server.kill()
 
 
 def test_a_start_that_must_fail_says_why_in_one_line(tmp_path: Path) -> None:
