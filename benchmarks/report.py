@@ -13,6 +13,9 @@ from benchmarks.measure import Comparison, Measured
 from benchmarks.quality import NAME as QUALITY
 from benchmarks.quality import Quality, describe
 from benchmarks.result import RESULTS_FOLDER, Result, newest_result, read_result
+from benchmarks.soak import NAME as SOAK
+from benchmarks.soak import Soak
+from benchmarks.soak import describe as describe_soak
 
 NAMES = ("decode_step", "serve_overhead", "peers", "batch_invariance")
 """The benchmarks in the order of the page."""
@@ -31,6 +34,10 @@ Is the fused model worth it? The demo (3 x 135M parameters) on conversations tha
 `gating/demo/recipe.sh`; rows are explained in [evaluation.md](evaluation.md). `baseline` rows are the specialists as
 they entered stage 2."""
 
+_SOAK_QUESTION = """\
+Does anything get lost or leak? Short requests to one server with the tests' tiny model; a fifth of the clients leave
+before their response is complete."""
+
 _NOT_RUN = "No result is filed yet. Run `python -m benchmarks.{name}`, then `python -m benchmarks.report`."
 
 
@@ -38,7 +45,8 @@ def render_page(results_folder: Path, page: Path = PAGE) -> str:
     """The page as Markdown; links are relative to `page`."""
     sections = [_section(name, newest_result(results_folder, name), page.parent) for name in NAMES]
     quality = _quality(newest_result(results_folder, QUALITY), page.parent)
-    return "\n\n".join([_INTRODUCTION, quality, *sections]) + "\n"
+    soak = _soak(newest_result(results_folder, SOAK), page.parent)
+    return "\n\n".join([_INTRODUCTION, quality, *sections, soak]) + "\n"
 
 
 def _quality(path: Path | None, folder: Path) -> str:
@@ -47,6 +55,14 @@ def _quality(path: Path | None, folder: Path) -> str:
     quality = Quality.model_validate_json(path.read_text(encoding="utf-8"))
     where = _where(quality.environment, quality.date, Path(os.path.relpath(path, folder)).as_posix())
     return "\n\n".join([f"## {QUALITY}", _QUALITY_QUESTION, describe(quality), where])
+
+
+def _soak(path: Path | None, folder: Path) -> str:
+    if path is None:
+        return f"## {SOAK}\n\n{_NOT_RUN.format(name=SOAK)}"
+    soak = Soak.model_validate_json(path.read_text(encoding="utf-8"))
+    where = _where(soak.environment, soak.date, Path(os.path.relpath(path, folder)).as_posix())
+    return "\n\n".join([f"## {SOAK}", _SOAK_QUESTION, describe_soak(soak), where])
 
 
 def _section(name: str, path: Path | None, folder: Path) -> str:

@@ -56,6 +56,12 @@ class ServerProcess:
             start_new_session=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """The process id of a started server."""
+        assert self._process is not None, "start() comes first"
+        return self._process.pid
+
     def wait_until_ready(self) -> None:
         """Block until the server can generate.
 

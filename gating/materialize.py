@@ -5,11 +5,12 @@ adapters; does not know engines, and reads no environment: the caller names the 
 """
 
 import sys
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from gating.cache import Artifact, Report, Tick, build_once, fingerprint
@@ -33,7 +34,8 @@ def materialize(config: FusionConfig, cache_dir: Path | None = None, on_progress
             on stderr. Not called when everything is in the cache.
 
     Raises:
-        FusionError: a package that is missing, an adapter that is missing or does not fit its model.
+        FusionError: a package that is missing, an adapter that is missing or does not fit its model, a cache that
+            cannot be written.
     """
     cache_dir = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
     recipes = [_recipe(item, f"specialists.{index}", cache_dir) for index, item in enumerate(config.specialists)]
@@ -137,8 +139,22 @@ def _build_missing(artifacts: Sequence[Artifact], cache_dir: Path, on_progress: 
         return
     with closing(_Display()) if on_progress is None else nullcontext(on_progress) as report:
         for index, artifact in enumerate(missing.values()):
-            build_once(artifact, cache_dir, partial(_report_part, report, index, len(missing)))
+            with _told_if_unwritable(artifact, cache_dir):
+                build_once(artifact, cache_dir, partial(_report_part, report, index, len(missing)))
         report("models ready", 1.0)
+
+
+@contextmanager
+def _told_if_unwritable(artifact: Artifact, cache_dir: Path) -> Iterator[None]:
+    """A full disk, a folder without the right to write: one line instead of a traceback."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        is_of_the_disk = isinstance(error, SafetensorError) or error.errno is not None
+        if not is_of_the_disk:
+            raise
+        way_out = f"make room in {cache_dir}, or name another folder with --cache"
+        raise FusionError(f"{artifact.label}: cannot be written ({error}); {way_out}") from error
 
 
 def _report_part(report: Report, index: int, count: int, label: str, share: float) -> None:

@@ -12,6 +12,7 @@ from gating.commands import CommandError
 from gating.fusion import load_fusion
 from server import __version__
 from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
+from server.keys import with_all_keys
 from server.listener import listen_on
 from server.log import configure_logging
 from server.progress import StartupProgress
@@ -51,9 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(command: ServeCommand) -> int:
     """What is cheap to check comes first: the fusion file and the port, then seconds of imports, weights last."""
-    settings = command.settings
+    settings = with_all_keys(command.settings)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    os.environ.pop(
+        "PROMETHEUS_MULTIPROC_DIR", None
+    )  # one process serves; of a left-over folder it would show old series
     os.environ.update(vllm_environment(os.environ, settings.log_level))
     configure_logging(settings.log_level)
     fusion = load_fusion(settings.fusion)

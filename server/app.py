@@ -8,16 +8,22 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm.exceptions import VLLMError
 
 from server import __version__
+from server.admission import Admission, AdmissionControl
 from server.api import chat, completions, gate, health, models, tokenize
 from server.api.health import Readiness
-from server.api.response import answer_error
+from server.api.response import answer_error, error_responses
 from server.errors import ApiError
+from server.keys import KeyRing
 from server.metrics import count_http_requests
-from server.middleware import ApiKeys, RequestLog
+from server.middleware import ApiKeys, RequestLog, TrustedHosts
+from server.quotas import Quota
 from server.serving import Serving
 from server.settings import ServerSettings
 
 ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))
+
+REJECTED_WITH = (400, 401, 429, 503, 504)
+"""What the middleware may answer in the place of a route."""
 
 # The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
 TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
@@ -34,8 +40,11 @@ TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
 """Exceptions that become OpenAI's error object inside the app, where the request metrics see their status."""
 
 
-def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness) -> FastAPI:
-    """The application over a running engine; `readiness` is what `/ready` reports, kept up to date by its owner."""
+def create_app(
+    serving: Serving, settings: ServerSettings, readiness: Readiness, admission: Admission | None = None
+) -> FastAPI:
+    """The application over a running engine; `readiness` is what `/ready` reports, kept up to date by its owner, who
+    also ends requests through `admission`."""
     app = FastAPI(
         title="UltraFuser",
         version=__version__,
@@ -46,19 +55,28 @@ def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness)
     )
     app.state.serving = serving
     app.state.readiness = readiness
+    app.state.keep_alive_interval = settings.keep_alive_interval
     for router in ROUTERS:
-        app.include_router(router)
+        is_for_probes = router is health.router
+        app.include_router(router, responses=None if is_for_probes else error_responses(*REJECTED_WITH))
     for error in TRANSLATED_ERRORS:
         app.add_exception_handler(error, answer_error)
-    _add_middleware(app, settings)
+    _add_middleware(app, settings, admission or Admission())
     return app
 
 
-def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
-    """From the inside out: keys, request counts (of refused ones, too), CORS (whose preflights carry no key), log."""
+def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission) -> None:
+    """From the inside out: admission, keys, request counts (of refused ones, too), hosts, CORS (whose preflights carry
+    no key), log."""
+    app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout)
     if settings.api_key:
-        app.add_middleware(ApiKeys, keys=settings.api_key)
+        quotas = [Quota(settings.requests_per_minute, settings.concurrent_requests) for _ in settings.api_key]
+        app.add_middleware(
+            ApiKeys, keys=KeyRing(settings.api_key), quotas=quotas, salts_cache=settings.cache_salt_per_key
+        )
     count_http_requests(app)
+    if settings.allowed_host:
+        app.add_middleware(TrustedHosts, hosts=settings.allowed_host)
     if settings.allowed_origin:
         app.add_middleware(
             CORSMiddleware,

@@ -36,7 +36,7 @@ class EngineFlags(EngineSettings):
     """Serve requests in order of arrival (fcfs) or of their `priority` field."""
 
     max_num_queued_reqs: Count | None = None
-    """Refuse requests with 503 when this many are unfinished; default: no limit."""
+    """Refuse requests with 503 when this many are unfinished; default: 1024."""
 
     max_num_queued_tokens: Count | None = None
     """Refuse requests with 503 when this many prompt tokens wait; default: no limit."""

@@ -4,13 +4,20 @@
     ├── InvalidRequest          400  invalid_request_error
     │   ├── NotFused            400  invalid_request_error  code unsupported_parameter
     │   └── ContextTooLong      400  invalid_request_error  code context_length_exceeded
-    └── InvalidApiKey           401  invalid_request_error  code invalid_api_key
+    ├── Rejection               the request may be fine, but not now or not from this client
+    │   ├── InvalidApiKey       401  invalid_request_error  code invalid_api_key
+    │   ├── UntrustedHost       400  invalid_request_error  code untrusted_host
+    │   ├── RateLimited         429  requests               code rate_limit_exceeded
+    │   ├── Overloaded          503  server_error           code server_overloaded
+    │   └── ShuttingDown        503  server_error           code shutting_down
+    └── TimedOut                504  server_error           code request_timeout
 
 Everything else (vLLM's errors, FastAPI's, ours that nobody foresaw) is translated by `as_api_error`. A client's fault
 is always 4xx: the official client sends a request that failed with 5xx three times. Knows no routes and no engine.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,13 +31,13 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 MAX_MESSAGE_CHARS = 1000
 """A message may quote the request, but must not send it back whole."""
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 500: "internal_error", 503: "overloaded"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 500: "internal_error", 503: "server_overloaded"}
 
 
 class ApiError(Exception):
@@ -85,12 +92,77 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
-class InvalidApiKey(ApiError):
+class Rejection(ApiError):
+    """Turned away before it was looked at: counted by reason."""
+
+    reason: str
+    """Its label in `fused_rejections_total`."""
+
+
+class InvalidApiKey(Rejection):
     """The bearer token is missing or wrong."""
 
     status = HTTPStatus.UNAUTHORIZED
     code = "invalid_api_key"
     headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
+    reason = "auth"
+
+
+class UntrustedHost(Rejection):
+    """The Host header has a name that is not one of the server's."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "untrusted_host"
+    reason = "host"
+
+
+class RateLimited(Rejection):
+    """The key has used up what it may."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, reason: str, wait_seconds: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.headers = {"Retry-After": str(math.ceil(wait_seconds))}
+
+    @property
+    def type(self) -> str:
+        """OpenAI's word for a limit on the number of requests."""
+        return "requests"
+
+
+class Overloaded(Rejection):
+    """As many requests as the server takes are unfinished."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "server_overloaded"
+    headers: Mapping[str, str] = {"Retry-After": "1"}
+
+    def __init__(self, reason: str = "queue_full") -> None:
+        super().__init__("The server has as many requests as it takes; try again later.")
+        self.reason = reason
+
+
+class ShuttingDown(Rejection):
+    """The server is about to end."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "shutting_down"
+    headers: Mapping[str, str] = {"Retry-After": "1", "Connection": "close"}
+    reason = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down; send the request to another one, or later.")
+
+
+class TimedOut(ApiError):
+    """The server's limit on a request's time has passed. Tried again, it would most likely pass again."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    code = "request_timeout"
+    headers: Mapping[str, str] = {"x-should-retry": "false"}
 
 
 def as_api_error(error: Exception | ErrorResponse) -> ApiError:
@@ -107,6 +179,8 @@ def as_api_error(error: Exception | ErrorResponse) -> ApiError:
         return told_http
     if isinstance(error, EngineDeadError):
         return _engine_dead()
+    if isinstance(error, QueueOverflowError | MaxQueuedTokensError):
+        return Overloaded("queue_full" if isinstance(error, QueueOverflowError) else "queued_tokens")
     told = create_error_response(error).error
     if told.code >= 500 and told.code != HTTPStatus.SERVICE_UNAVAILABLE:
         return _with_status(told.code, "The server failed to process the request; its log has the reason.")

@@ -8,7 +8,7 @@ import logging
 import platform
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,22 @@ from typing import Any
 import torch
 import uvicorn
 from pydantic import ValidationError
-from vllm.entrypoints.launchers.utils.constants import H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
 from vllm.platforms import current_platform
 from vllm.tool_parsers import ToolParserManager
+from vllm.utils.system_utils import set_ulimit
 from vllm.version import __version__ as vllm_version
 
 from gating.fusion import EngineSettings, FusionConfig, FusionError, inspect_fusion
 from gating.gate import GateError
 from gating.materialize import materialize
+from server.admission import DEFAULT_MAX_REQUESTS, Admission
 from server.api.health import Readiness
 from server.app import create_app
 from server.children import tied_children
+from server.connections import guarded_protocol
 from server.engine.client import FusedAsyncLLM
 from server.engine.options import EngineOptionError, check_engine_options
+from server.heartbeat import Heartbeat, StallWatch
 from server.listener import base_url
 from server.log import adopt_vllm_logging
 from server.metrics import describe_build
@@ -39,7 +42,13 @@ from server.settings import EngineStartError, ServerSettings, SettingsError
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""
 
-ENGINE_STOP_SECONDS = 15.0
+ENGINE_FAILED_SECONDS = 1.0
+"""How long a server whose engine has stopped still answers: running requests and probes learn why."""
+
+LAST_WORDS_SECONDS = 3
+"""How long it may take to tell the clients of requests that were ended."""
+
+ENGINE_STOP_SECONDS = 8.0
 """How long the engine's processes may take to end by themselves; then they are killed."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -63,6 +72,7 @@ def serve(
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
     progress.say(_versions())
+    set_ulimit()  # every connection is an open file
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
     fusion = _override_engine(fusion, engine_options)
@@ -119,26 +129,34 @@ class _Service:
     def __init__(
         self, serving: Serving, settings: ServerSettings, listener: socket.socket, progress: StartupProgress
     ) -> None:
+        engine = serving.engine
         self._serving = serving
         self._settings = settings
         self._listener = listener
         self._progress = progress
         self._readiness = Readiness()
         self._engine_failed = False
-        self._server = _Server(_uvicorn_config(create_app(serving, settings, self._readiness), settings))
+        limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
+        self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
+        heartbeat = Heartbeat()
+        engine.watch_steps(heartbeat.step)
+        self._stall_watch = StallWatch(engine, heartbeat, self._readiness, settings.stall_timeout)
+        app = create_app(serving, settings, self._readiness, self._admission)
+        self._server = _Server(_uvicorn_config(app, settings))
+        self._companions: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
         """Serve until asked to end; the exit status."""
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop)
-        companions = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._become_ready())]
+        self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
         try:
             await self._server.serve(sockets=[self._listener])
         finally:
-            for task in companions:
+            for task in self._companions:
                 task.cancel()
-        results = await asyncio.gather(*companions, return_exceptions=True)
+        results = await asyncio.gather(*self._companions, return_exceptions=True)
         failures = [result for result in results if isinstance(result, Exception)]
         for failure in failures:
             logger.error("the server ended because of", exc_info=failure)
@@ -162,13 +180,28 @@ class _Service:
             await asyncio.sleep(ENGINE_CHECK_SECONDS)
         logger.error("the engine has stopped; the server ends")
         self._engine_failed = True
-        self._stop()
+        await asyncio.sleep(ENGINE_FAILED_SECONDS)
+        await self._end_after(0)
 
     def _stop(self) -> None:
         """End when the running requests have ended; asked again, at once."""
+        if self._readiness.is_ending:
+            self._admission.end_all()
+            self._server.should_exit = self._server.force_exit = True
+            return
         self._readiness.is_ending = True
-        self._server.force_exit = self._server.should_exit
+        self._accompany(self._end_after(self._settings.shutdown_timeout))
+
+    async def _end_after(self, seconds: float) -> None:
+        """Take no more requests, give the running ones so long, then tell their clients, and end."""
+        logger.info("the server ends; %d running requests get %g s", self._admission.num_running, seconds)
+        if not await self._admission.drain(seconds):
+            self._admission.end_all()
+            await self._admission.drain(LAST_WORDS_SECONDS)
         self._server.should_exit = True
+
+    def _accompany(self, *tasks: Coroutine[Any, Any, None]) -> None:
+        self._companions += [asyncio.create_task(task) for task in tasks]
 
 
 class _Server(uvicorn.Server):
@@ -185,10 +218,11 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=settings.shutdown_timeout,  # type: ignore[arg-type]
+        ws="none",
+        http=guarded_protocol(settings.read_timeout, settings.write_timeout),
+        timeout_graceful_shutdown=LAST_WORDS_SECONDS,  # of responses that are complete already
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
-        h11_max_incomplete_event_size=H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
     )
 
 

@@ -18,6 +18,7 @@ BUILD_INFO = Gauge(
 READY = Gauge("fused_ready", "1 while the server can generate: a token was produced, the engine lives, no shutdown.")
 SPECIALISTS = Gauge("fused_specialists", "Number of specialists that are fused.", ["model_name"])
 REFUSED = Counter("fused_refused_requests", "Requests that asked for what is not fused, by field.", ["param"])
+REJECTIONS = Counter("fused_rejections", "Requests that were turned away before they were looked at.", ["reason"])
 DISCONNECTS = Counter("fused_client_disconnects", "Requests whose client left before the response was complete.")
 
 _UNCOUNTED = ["/metrics", "/health", "/ready", "/version"]

@@ -1,18 +1,21 @@
-"""What every request passes before a route sees it: an id and a log line, and the key check. Reads no bodies."""
+"""What every request passes before a route sees it: an id and a log line, its host's name, its key. Reads no bodies."""
 
 import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import ExitStack
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from server.errors import InvalidApiKey, as_api_error
+from server.errors import InvalidApiKey, RateLimited, Rejection, UntrustedHost, as_api_error
+from server.keys import CACHE_SALT, KeyRing
 from server.log import request_id
-from server.metrics import DISCONNECTS
+from server.metrics import DISCONNECTS, REJECTIONS
+from server.quotas import Quota
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Paths that need no key. Everything else does, so that a new route is closed until somebody opens it."""
@@ -91,21 +94,73 @@ class _Exchange:
         logger.log(level, "%s %r %s %.0f ms", self._scope["method"], self._scope["path"], status, duration_ms)
 
 
-class ApiKeys(AuthenticationMiddleware):
-    """Answers 401 to a request without one of the keys; vLLM's check of the token, our choice of paths.
+class ApiKeys:
+    """Answers 401 to a request without one of the keys, and 429 to one whose key has used up its share.
 
-    vLLM guards a list of prefixes; here every path is guarded but the public ones. The decision rests on the path that
-    is routed, never on what a Host header makes of it.
+    Every path is guarded but the public ones. The decision rests on the path that is routed, never on what a Host
+    header makes of it.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        super().__init__(app, tokens=list(keys))
+    def __init__(self, app: ASGIApp, keys: KeyRing, quotas: Sequence[Quota], salts_cache: bool) -> None:
+        """`quotas`: one for each key, in their order; `salts_cache`: give every key a prefix cache of its own."""
+        self.app = app
+        self._keys = keys
+        self._quotas = quotas
+        self._salts_cache = salts_cache
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] == "http" and path not in PUBLIC_PATHS and not self.verify_token(Headers(scope=scope)):
-            error = InvalidApiKey("Missing or wrong API key: send it as `Authorization: Bearer KEY`.")
-            await error.response()(scope, receive, send)
+        if scope["type"] != "http" or is_public(scope):
+            await self.app(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        number = self._keys.find(scope["headers"])
+        if number is None:
+            error = InvalidApiKey("Missing or wrong API key: send it as `Authorization: Bearer KEY`.")
+            await refuse(error, scope, receive, send)
+            return
+        if self._salts_cache:
+            scope.setdefault("state", {})[CACHE_SALT] = self._keys.salt(number)
+        with ExitStack() as share:
+            try:
+                share.enter_context(self._quotas[number].use())
+            except RateLimited as error:
+                await refuse(error, scope, receive, send)
+                return
+            await self.app(scope, receive, send)
+
+
+class TrustedHosts:
+    """Starlette's check of the Host header, with our error; probes and metrics pass under every name."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app = app
+        self._check = TrustedHostMiddleware(_pass_on, hosts, www_redirect=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        verdict: list[str] = []
+
+        async def note(message: Message) -> None:
+            verdict.append(message["type"])
+
+        if not is_public(scope):
+            await self._check(scope, receive, note)
+        if verdict:
+            await refuse(UntrustedHost("The Host header is not one of this server's names."), scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def is_public(scope: Scope) -> bool:
+    """Whether a request's path needs no key and is never turned away."""
+    return scope.get("path", "").removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS
+
+
+async def refuse(error: Rejection, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with a rejection and count it."""
+    REJECTIONS.labels(error.reason).inc()
+    await error.response()(scope, receive, send)
+
+
+async def _pass_on(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """The application behind Starlette's check, which says nothing."""

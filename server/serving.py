@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, NoReturn
 
+from fastapi import Request
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -25,6 +26,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from gating.fusion import FusedModelInfo, FusionConfig
 from server.errors import ApiError, as_api_error
 from server.gate_weights import WeightsInEvents, add_to_choices, is_asked
+from server.keys import salt_cache
 from server.rendering import FusedRenderer
 from server.settings import ServerSettings
 
@@ -48,6 +50,13 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
     """vLLM's chat completions, with the gate's weights for those who ask."""
 
     specialists: Sequence[str] = ()
+
+    async def create_chat_completion(
+        self, request: ChatCompletionRequest, raw_request: Request | None = None
+    ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
+        if raw_request is not None:
+            salt_cache(request, raw_request.state)
+        return await super().create_chat_completion(request, raw_request)
 
     async def chat_completion_stream_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
@@ -84,6 +93,13 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
     """vLLM's completions, with the gate's weights for those who ask."""
 
     specialists: Sequence[str] = ()
+
+    async def create_completion(
+        self, request: CompletionRequest, raw_request: Request | None = None
+    ) -> AsyncGenerator[str, None] | CompletionResponse | ErrorResponse:
+        if raw_request is not None:
+            salt_cache(request, raw_request.state)
+        return await super().create_completion(request, raw_request)
 
     async def completion_stream_generator(
         self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any

@@ -7,9 +7,9 @@ default below. The engine's options travel the same way; their defaults are in t
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 PREFIX = "ULTRAFUSER_"
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -72,16 +72,52 @@ class Network(_Section):
     shutdown_timeout: Annotated[float, Field(ge=0)] = 5.0
     """Seconds that running requests get to finish after Ctrl-C or SIGTERM; a second signal ends them at once."""
 
+    read_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds a client has to send a whole request; then its connection is closed."""
+
+    write_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds a client may stop reading its response; then its connection is closed and its request ends."""
+
+    keep_alive_interval: Annotated[float, Field(ge=0)] = 15.0
+    """Seconds between looks at a stream; one without an event since the last gets a comment, so that no proxy gives
+    it up; 0: never."""
+
 
 class Access(_Section):
     """Who may use it"""
 
-    api_key: tuple[str, ...] = ()
+    api_key: tuple[SecretStr, ...] = ()
     """Key that clients must send as bearer token; repeat for several (environment: separate them by commas).
     /health, /ready and /metrics stay open: probes and Prometheus carry no key, and no prompt is in them."""
 
+    api_key_file: str | None = None
+    """File with more keys, one a line: other users of this machine can read a command line, but not a secret file."""
+
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Most requests that one key may send within any minute, refused with 429 beyond; default: no limit."""
+
+    concurrent_requests: Annotated[int, Field(ge=1)] | None = None
+    """Most requests of one key that may run at once, refused with 429 beyond; default: no limit."""
+
+    cache_salt_per_key: bool = False
+    """Let no key find blocks in the prefix cache that another key's requests have left there."""
+
+    allowed_host: tuple[Annotated[str, Field(pattern=r"^(\*\.)?[^*\s]+$")], ...] = ()
+    """Name that the Host header may have (*.example.com: every name below); repeat for several; default: any.
+    Probes and metrics answer under every name."""
+
     allowed_origin: tuple[str, ...] = ()
     """Origin whose web pages may call the API from a browser (CORS); repeat for several, * for all; default: none."""
+
+
+class Load(_Section):
+    """How much it takes on"""
+
+    request_timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which a request is ended with an error, whether it runs or waits; default: no limit."""
+
+    stall_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a step of a busy engine after which /ready says 503. More than the longest prefill step."""
 
 
 class Logs(_Section):
@@ -91,11 +127,11 @@ class Logs(_Section):
     """Least important lines to show. Of vLLM's, only errors, unless this is debug or VLLM_LOGGING_LEVEL is set."""
 
 
-class ServerSettings(Model, Network, Access, Logs):
+class ServerSettings(Model, Network, Access, Load, Logs):
     """Every setting of the server that is not an engine option."""
 
 
-SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Logs)
+SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Load, Logs)
 """The sections in the order of `--help`; the docstring of each is its title."""
 
 
@@ -161,7 +197,7 @@ def vllm_environment(environ: Mapping[str, str], log_level: LogLevel) -> dict[st
 
 
 def _from_text(name: str, value: str) -> Any:
-    is_list = ServerSettings.model_fields[name].annotation == tuple[str, ...]
+    is_list = get_origin(ServerSettings.model_fields[name].annotation) is tuple
     return tuple(part.strip() for part in value.split(",")) if is_list else value
 
 

@@ -23,12 +23,17 @@ class Readiness:
     is_ending: bool = False
     """A signal has asked the server to end."""
 
+    is_stalled: bool = False
+    """The engine has work and makes no steps."""
+
     def obstacle(self, engine_errored: bool) -> str | None:
         """Why the server cannot take requests; None if it can."""
         if engine_errored:
             return "the engine has stopped"
         if self.is_ending:
             return "shutting down"
+        if self.is_stalled:
+            return "the engine has work, but makes no steps"
         return None if self.is_warm else "warming up: no token produced yet"
 
 

@@ -3,11 +3,12 @@
 Token ids in, token ids and text out; which worker, scheduler and input processor run is decided here.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -38,6 +39,17 @@ class FusedAsyncLLM(AsyncLLM):
             for completion in output.outputs:
                 takeover.take(completion)
             yield output
+
+    def watch_steps(self, on_step: Callable[[], None]) -> None:
+        """Call back whenever outputs of a step have arrived; to be called before the first request."""
+        get_output = self.engine_core.get_output_async
+
+        async def get_output_and_tell() -> EngineCoreOutputs:
+            outputs = await get_output()
+            on_step()
+            return outputs
+
+        self.engine_core.get_output_async = get_output_and_tell
 
     @classmethod
     def from_fusion(cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None) -> "FusedAsyncLLM":

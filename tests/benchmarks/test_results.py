@@ -85,7 +85,7 @@ def test_the_page_has_a_table_of_each_result_and_says_what_is_missing(result: Re
     assert "![decode_step](results/2030-01-02-decode_step.png)" in page
     assert "Run `python -m benchmarks.peers`" in page
     headings = [line for line in page.splitlines() if line.startswith("## ")]
-    assert headings == [f"## {name}" for name in ("quality", *NAMES)]
+    assert headings == [f"## {name}" for name in ("quality", *NAMES, "soak")]
 
 
 def test_a_missed_bar_is_seen_on_the_page(result: Result, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,12 +41,17 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
 class ServerProcess:
     """`ultrafuser serve` in a process group of its own, like a program started in a terminal."""
 
-    def __init__(self, fusion: Path, log: Path, *options: str) -> None:
+    def __init__(self, fusion: Path, log: Path, *options: str, environ: Mapping[str, str] | None = None) -> None:
+        """`environ` adds to this process's environment."""
         self.log_path = log
         command = [sys.executable, "-m", "server", "serve", str(fusion), "--port", "0", *options]
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=clean_environment(), start_new_session=True
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=clean_environment() | dict(environ or {}),
+                start_new_session=True,
             )
         self._seen: dict[int, psutil.Process] = {}
 
@@ -80,6 +86,18 @@ class ServerProcess:
         for child in psutil.Process(self.process.pid).children(recursive=True):
             self._seen[child.pid] = child
         return list(self._seen.values())
+
+    def child(self, name: str) -> psutil.Process:
+        """The living process below it whose name has this part; waits until there is one."""
+
+        def found() -> psutil.Process | None:
+            for child in self.children():
+                with suppress(psutil.NoSuchProcess):  # some live for a moment only
+                    if name in child.name():
+                        return child
+            return None
+
+        return wait_for(found, f"a process {name}", 90)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit status."""

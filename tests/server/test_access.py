@@ -1,7 +1,10 @@
-"""With a key set, only the probes and the metrics answer without it; CORS answers the origins that were named."""
+"""With a key set, only the probes and the metrics answer without it; hosts, origins and shares are as named."""
+
+from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from server.settings import ServerSettings
 
@@ -24,8 +27,13 @@ CLOSED = [
 
 @pytest.fixture
 def settings() -> ServerSettings:
-    """Two keys and one origin."""
-    return ServerSettings(api_key=("first-key", "second-key"), allowed_origin=("http://page.example",))
+    """Two keys with small shares, one origin, and names."""
+    return ServerSettings(
+        api_key=(SecretStr("first-key"), SecretStr("second-key")),
+        requests_per_minute=3,
+        allowed_origin=("http://page.example",),
+        allowed_host=("test", "*.example.com"),
+    )
 
 
 @pytest.mark.parametrize("path", OPEN)
@@ -56,9 +64,51 @@ async def test_a_wrong_key_does_not(client: httpx.AsyncClient, header: bytes) ->
     assert response.status_code == 401
 
 
+async def test_two_keys_at_once_do_not(client: httpx.AsyncClient) -> None:
+    header = (b"Authorization", b"Bearer first-key")
+    response = await client.get("/v1/models", headers=[header, header])
+    assert response.status_code == 401
+
+
+async def test_no_route_but_the_public_ones_answers_without_a_key(client: httpx.AsyncClient) -> None:
+    schema = await client.get("/openapi.json", headers={"Authorization": "Bearer first-key"})
+    operations = [(method, path) for path, own in schema.json()["paths"].items() for method in own]
+    assert len(operations) > len(OPEN)
+    for method, path in operations:
+        response = await client.request(method, path, json={})
+        assert (response.status_code == 401) == (path not in OPEN), path
+
+
+async def test_a_used_up_key_is_refused_and_others_are_not(client: httpx.AsyncClient) -> None:
+    async def ask(key: str) -> httpx.Response:
+        return await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+
+    assert [(await ask("first-key")).status_code for _ in range(4)] == [200, 200, 200, 429]
+    refused = await ask("first-key")
+    error: dict[str, Any] = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert (await ask("wrong-key")).status_code == 401
+    assert (await ask("second-key")).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["test", "TEST:8000", "api.example.com", "a.b.example.com:443"])
+async def test_a_named_host_is_served(client: httpx.AsyncClient, host: str) -> None:
+    response = await client.get("/v1/models", headers={"Host": host, "Authorization": "Bearer first-key"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "example.com", "testy", "evil/test", "test@evil.example", ""])
+async def test_any_other_is_not(client: httpx.AsyncClient, host: str) -> None:
+    response = await client.get("/v1/models", headers={"Host": host, "Authorization": "Bearer first-key"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "untrusted_host"
+    assert (await client.get("/health", headers={"Host": host})).status_code == 200
+
+
 async def test_a_host_header_opens_nothing(client: httpx.AsyncClient) -> None:
     response = await client.get("/v1/models", headers={"Host": "test/health?"})
-    assert response.status_code == 401
+    assert response.status_code in (400, 401)
 
 
 async def test_a_named_origin_is_answered_and_others_are_not(client: httpx.AsyncClient) -> None:

@@ -158,7 +158,7 @@ async def test_tools_without_a_parser_are_refused(client: httpx.AsyncClient) -> 
         (EngineDeadError(), 500, "engine_dead", {"x-should-retry": "false"}),
         (EngineGenerateError(), 500, "internal_error", {}),
         (GenerationError("/srv/secret broke"), 500, "internal_error", {}),
-        (QueueOverflowError(), 503, "overloaded", {"retry-after": "1"}),
+        (QueueOverflowError(), 503, "server_overloaded", {"retry-after": "1"}),
         (VLLMValidationError("no such thing", parameter="seed"), 400, None, {}),
         (RuntimeError("/srv/secret broke"), 500, "internal_error", {}),
     ],
@@ -197,7 +197,7 @@ async def test_a_failure_after_the_first_token_is_the_last_event(
 async def test_a_full_queue_is_refused_before_rendering(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.refusal = QueueOverflowError()
     response = await client.post(URL, json=HI)
-    check_error(response, 503, None, "overloaded")
+    check_error(response, 503, None, "server_overloaded")
     assert response.headers["retry-after"] == "1"
     assert engine.prompts == []
 

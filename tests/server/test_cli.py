@@ -87,7 +87,7 @@ def test_flags_become_settings_and_engine_options() -> None:
     argv = ["serve", "my.yaml", "--port", "9000", "--api-key", "a", "--api-key", "b", "--max-num-seqs", "4"]
     command = parse_command([*argv, "--no-enforce-eager"], {"ULTRAFUSER_SEED": "7"})
     assert (command.settings.fusion, command.settings.port) == ("my.yaml", 9000)
-    assert command.settings.api_key == ("a", "b")
+    assert [key.get_secret_value() for key in command.settings.api_key] == ["a", "b"]
     assert command.engine_options == {"max_num_seqs": 4, "enforce_eager": False, "seed": 7}
 
 

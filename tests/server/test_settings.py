@@ -25,7 +25,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_default() 
 
 def test_lists_are_separated_by_commas_in_the_environment() -> None:
     settings = resolve_settings({}, {"api_key": "first, second"})
-    assert settings.api_key == ("first", "second")
+    assert [key.get_secret_value() for key in settings.api_key] == ["first", "second"]
 
 
 def test_an_unknown_variable_stops_the_start_and_the_right_one_is_suggested() -> None:
@@ -57,6 +57,7 @@ def test_what_kubernetes_injects_for_a_service_is_no_setting() -> None:
         ({}, {"port": "many"}, "ULTRAFUSER_PORT: .*many"),
         ({}, {"log_level": "loud"}, "ULTRAFUSER_LOG_LEVEL: .*loud"),
         ({"shutdown_timeout": "-1"}, {}, "--shutdown-timeout: .*-1"),
+        ({}, {"allowed_host": "a.example,*b.example"}, r"ULTRAFUSER_ALLOWED_HOST: .*\*b\.example"),
     ],
 )
 def test_an_unusable_value_is_named_with_where_it_came_from(

@@ -1,0 +1,120 @@
+"""One HTTP connection: uvicorn's protocol with limits for clients that send or read too slowly, or too long headers.
+
+Without them a client that sends half a request, or stops reading its response, would hold its connection, and what was
+made for it, for ever. Knows bytes and time, no requests.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import InvalidRequest
+
+MAX_HEADER_BYTES = 65536
+"""Length of a request's line and headers beyond which they are refused."""
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """Closes connections of clients that do not keep up."""
+
+    def __init__(self, *args: Any, read_seconds: float, write_seconds: float, **kwargs: Any) -> None:
+        """`read_seconds`: for a whole request; `write_seconds`: how long a full write buffer may stay full."""
+        super().__init__(*args, **kwargs)
+        self._reading = _Timer(self.loop, read_seconds, self._give_up, "sent no whole request in time")
+        self._writing = _Timer(self.loop, write_seconds, self._give_up, "does not read its response")
+        self._num_header_bytes = 0
+        self._is_in_headers = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The time for the first request begins."""
+        super().connection_made(transport)
+        self._reading.start()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; headers that do not end are refused."""
+        super().data_received(data)
+        if self._is_in_headers:
+            self._num_header_bytes += len(data)
+            if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        """The time for a further request on the same connection begins."""
+        super().on_message_begin()
+        self._is_in_headers = True
+        self._reading.start()
+
+    def on_headers_complete(self) -> None:
+        """From here on the body is read; that of a request behind another one waits for its turn."""
+        super().on_headers_complete()
+        self._is_in_headers = False
+        self._num_header_bytes = 0
+        if self.pipeline:
+            self._reading.stop()
+
+    def on_message_complete(self) -> None:
+        """The request is there."""
+        super().on_message_complete()
+        self._reading.stop()
+
+    def pause_writing(self) -> None:
+        """The client does not read: its time begins."""
+        super().pause_writing()
+        self._writing.start()
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        super().resume_writing()
+        self._writing.stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing to wait for any more."""
+        self._reading.stop()
+        self._writing.stop()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn's, with OpenAI's error object."""
+        body = json.dumps(InvalidRequest(msg).body()).encode()
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _give_up(self, reason: str) -> None:
+        logger.info("closed the connection of a client that %s", reason)
+        self.transport.abort()
+
+
+def guarded_protocol(read_seconds: float, write_seconds: float) -> Any:
+    """What uvicorn's `http` option takes."""
+    return partial(GuardedProtocol, read_seconds=read_seconds, write_seconds=write_seconds)
+
+
+class _Timer:
+    """A time-out that can be started and stopped again and again."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, seconds: float, action: Callable[[str], None], reason: str
+    ) -> None:
+        self._start = partial(loop.call_later, seconds, action, reason)
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin, unless it runs already."""
+        self._handle = self._handle or self._start()
+
+    def stop(self) -> None:
+        """Forget it."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = None
