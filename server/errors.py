@@ -7,7 +7,7 @@
     └── InvalidApiKey           401  invalid_request_error  code invalid_api_key
 
 Everything else (vLLM's errors, FastAPI's, ours that nobody foresaw) is translated by `as_api_error`. A client's fault
-is always 4xx: the official client sends a request that failed with 5xx three times. Knows no routes and no engine.
+is always 4xx: the official client sends a request that failed with 5xx three times. Knows no routes.
 """
 
 import json
@@ -26,6 +26,8 @@ from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from server.engine.nonfinite import NONFINITE_OUTPUT, NonfiniteOutputError
 
 MAX_MESSAGE_CHARS = 1000
 """A message may quote the request, but must not send it back whole."""
@@ -107,6 +109,8 @@ def as_api_error(error: Exception | ErrorResponse) -> ApiError:
         return told_http
     if isinstance(error, EngineDeadError):
         return _engine_dead()
+    if isinstance(error, NonfiniteOutputError):
+        return _nonfinite(error)
     told = create_error_response(error).error
     if told.code >= 500 and told.code != HTTPStatus.SERVICE_UNAVAILABLE:
         return _with_status(told.code, "The server failed to process the request; its log has the reason.")
@@ -131,6 +135,13 @@ def _engine_dead() -> ApiError:
     # The same request may have been the cause: a client must not try it again by itself.
     error.headers = {"x-should-retry": "false"}
     return error
+
+
+def _nonfinite(error: NonfiniteOutputError) -> ApiError:
+    told = ApiError(str(error))
+    told.code = NONFINITE_OUTPUT
+    told.headers = {"x-should-retry": "false"}  # the same request would most likely end so again
+    return told
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
