@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from server.errors import as_api_error
+from server.engine.nonfinite import NONFINITE_OUTPUT
+from server.errors import ApiError, as_api_error
 
 EARLY_SECONDS = 1.0
 """How long a stream's headers wait for its first event.
@@ -41,7 +42,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and told.status in (404, 405):
         told.message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
     if told.status >= 500 or isinstance(error, TypeError):
-        logger.error("answered %d", told.status, exc_info=error)
+        _log_failure(f"answered {told.status}", told, error)
     return told.response()
 
 
@@ -67,9 +68,15 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
         except Exception as error:
             told = as_api_error(error)
             if told.status >= 500:
-                logger.error("a stream ended early", exc_info=error)
+                _log_failure("a stream ended early", told, error)
             yield told.event()
             yield _DONE
+
+
+def _log_failure(what: str, told: ApiError, error: Exception) -> None:
+    """A fault of ours, with its traceback where that says more than the error."""
+    is_known = told.code == NONFINITE_OUTPUT
+    logger.error("%s: %s", what, told.message, exc_info=None if is_known else error)
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

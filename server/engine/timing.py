@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+_MOST_REMEMBERED = 256
+"""Measurements that wait to be taken: those of a few steps."""
+
 
 class Span(NamedTuple):
     """How long one part of a step took."""
@@ -56,7 +59,8 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._mark: Callable[[], Any] = _ClockMark if device.type == "cpu" else _StreamMark
-        self._running: deque[tuple[str, str | None, Any, Any]] = deque()
+        # Nobody asks the ranks whose output is not used; they must not remember for ever.
+        self._running: deque[tuple[str, str | None, Any, Any]] = deque(maxlen=_MOST_REMEMBERED)
 
     @contextmanager
     def measure(self, part: str, specialist: str | None = None) -> Iterator[None]:

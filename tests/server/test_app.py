@@ -197,13 +197,17 @@ async def test_a_failure_after_the_first_token_is_the_last_event(
     assert all("error" not in json.loads(chunk) for chunk in chunks)
 
 
-async def test_nan_after_the_first_token_is_the_last_event(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+async def test_nan_after_the_first_token_is_the_last_event(
+    client: httpx.AsyncClient, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     """vLLM's stream generators turn an error of generation into one of their own, which has no code."""
     engine.failure, engine.fails_at = NonfiniteOutputError(), 2
     for url, body in ((URL, HI), ("/v1/completions", {"model": "tiny", "prompt": "Hi"})):
         *_, error, last = events(await client.post(url, json={**body, "stream": True}))
         assert last == "[DONE]"
         assert json.loads(error)["error"]["code"] == "nonfinite_output"
+    assert caplog.text.count("a stream ended early: The model computed a value") == 2
+    assert "Traceback" not in caplog.text
 
 
 async def test_the_state_is_looked_up_when_somebody_scrapes(
