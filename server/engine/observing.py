@@ -33,17 +33,13 @@ def observe(
     """Compare the specialists' logits [B, V] with each other and with the fused ones.
 
     A specialist is not finite if one of its hidden states or logits is NaN or infinite; the gate, if a weight is and
-    no specialist is to blame. The marks of such a row say nothing but that.
+    no specialist is to blame. The other marks of such a row mean nothing.
     """
-    best, is_finite = zip(*(_best_and_finite(logits_BV) for logits_BV in logits_SBV), strict=True)
-    best_SB = torch.stack(best)
-    hidden_is_finite = [torch.isfinite(hidden_BD).all(dim=-1) for hidden_BD in hidden_SBD]
-    is_bad_SB = ~(torch.stack(is_finite) & torch.stack(hidden_is_finite))
-    gate_is_bad_B = ~torch.isfinite(weights_SB).all(dim=0) & ~is_bad_SB.any(dim=0)
-    culprits_B = _bits(torch.cat([is_bad_SB, gate_is_bad_B[None]]))
+    best_SB = torch.stack([_argmax(logits_BV) for logits_BV in logits_SBV])
     leaders_best_B1 = best_SB.gather(0, weights_SB.argmax(dim=0)[None]).T
     is_overridden_B = fused_BV.gather(1, leaders_best_B1)[:, 0] < fused_BV.amax(dim=-1)
     num_agreeing_B = (best_SB[:, None] == best_SB[None]).sum(dim=1).amax(dim=0)
+    culprits_B = _culprits(weights_SB, hidden_SBD, logits_SBV, fused_BV)
     marks = torch.stack([is_overridden_B.float(), num_agreeing_B.float(), culprits_B])
     return Observation(torch.cat([weights_SB, marks]), culprits_B > 0)
 
@@ -55,15 +51,30 @@ def neutralize(logits_BV: Tensor, is_nonfinite_B: Tensor) -> None:
     logits_BV.masked_fill_(is_nonfinite_B[:, None], 0.0)
 
 
-def _best_and_finite(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's best token, and whether the row is finite: NaN counts as the largest value and would be the best."""
-    if logits_BV.device.type == "cpu":
-        logits_BV = logits_BV.float()  # half precision is slow there
-        best_B = _argmax_on_cpu(logits_BV)
-    else:
-        best_B = logits_BV.argmax(dim=-1)
-    largest_B = logits_BV.gather(1, best_B[:, None])[:, 0]
-    return best_B, torch.isfinite(largest_B) & torch.isfinite(logits_BV.amin(dim=-1))
+def _culprits(
+    weights_SB: Tensor, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor], fused_BV: Tensor
+) -> Tensor:
+    hidden_is_finite_SB = torch.stack([_is_finite(hidden_BD.float()) for hidden_BD in hidden_SBD])
+    if fused_BV.device.type == "cpu" and (hidden_is_finite_SB.all(dim=0) & _is_finite(fused_BV)).all():
+        # A weight or logit that is not finite makes the sum so, too. On a GPU the question would wait for the device.
+        return torch.zeros(fused_BV.shape[0])
+    logits_are_finite_SB = torch.stack([_is_finite(logits_BV) for logits_BV in logits_SBV])
+    is_bad_SB = ~(hidden_is_finite_SB & logits_are_finite_SB)
+    gate_is_bad_B = ~torch.isfinite(weights_SB).all(dim=0) & ~is_bad_SB.any(dim=0)
+    flags = torch.cat([is_bad_SB, gate_is_bad_B[None]])
+    powers = torch.pow(2.0, torch.arange(len(flags), device=flags.device))  # exact in float32 for 24 flags
+    return (flags * powers[:, None]).sum(dim=0)
+
+
+def _is_finite(values_BX: Tensor) -> Tensor:
+    """Whether whole rows are; the extremes are quicker than a look at every value, and NaN is one of them."""
+    return torch.isfinite(values_BX.amax(dim=-1)) & torch.isfinite(values_BX.amin(dim=-1))
+
+
+def _argmax(logits_BV: Tensor) -> Tensor:
+    if logits_BV.device.type != "cpu":
+        return logits_BV.argmax(dim=-1)
+    return _argmax_on_cpu(logits_BV.float())  # half precision is slow to look through
 
 
 def _argmax_on_cpu(values_BV: Tensor) -> Tensor:
@@ -80,9 +91,3 @@ def _argmax_on_cpu(values_BV: Tensor) -> Tensor:
     last_B = values_BV[:, num_grouped:].argmax(dim=-1) + num_grouped
     both_B2 = torch.stack([best_B, last_B], dim=1)
     return both_B2.gather(1, values_BV.gather(1, both_B2).argmax(dim=1, keepdim=True))[:, 0]
-
-
-def _bits(flags_SB: Tensor) -> Tensor:
-    """Sum over s of 2^s where the flag is set: float32 [B], exact for up to 24 flags."""
-    powers_S = torch.pow(2.0, torch.arange(len(flags_SB), device=flags_SB.device))
-    return (flags_SB * powers_S[:, None]).sum(dim=0)
