@@ -1,14 +1,19 @@
 """Steps report every token that vLLM counts as generated, once, however requests are scheduled and however they end."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from server.engine.report import StepReport
+from server.engine.report import StepFeed, StepReport, add_report
+from server.engine.step import StepRecord
+from server.engine.timing import Span
 from server.engine.weights import GATE_WEIGHTS
 from tests.engine.conftest import CONFIGURATIONS
 from tests.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
@@ -32,6 +37,42 @@ def reports_of(engine: InProcessEngine, arrivals: list[Arrival]) -> tuple[list[A
     outputs = engine.generate(arrivals)
     assert sum(len(report.weights_TS) for report in engine.reports) == counted_by_vllm(engine) - before
     return outputs, list(engine.reports)
+
+
+class WaitingCallers:
+    """What of vLLM's output processor a feed stands before."""
+
+    def __init__(self, *requests: str) -> None:
+        self.request_states = dict.fromkeys(requests)
+        self.seen: Any = None
+
+    def process_outputs(self, outputs: Any) -> None:
+        """Nothing."""
+
+    def update_scheduler_stats(self, stats: Any) -> None:
+        """What vLLM would see."""
+        self.seen = stats
+
+
+def test_a_report_reaches_another_process_without_the_tokens_that_nobody_waits_for() -> None:
+    marks_BX = np.array([[0.25, 0.75, 1, 2, 0], [0.5, 0.5, 0, 1, 0], [math.nan, math.nan, 0, 1, 6]], dtype=np.float32)
+    step = StepRecord(["gone", "waiting", "sick"], marks_BX, [Span("decode", "x", 0.5), Span("gate", None, 0.1)])
+    outputs = {0: EngineCoreOutputs(outputs=[EngineCoreOutput("waiting", [1]), EngineCoreOutput("gone", [2])])}
+    assert step.nonfinite == {"sick": 6}
+    add_report(outputs, step, step.nonfinite.values())
+    received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs[0]))
+    processor = WaitingCallers("waiting")
+    reports: list[StepReport] = []
+    feed = StepFeed(processor, ["x", "y"])
+    feed.listen(reports.append)
+    assert feed.seconds_since_step is None
+    processor.process_outputs(received.outputs)
+    processor.update_scheduler_stats(received.scheduler_stats)
+    (report,) = reports
+    assert report.weights_TS.tolist() == [[0.5, 0.5]]
+    assert (report.is_overridden_T.tolist(), report.num_agreeing_T.tolist()) == ([False], [1])
+    assert (report.nonfinite, report.spans) == (["y", "gate"], step.spans)
+    assert processor.seen.ec_connector_stats is None, "vLLM would take it for its own"
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
