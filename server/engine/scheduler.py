@@ -19,7 +19,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from server.engine.nonfinite import nonfinite_end
-from server.engine.prompts import all_prompts
+from server.engine.prompts import all_prompts, conceal_tokens
 from server.engine.report import add_report
 from server.engine.step import StepRecord
 from server.engine.weights import attach, wants_weights
@@ -86,6 +86,7 @@ class FusedSchedulerMixin(Scheduler):
         """Queue a request, its blocks hashed over the prompts of all specialists."""
         assert request.prompt_token_ids is not None
         assert request.sampling_params is not None
+        conceal_tokens(request.sampling_params)
         prompts = all_prompts(request.sampling_params, request.prompt_token_ids)
         num_canonical = len(request.prompt_token_ids)
         self._lags[request.request_id] = lag(num_canonical, min(len(prompt) for prompt in prompts))
