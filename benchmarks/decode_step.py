@@ -4,7 +4,7 @@ Run: python -m benchmarks.decode_step [--quick]
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.command import Options, run_benchmark, say
@@ -62,23 +62,25 @@ def measure(options: Options) -> list[Comparison]:
 
 def compare(batch: int, rounds: Sequence[Round], num_specialists: int) -> Comparison:
     """The comparison of one batch size, in milliseconds; every single step counts n times."""
-    fused = [median for r in rounds for median in _median(r.fused)]
-    single = [num_specialists * median for r in rounds for median in _median(r.baseline)]
+    fused = medians(r.fused for r in rounds)
+    single = [num_specialists * median for median in medians(r.baseline for r in rounds)]
     return Comparison(
         case=f"batch {batch}",
         unit="ms per step",
-        fused=_milliseconds([t for r in rounds for t in r.fused]),
-        baseline=_milliseconds([num_specialists * t for r in rounds for t in r.baseline]),
+        fused=in_milliseconds([t for r in rounds for t in r.fused]),
+        baseline=in_milliseconds([num_specialists * t for r in rounds for t in r.baseline]),
         ratio=paired_ratio(fused, single) if fused and single else None,
         bar=BAR,
     )
 
 
-def _median(seconds: Sequence[float]) -> list[float]:
-    return [statistics.median(seconds)] if seconds else []
+def medians(blocks: Iterable[Sequence[float]]) -> list[float]:
+    """The median of each block's seconds; nothing of a side that was not run."""
+    return [statistics.median(seconds) for seconds in blocks if seconds]
 
 
-def _milliseconds(seconds: Sequence[float]) -> Measured | None:
+def in_milliseconds(seconds: Sequence[float]) -> Measured | None:
+    """One side's steps; None if it was not run."""
     return Measured.of(seconds, scale=1000) if seconds else None
 
 

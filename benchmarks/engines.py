@@ -33,6 +33,11 @@ class StepEngine:
         self._token_ids: dict[str, list[int]] = {}
 
     @property
+    def llm(self) -> Any:
+        """vLLM's `LLM`, plain or fused."""
+        return self._llm
+
+    @property
     def token_ids(self) -> list[list[int]]:
         """The responses so far, in the order of the requests."""
         return list(self._token_ids.values())

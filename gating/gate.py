@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gating.cache import file_digest
 from gating.schema import FRESH_GATE
 
 GATE_FORMAT = "ultrafuser-gate-v1"
@@ -172,6 +173,13 @@ def check_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Seque
     _compare(path, "hidden_sizes", header.hidden_sizes, tuple(hidden_sizes))
     _check_shapes(path, header, shapes)
     return header
+
+
+def gate_digest(path: str | Path | None) -> str:
+    """Which gate this is: the SHA-256 of its file, or "fresh", or "none" for a single specialist."""
+    if path is None:
+        return "none"
+    return "fresh" if str(path) == FRESH_GATE else file_digest(Path(path))
 
 
 def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> GateHeader:

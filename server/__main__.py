@@ -14,7 +14,7 @@ from server import __version__
 from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
 from server.keys import with_all_keys
 from server.listener import listen_on
-from server.log import configure_logging
+from server.log import LogStream, configure_logging
 from server.progress import StartupProgress
 from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
 
@@ -59,10 +59,10 @@ def _serve(command: ServeCommand) -> int:
         "PROMETHEUS_MULTIPROC_DIR", None
     )  # one process serves; of a left-over folder it would show old series
     os.environ.update(vllm_environment(os.environ, settings.log_level))
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     fusion = load_fusion(settings.fusion)
     with closing(listen_on(settings.host, settings.port)) as listener:
-        progress = StartupProgress(NUM_STEPS)
+        progress = StartupProgress(NUM_STEPS, LogStream() if settings.log_format == "json" else None)
         progress.say(f"ultrafuser {__version__}: {fusion.name}, fused from {', '.join(fusion.specialist_names)}")
         with progress.step("import vLLM"):
             serve = _import_serve()

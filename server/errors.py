@@ -13,7 +13,7 @@
     └── TimedOut                504  server_error           code request_timeout
 
 Everything else (vLLM's errors, FastAPI's, ours that nobody foresaw) is translated by `as_api_error`. A client's fault
-is always 4xx: the official client sends a request that failed with 5xx three times. Knows no routes and no engine.
+is always 4xx: the official client sends a request that failed with 5xx three times. Knows no routes.
 """
 
 import json
@@ -33,6 +33,8 @@ from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from server.engine.nonfinite import NONFINITE_OUTPUT, NonfiniteOutputError
 
 MAX_MESSAGE_CHARS = 1000
 """A message may quote the request, but must not send it back whole."""
@@ -181,6 +183,8 @@ def as_api_error(error: Exception | ErrorResponse) -> ApiError:
         return _engine_dead()
     if isinstance(error, QueueOverflowError | MaxQueuedTokensError):
         return Overloaded("queue_full" if isinstance(error, QueueOverflowError) else "queued_tokens")
+    if isinstance(error, NonfiniteOutputError):
+        return _nonfinite(error)
     told = create_error_response(error).error
     if told.code >= 500 and told.code != HTTPStatus.SERVICE_UNAVAILABLE:
         return _with_status(told.code, "The server failed to process the request; its log has the reason.")
@@ -205,6 +209,13 @@ def _engine_dead() -> ApiError:
     # The same request may have been the cause: a client must not try it again by itself.
     error.headers = {"x-should-retry": "false"}
     return error
+
+
+def _nonfinite(error: NonfiniteOutputError) -> ApiError:
+    told = ApiError(str(error))
+    told.code = NONFINITE_OUTPUT
+    told.headers = {"x-should-retry": "false"}  # the same request would most likely end so again
+    return told
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:

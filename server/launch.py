@@ -22,7 +22,7 @@ from vllm.utils.system_utils import set_ulimit
 from vllm.version import __version__ as vllm_version
 
 from gating.fusion import EngineSettings, FusionConfig, FusionError, inspect_fusion
-from gating.gate import GateError
+from gating.gate import GateError, gate_digest
 from gating.materialize import materialize
 from server.admission import DEFAULT_MAX_REQUESTS, Admission
 from server.api.health import Readiness
@@ -38,6 +38,7 @@ from server.metrics import describe_build
 from server.progress import StartupProgress
 from server.serving import Serving, build_serving, warm_up
 from server.settings import EngineStartError, ServerSettings, SettingsError
+from server.step_metrics import StepMetrics
 
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""
@@ -85,7 +86,10 @@ def serve(
         engine = _start_engine(fusion, engine_options)
     adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
     try:
+        engine.steps.listen(StepMetrics(fusion.specialist_names).record)
         serving = build_serving(engine, fusion, info, settings)
+        name = serving.models.model_name()
+        describe_build(name, len(fusion.specialists), vllm_version, gate_digest(fusion.gate))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_Service(serving, settings, listener, progress).run())
     finally:
@@ -171,7 +175,6 @@ class _Service:
             raise
         self._readiness.is_warm = True
         name = self._serving.models.model_name()
-        describe_build(name, len(self._serving.specialists), vllm_version)
         self._progress.say(f"ready: {base_url(self._settings, self._listener)}/v1  model {name}")
 
     async def _watch_engine(self) -> None:

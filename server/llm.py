@@ -13,6 +13,7 @@ from gating.materialize import materialize
 from server.engine.inputs import FusedInputProcessor
 from server.engine.options import engine_arguments
 from server.engine.prompts import SPECIALIST_PROMPTS
+from server.engine.report import StepFeed
 from server.engine.weights import Takeover
 from server.rendering import FusedRenderer
 
@@ -40,6 +41,7 @@ class FusedLLM(LLM):
         self.renderer = FusedRenderer(self.llm_engine.vllm_config, config, info)
         self.input_processor = FusedInputProcessor(self.input_processor)
         self.llm_engine.input_processor = self.input_processor
+        self.steps = StepFeed(self.llm_engine.output_processor, config.specialist_names)
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
         outputs = super()._run_engine(*args, **kwargs)

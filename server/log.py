@@ -1,9 +1,14 @@
-"""Logging, configured once: one handler on stderr, the request's id on each line. Knows no settings but the level."""
+"""Logging, configured once: one handler on stderr, the request's id on each line, as text or as JSON."""
 
+import io
+import json
 import logging
 import sys
 from contextvars import ContextVar
-from typing import TextIO
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+LogFormat = Literal["text", "json"]
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request being served; "-" outside of any."""
@@ -21,6 +26,32 @@ class _RequestId(logging.Filter):
         return True
 
 
+class _JsonLines(logging.Formatter):
+    """One JSON object a line, whatever is in the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, str | None] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "request_id": None if (own := request_id.get()) == "-" else own,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class LogStream(io.StringIO):
+    """A text stream each of whose lines becomes a log line: for what would be printed, where all must be JSON."""
+
+    def write(self, text: str) -> int:
+        """Log whole lines."""
+        for line in text.splitlines():
+            logging.getLogger(__name__).info("%s", line.strip())
+        return len(text)
+
+
 class _NoClientTracebacks(logging.Filter):
     """Drops what vLLM logs, traceback and all, when a client's fault shows only after the response has begun."""
 
@@ -29,10 +60,10 @@ class _NoClientTracebacks(logging.Filter):
         return not {base.__name__ for base in type(error).__mro__} & _CLIENT_ERRORS
 
 
-def configure_logging(level: str, stream: TextIO | None = None) -> None:
+def configure_logging(level: str, log_format: LogFormat = "text", stream: TextIO | None = None) -> None:
     """Send our log lines of at least this level to stderr; uvicorn's only from warnings on."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_JsonLines() if log_format == "json" else logging.Formatter(_FORMAT))
     handler.addFilter(_RequestId())
     for name in CONFIGURED_LOGGERS:
         _adopt(name, handler, "WARNING" if name == "uvicorn" else level.upper())

@@ -1,7 +1,7 @@
 """Our own Prometheus metrics, beside vLLM's `vllm:*` and the `http_*` of the web framework; all in one registry.
 
-Only numbers of the API process: what happens in the engine is counted by vLLM. Labels are bounded: no label ever holds
-what a client sent.
+What the engine's steps report is counted in `server.step_metrics`, the rest in the API process. Labels are bounded: no
+label ever holds what a client sent.
 """
 
 from fastapi import FastAPI
@@ -13,9 +13,13 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from server import __version__
 
 BUILD_INFO = Gauge(
-    "fused_build_info", "Always 1; its labels say what is served by what.", ["version", "vllm_version", "model_name"]
+    "fused_build_info",
+    "Always 1; its labels say what is served by what, and with which gate.",
+    ["version", "vllm_version", "model_name", "gate_sha256"],
 )
 READY = Gauge("fused_ready", "1 while the server can generate: a token was produced, the engine lives, no shutdown.")
+ENGINE_UP = Gauge("fused_engine_up", "1 while the engine's processes live.")
+DRAINING = Gauge("fused_draining", "1 from the signal that ends the server: running requests finish, none is taken.")
 SPECIALISTS = Gauge("fused_specialists", "Number of specialists that are fused.", ["model_name"])
 REFUSED = Counter("fused_refused_requests", "Requests that asked for what is not fused, by field.", ["param"])
 REJECTIONS = Counter("fused_rejections", "Requests that were turned away before they were looked at.", ["reason"])
@@ -24,10 +28,22 @@ DISCONNECTS = Counter("fused_client_disconnects", "Requests whose client left be
 _UNCOUNTED = ["/metrics", "/health", "/ready", "/version"]
 
 
-def describe_build(model_name: str, num_specialists: int, vllm_version: str) -> None:
+def describe_build(model_name: str, num_specialists: int, vllm_version: str, gate_sha256: str) -> None:
     """Set the metrics that do not change while the server runs."""
-    BUILD_INFO.labels(__version__, vllm_version, model_name).set(1)
+    BUILD_INFO.labels(__version__, vllm_version, model_name, gate_sha256).set(1)
     SPECIALISTS.labels(model_name).set(num_specialists)
+
+
+def show_state(*, is_ready: bool, is_up: bool, is_draining: bool) -> None:
+    """Set the gauges of the server's state; they are looked up when somebody scrapes."""
+    READY.set(is_ready)
+    ENGINE_UP.set(is_up)
+    DRAINING.set(is_draining)
+
+
+def count_rejection(reason: str) -> None:
+    """Count a request that was turned away: queue_full, draining, rate_limit, too_large, auth, ..."""
+    REJECTIONS.labels(reason).inc()
 
 
 def count_http_requests(app: FastAPI) -> None:

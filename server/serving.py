@@ -19,6 +19,7 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.exceptions import GenerationError
 from vllm.outputs import RequestOutput
 from vllm.parser.metrics import init_parser_metrics
 from vllm.renderers.online_renderer import OnlineRenderer
@@ -44,6 +45,9 @@ class _OwnErrors:
         if isinstance(message, Exception):
             raise as_api_error(message) from message
         raise as_api_error(self.create_error_response(message, err_type, status_code, param))  # type: ignore[attr-defined]
+
+    def _convert_generation_error_to_streaming_response(self, e: GenerationError) -> NoReturn:
+        raise as_api_error(e) from e
 
 
 class FusedServingChat(_OwnErrors, OpenAIServingChat):

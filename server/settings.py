@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from server.log import LogFormat
+
 PREFIX = "ULTRAFUSER_"
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -125,6 +127,9 @@ class Logs(_Section):
 
     log_level: LogLevel = "info"
     """Least important lines to show. Of vLLM's, only errors, unless this is debug or VLLM_LOGGING_LEVEL is set."""
+
+    log_format: LogFormat = "text"
+    """text, or json: one object a line. Lines of the engine's own processes (errors) stay text."""
 
 
 class ServerSettings(Model, Network, Access, Load, Logs):

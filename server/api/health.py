@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, Response
 from vllm.version import __version__ as vllm_version
 
 from server import __version__
-from server.metrics import READY, scrape
+from server.metrics import scrape, show_state
 from server.serving import Serving
 
 router = APIRouter()
@@ -61,7 +61,12 @@ async def version() -> Response:
 @router.get("/metrics")
 async def metrics(raw_request: Request) -> Response:
     """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`."""
-    READY.set(_obstacle(raw_request) is None)
+    state = raw_request.app.state
+    show_state(
+        is_ready=_obstacle(raw_request) is None,
+        is_up=not state.serving.engine.errored,
+        is_draining=state.readiness.is_ending,
+    )
     return scrape()
 
 

@@ -14,7 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.admission import DONE_EVENT
-from server.errors import Rejection, as_api_error
+from server.engine.nonfinite import NONFINITE_OUTPUT
+from server.errors import ApiError, Rejection, as_api_error
 from server.metrics import REJECTIONS
 
 EARLY_SECONDS = 1.0
@@ -46,7 +47,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(told, Rejection):
         REJECTIONS.labels(told.reason).inc()
     elif told.status >= 500 or isinstance(error, TypeError):
-        logger.error("answered %d", told.status, exc_info=error)
+        _log_failure(f"answered {told.status}", told, error)
     return told.response()
 
 
@@ -122,9 +123,15 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
         except Exception as error:
             told = as_api_error(error)
             if told.status >= 500:
-                logger.error("a stream ended early", exc_info=error)
+                _log_failure("a stream ended early", told, error)
             yield told.event()
             yield DONE_EVENT
+
+
+def _log_failure(what: str, told: ApiError, error: Exception) -> None:
+    """A fault of ours, with its traceback where that says more than the error."""
+    is_known = told.code == NONFINITE_OUTPUT
+    logger.error("%s: %s", what, told.message, exc_info=None if is_known else error)
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

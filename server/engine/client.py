@@ -4,6 +4,7 @@ Token ids in, token ids and text out; which worker, scheduler and input processo
 """
 
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from vllm.outputs import RequestOutput
@@ -14,7 +15,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from gating.fusion import FusionConfig, inspect_fusion
 from server.engine.inputs import FusedInputProcessor
+from server.engine.nonfinite import raise_if_nonfinite
 from server.engine.options import build_engine_args
+from server.engine.report import StepFeed
+from server.engine.spec import EngineSpec
 from server.engine.weights import Takeover, stream_weights
 
 
@@ -31,14 +35,21 @@ class FusedAsyncLLM(AsyncLLM):
         super().__init__(*args, **kwargs)
         self.input_processor = FusedInputProcessor(self.input_processor)
         stream_weights(self.output_processor)
+        self.steps = StepFeed(self.output_processor, EngineSpec.from_vllm_config(self.vllm_config).names)
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's; completions carry `gate_weights`, one row for each token, if `extra_args` asked for them."""
+        """As vLLM's; completions carry `gate_weights`, one row for each token, if `extra_args` asked for them.
+
+        Raises:
+            NonfiniteOutputError: a specialist or the gate computed NaN or infinity; the request has ended.
+        """
         takeover = Takeover()
-        async for output in super().generate(*args, **kwargs):
-            for completion in output.outputs:
-                takeover.take(completion)
-            yield output
+        async with aclosing(super().generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                for completion in output.outputs:
+                    raise_if_nonfinite(completion)
+                    takeover.take(completion)
+                yield output
 
     def watch_steps(self, on_step: Callable[[], None]) -> None:
         """Call back whenever outputs of a step have arrived; to be called before the first request."""

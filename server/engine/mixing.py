@@ -4,7 +4,8 @@ This is the one small interface between the specialists' forward passes and the 
 another placement (specialists on separate groups of GPUs) replaces this module and nothing else. It knows
 tensors and row numbers, not the schedule.
 
-Shapes: S specialists, B rows that end in a token, R rows of the leader's batch, D hidden size, V vocabulary.
+Shapes: S specialists, B rows that end in a token, R rows of the leader's batch, D hidden size, V vocabulary,
+X marks of a row (`server.engine.observing`).
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
 from gating.gate import Gate, fuse
+from server.engine.observing import neutralize, observe
+from server.engine.timing import StepClock
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,31 @@ class Mixer:
         self._gate = gate
         self._num_shared_ids = num_shared_ids
 
-    def fuse_into_leader(self, rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
-        """The leader's logits [R, V] in float32 with the fused logits in the rows that end in a token; weights [S, B].
+    def fuse_into_leader(self, rows: Sequence[Rows], clock: StepClock) -> tuple[Tensor, Tensor]:
+        """The leader's logits [R, V] in float32 with the fused logits in the rows that end in a token; marks [X, B].
 
         `rows[0]` is the leader's. Ids outside the shared vocabulary are -inf: V stays the leader's width,
         which penalties, masks and top-k depend on. Rows of unfinished prefills keep the leader's own logits;
-        they are garbage and nobody reads them.
+        they are garbage and nobody reads them. A row that is not finite gets equal logits; its marks say so.
         """
-        leader = rows[0]
+        hidden_SBD = [_take(r.hidden_RD, r.indices) for r in rows]
+        with clock.measure("gate"):
+            weights_SB = self._weights(hidden_SBD)
+        with clock.measure("mix"):
+            logits_SBV = [_take(r.logits_RV, r.indices)[:, : self._num_shared_ids] for r in rows]
+            mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids)
+            observation = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
+            neutralize(mixed_BV, observation.is_nonfinite_B)
+            return self._into_leader(mixed_BV, rows[0]), observation.marks_XB
+
+    def _into_leader(self, mixed_BV: Tensor, leader: Rows) -> Tensor:
         num_rows, width = leader.logits_RV.shape
-        weights_SB = self._weights([_take(r.hidden_RD, r.indices) for r in rows])
-        mixed_BV = fuse(weights_SB, [_take(r.logits_RV, r.indices) for r in rows], self._num_shared_ids)
         if _is_everything(leader.indices, num_rows):
-            fused_RV = nn.functional.pad(mixed_BV, (0, width - self._num_shared_ids), value=float("-inf"))
-            return fused_RV, weights_SB
+            return nn.functional.pad(mixed_BV, (0, width - self._num_shared_ids), value=float("-inf"))
         fused_RV = leader.logits_RV.to(torch.float32, copy=True)
         fused_RV[:, self._num_shared_ids :] = float("-inf")
         fused_RV[leader.indices, : self._num_shared_ids] = mixed_BV
-        return fused_RV, weights_SB
+        return fused_RV
 
     def _weights(self, hidden_SBD: Sequence[Tensor]) -> Tensor:
         """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""

@@ -117,11 +117,13 @@ def engine_arguments(
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:
-    """Refuse what is not on the allow-list.
+    """Refuse what is not on the allow-list, and what vLLM would only fail at when the first request ends.
 
     Raises:
         EngineOptionError: naming the option, and the way out.
     """
+    if options.get("otlp_traces_endpoint") and options.get("disable_log_stats"):
+        raise EngineOptionError("otlp_traces_endpoint: traces are made of vLLM's statistics; omit disable_log_stats")
     known = {field.name for field in fields(EngineArgs)} | {field.name for field in fields(AsyncEngineArgs)}
     for name in options:
         if name in ALLOWED_ENGINE_OPTIONS:

@@ -5,6 +5,7 @@ who sends it is refused where requests enter (`inputs.py`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
@@ -22,3 +23,18 @@ def all_prompts(params: SamplingParams, canonical: Sequence[int]) -> list[list[i
     """All n own prompts; the canonical one alone when every specialist reads the same."""
     prompts = (params.extra_args or {}).get(SPECIALIST_PROMPTS)
     return [list(canonical)] if prompts is None else [list(prompt) for prompt in prompts]
+
+
+class Unprinted(list[Any]):
+    """A list that keeps its items to itself: an engine that fails writes its requests' parameters into the log."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} items>"
+
+
+def conceal_tokens(params: SamplingParams) -> None:
+    """Keep what a request says, prompts and a given response, out of the log; vLLM does so with its own field."""
+    if params.extra_args:
+        params.extra_args = {
+            key: Unprinted(value) if isinstance(value, list) else value for key, value in params.extra_args.items()
+        }

@@ -11,58 +11,25 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput, SamplerOutput
-from vllm.v1.sample.sampler import Sampler
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_workspace
 
 from server.engine.forcing import Forcing, forced_in_step
 from server.engine.mixing import Mixer, Rows
+from server.engine.sampling import FollowerSampler, LeaderSampler
 from server.engine.schedule import SpecialistView, leader_sampling_params, neutral_sampling_params
-from server.engine.weights import WeightsOnTheWay, with_weights
+from server.engine.step import StepOnTheWay, with_step
+from server.engine.timing import StepClock
 
 _AMPLE_BYTES = 1 << 62
 """Memory given to a runner's own KV plan, whose size is decided by the common plan already."""
-
-
-class LeaderSampler(nn.Module):
-    """vLLM's sampler, which also remembers the tokens it drew so that the followers can be given them."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        super().__init__()
-        self._sampler = sampler
-        self.token_ids_R1: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> SamplerOutput:
-        """Sample as vLLM does."""
-        output = self._sampler(*args, **kwargs)
-        self.token_ids_R1 = output.sampled_token_ids
-        return output
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_sampler"), name)
-
-
-class FollowerSampler(nn.Module):
-    """Stands in for a follower's sampler: hands out the leader's tokens and draws no random number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token_ids_R1: Tensor | None = None
-
-    def forward(self, logits: Tensor, sampling_metadata: object) -> SamplerOutput:
-        """The tokens [R, 1] laid out for this follower's rows; the logits are not looked at."""
-        assert self.token_ids_R1 is not None
-        return SamplerOutput(sampled_token_ids=self.token_ids_R1, logprobs_tensors=None)
 
 
 class FusedModelRunner:
@@ -76,6 +43,7 @@ class FusedModelRunner:
         self._views = [
             SpecialistView(i, neutral_sampling_params if i else leader_sampling_params) for i in range(len(runners))
         ]
+        self._clock = StepClock(self.leader.device)
         self._forcing = Forcing(self.leader.sampler)
         self._leader_sampler = LeaderSampler(self.leader.sampler)
         self.leader.sampler = self._leader_sampler
@@ -175,10 +143,12 @@ class FusedModelRunner:
     ) -> ModelRunnerOutput | None:
         """Forward passes of all specialists over their own views of the schedule; nothing is sampled yet."""
         idle: ModelRunnerOutput | None = None
-        for runner, view in zip(self.runners, self._views, strict=True):
+        for name, runner, view in zip(self.names, self.runners, self._views, strict=True):
+            plan = view.translate(scheduler_output)
             # An empty plan is executed too: it carries the finished ids, and ends what async scheduling kept of the
             # runner's last step (vLLM drops it with every request that leaves the batch).
-            idle = runner.execute_model(view.translate(scheduler_output))
+            with self._clock.forward(name, plan.total_num_scheduled_tokens, len(plan.num_scheduled_tokens)):
+                idle = runner.execute_model(plan)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return idle
         self._scheduled = list(scheduler_output.num_scheduled_tokens)
@@ -193,7 +163,7 @@ class FusedModelRunner:
             req_ids=[], req_id_to_index={}, sampled_token_ids=[]
         )
         ending = _ending_rows(self.leader)
-        weights = self._mix(ending) if ending else None
+        step = StepOnTheWay(list(ending), self._mix(ending) if ending else None, self._clock)
         if self.leader.execute_model_state is not None:
             output = self._sample_leader(grammar_output)
         for follower in self.followers:
@@ -201,18 +171,18 @@ class FusedModelRunner:
                 follower.sampler.token_ids_R1 = self._tokens_for(follower, ending)
                 follower.sample_tokens(None)
         if isinstance(output, AsyncModelRunnerOutput):
-            return FusedAsyncOutput(output, scheduled, weights)
-        return with_weights(_name_all(output, scheduled), weights)
+            return FusedAsyncOutput(output, scheduled, step)
+        return with_step(_name_all(output, scheduled), step)
 
-    def _mix(self, ending: dict[str, int]) -> WeightsOnTheWay:
+    def _mix(self, ending: dict[str, int]) -> Tensor:
         rows = []
         for runner in self.runners:
             state = runner.execute_model_state
             index = runner.input_batch.req_id_to_index
             rows.append(Rows([index[req_id] for req_id in ending], state.sample_hidden_states, state.logits))
-        fused_RV, weights_SB = self._mixer.fuse_into_leader(rows)
+        fused_RV, marks_XB = self._mixer.fuse_into_leader(rows, self._clock)
         self.leader.execute_model_state = self.leader.execute_model_state._replace(logits=fused_RV)
-        return WeightsOnTheWay(list(ending), weights_SB)
+        return marks_XB
 
     def _sample_leader(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample; rows that end in no token must not advance their seeded generator.
@@ -254,16 +224,14 @@ class FusedModelRunner:
 class FusedAsyncOutput(AsyncModelRunnerOutput):
     """The leader's asynchronous output, completed when it is collected."""
 
-    def __init__(
-        self, leader_output: AsyncModelRunnerOutput, scheduled: list[str], weights: WeightsOnTheWay | None
-    ) -> None:
+    def __init__(self, leader_output: AsyncModelRunnerOutput, scheduled: list[str], step: StepOnTheWay) -> None:
         self._leader_output = leader_output
         self._scheduled = scheduled
-        self._weights = weights
+        self._step = step
 
     def get_output(self) -> ModelRunnerOutput:
-        """Block until the leader's tokens are on the host, and with them the weights; then name every request."""
-        return with_weights(_name_all(self._leader_output.get_output(), self._scheduled), self._weights)
+        """Block until the leader's tokens are on the host, and with them the record; then name every request."""
+        return with_step(_name_all(self._leader_output.get_output(), self._scheduled), self._step)
 
 
 def _name_all(output: ModelRunnerOutput, scheduled: list[str]) -> ModelRunnerOutput:

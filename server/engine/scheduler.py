@@ -5,7 +5,7 @@ only when every specialist has computed it. The rest of the schedule is vLLM's: 
 prompt per request and knows nothing of specialists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -16,9 +16,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
-from server.engine.prompts import all_prompts
+from server.engine.nonfinite import nonfinite_end
+from server.engine.prompts import all_prompts, conceal_tokens
+from server.engine.report import add_report
+from server.engine.step import StepRecord
 from server.engine.weights import attach, wants_weights
 
 
@@ -65,13 +68,14 @@ def _own_tokens(prompt: list[int], request: Request, start: int, end: int) -> li
 
 
 class FusedSchedulerMixin(Scheduler):
-    """Replaces how block hashes are made and when blocks are announced as cached."""
+    """Replaces how block hashes are made and when blocks are announced as cached; ends requests that went wrong."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()
+        self._soiled_block_ids: list[int] = []
         coordinator = self.kv_cache_manager.coordinator
         announce = coordinator.cache_blocks
         coordinator.cache_blocks = lambda request, num_computed_tokens: announce(
@@ -82,6 +86,7 @@ class FusedSchedulerMixin(Scheduler):
         """Queue a request, its blocks hashed over the prompts of all specialists."""
         assert request.prompt_token_ids is not None
         assert request.sampling_params is not None
+        conceal_tokens(request.sampling_params)
         prompts = all_prompts(request.sampling_params, request.prompt_token_ids)
         num_canonical = len(request.prompt_token_ids)
         self._lags[request.request_id] = lag(num_canonical, min(len(prompt) for prompt in prompts))
@@ -96,14 +101,39 @@ class FusedSchedulerMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """As vLLM's; the tokens of requests that asked get the gate's weights."""
-        wanting = set(self._wanting)  # a request that ends with this token is forgotten in the next line
+        """As vLLM's; requests that asked get the gate's weights, requests that went wrong end, the step is reported."""
+        step: StepRecord | None = getattr(model_runner_output, "step", None)
+        if step is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        wanting = set(self._wanting)  # a request that ends with this token is forgotten in the next lines
+        nonfinite = step.nonfinite
+        ended = self._end_nonfinite(nonfinite) if nonfinite else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        weights = getattr(model_runner_output, "step_weights", None)
-        if wanting and weights is not None:
-            for own in outputs.values():
-                attach(own.outputs, weights, wanting)
+        for own in outputs.values() if wanting else ():
+            attach(own.outputs, step, wanting)
+        for request in ended:
+            own = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            own.outputs.append(nonfinite_end(request))
+        add_report(outputs, step, [nonfinite[request.request_id] for request in ended])
         return outputs
+
+    def _end_nonfinite(self, request_ids: Iterable[str]) -> list[Request]:
+        """End requests before their tokens are handed out, as if they were aborted; those that still ran."""
+        block_ids = {
+            block_id
+            for request in request_ids
+            for group in self.kv_cache_manager.get_block_ids(request)
+            for block_id in group
+        }
+        ended: list[Request] = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
+        self.kv_cache_manager.evict_blocks(block_ids)
+        blocks = self.kv_cache_manager.block_pool.blocks
+        self._soiled_block_ids += [block_id for block_id in block_ids if blocks[block_id].ref_cnt == 0]
+        return ended
+
+    def _get_new_block_ids_to_zero(self) -> list[int] | None:
+        soiled, self._soiled_block_ids = self._soiled_block_ids, []
+        return [*(super()._get_new_block_ids_to_zero() or ()), *soiled] or None
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)

@@ -47,6 +47,11 @@ class EngineSpec(BaseModel):
     eos_token_ids: tuple[int, ...]
     """Ids that end a response; the first is the one EOS of the fused model."""
 
+    @property
+    def names(self) -> list[str]:
+        """The specialists' names, in order."""
+        return [specialist.name for specialist in self.specialists]
+
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> "EngineSpec":
         """The spec that `to_additional_config` put into the configuration."""

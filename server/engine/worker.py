@@ -11,6 +11,7 @@ from typing import Any
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -39,14 +40,12 @@ class FusedWorkerMixin(Worker):
             config = follower_config(self.vllm_config, specialist)
             with set_current_vllm_config(config):
                 runners.append(self.runner_cls(config, self.device))
-        names = [specialist.name for specialist in spec.specialists]
-        self.model_runner = FusedModelRunner(runners, names, lambda: self._load_mixer(spec))
+        self.model_runner = FusedModelRunner(runners, spec.names, lambda: self._load_mixer(spec))
 
     def _load_mixer(self, spec: EngineSpec) -> Mixer:
         if spec.gate is None:
             return Mixer(None, spec.num_shared_ids)
-        names = [specialist.name for specialist in spec.specialists]
-        gate = load_gate(Path(spec.gate), names, spec.hidden_sizes)
+        gate = load_gate(Path(spec.gate), spec.names, spec.hidden_sizes)
         return Mixer(gate.to(self.device).eval(), spec.num_shared_ids)
 
 
@@ -60,6 +59,11 @@ class FusedGPUWorker(FusedWorkerMixin, Worker):
     """n specialists on a GPU; with tensor parallelism every rank holds a shard of each."""
 
     runner_cls = GPUModelRunner
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """As vLLM's; blocks must be zeroed when a request went wrong, which vLLM prepares for other caches only."""
+        super().initialize_from_config(kv_cache_config)
+        self.model_runner._init_kv_zero_meta()
 
 
 def worker_qualname() -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import batch_invariance, decode_step, peers_servers, peers_transformers, serve_overhead
+from benchmarks import batch_invariance, decode_step, metrics_cost, peers_servers, peers_transformers, serve_overhead
 from benchmarks.stepping import Round
 from benchmarks.workload import conversations, random_requests
 from gating.fusion import FusedModelInfo
@@ -17,6 +17,11 @@ def test_a_fused_step_of_three_single_steps_has_ratio_one() -> None:
     assert comparison.baseline is not None
     assert comparison.baseline.value == pytest.approx(30.0)
     assert comparison.is_met
+
+
+def test_metrics_may_cost_two_hundredths() -> None:
+    assert metrics_cost.compare(8, [Round([0.0509], [0.05])] * 3).is_met
+    assert metrics_cost.compare(8, [Round([0.0515], [0.05])] * 3).is_met is False
 
 
 def test_a_decode_step_that_fuses_dearly_misses_its_bar() -> None:

@@ -1,17 +1,23 @@
 """One real server on the tiny fusion, started once and shared; the official client talks to it."""
 
+import math
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.e2e.collector import Collector
 from tests.e2e.process import ServerProcess
 from tests.fakes import write_tiny_fusion
 
 MODEL = "tiny"
 NO_SPACES = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 """A random model, free to write spaces between JSON tokens, would write nothing else."""
+
+POISON = 259
+"""A token from which on one specialist, "code", computes NaN. Its byte, 0xFF, is in no text."""
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +27,29 @@ def tiny_fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Deeper than elsewhere: on a loaded machine, an engine that takes 2 ms a step keeps the frontend so busy with tokens
     that it only notices a client has left when everything is generated.
     """
-    return write_tiny_fusion(tmp_path_factory.mktemp("tiny-e2e"), num_layers=(8, 12, 10))
+    path = write_tiny_fusion(tmp_path_factory.mktemp("tiny-e2e"), num_layers=(8, 12, 10))
+    weights = path.parent / "code" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][POISON] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return path
 
 
 @pytest.fixture(scope="session")
-def server(tiny_fusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a tool call parser."""
+def collector() -> Iterator[Collector]:
+    """Receives the shared server's traces."""
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_fusion: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server with a tool call parser that sends traces."""
     log = tmp_path_factory.mktemp("server") / "log"
     options = ["--tool-call-parser", "hermes", "--structured-outputs-config", NO_SPACES]
+    options += ["--otlp-traces-endpoint", collector.endpoint]
     server = ServerProcess(tiny_fusion, log, *options)
     try:
         server.wait_until_ready()

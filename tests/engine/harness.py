@@ -16,6 +16,7 @@ from gating.fusion import inspect_fusion, load_fusion
 from server.engine.inputs import FusedInputProcessor
 from server.engine.options import build_engine_args
 from server.engine.prompts import SPECIALIST_PROMPTS
+from server.engine.report import StepFeed, StepReport
 from server.engine.runner import FusedModelRunner
 from tests.engine.async_cpu import AsyncOnCPUEngineArgs
 
@@ -52,6 +53,9 @@ class InProcessEngine:
             args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
         self.llm = keep_alive(LLMEngine.from_engine_args(args))
         self.llm.input_processor = FusedInputProcessor(self.llm.input_processor)
+        self.steps = StepFeed(self.llm.output_processor, fusion.specialist_names)
+        self.reports: list[StepReport] = []
+        self.steps.listen(self.reports.append)
         self._count = 0
 
     @property
@@ -66,7 +70,7 @@ class InProcessEngine:
 
     def generate(self, arrivals: Sequence[Arrival]) -> list[RequestOutput]:
         """Serve the requests, each arriving at its step; the last output of each, in the order given."""
-        names = [f"r{self._count + i}" for i in range(len(arrivals))]
+        names = self.next_ids(len(arrivals))
         self._count += len(arrivals)
         waiting = sorted(zip(names, arrivals, strict=True), key=lambda pair: pair[1].step)
         aborts: dict[int, list[str]] = {}
@@ -84,6 +88,10 @@ class InProcessEngine:
             step += 1
             assert step < 5000, "the engine does not come to an end"
         return [last.get(name) for name in names]
+
+    def next_ids(self, count: int) -> list[str]:
+        """The ids that the next so many requests will have."""
+        return [f"r{self._count + i}" for i in range(count)]
 
     def tokens(self, arrivals: Sequence[Arrival]) -> list[list[int]]:
         """The generated token ids of each request."""

@@ -130,3 +130,4 @@ def test_every_other_allowed_option_is_exact_too(tiny_fusion: Path, judge: Judge
     engine = InProcessEngine(tiny_fusion, **options)
     arrivals = [Arrival(prompts, greedy(MAX_TOKENS), step=i) for i, prompts in enumerate(BATCH)]
     assert engine.tokens(arrivals) == [judge.tokens(prompts, MAX_TOKENS) for prompts in BATCH]
+    assert sum(len(report.weights_TS) for report in engine.reports) == len(BATCH) * MAX_TOKENS

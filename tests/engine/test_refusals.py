@@ -53,6 +53,12 @@ def test_an_unknown_engine_option_stops_the_start() -> None:
         check_engine_options({"max_len": 5})
 
 
+def test_traces_without_the_statistics_they_are_made_of_stop_the_start() -> None:
+    """vLLM would fail at the end of the first request, and with it every other request."""
+    with pytest.raises(EngineOptionError, match=r"^otlp_traces_endpoint: .*omit disable_log_stats"):
+        check_engine_options({"otlp_traces_endpoint": "http://127.0.0.1:4317", "disable_log_stats": True})
+
+
 def test_every_allowed_option_exists_in_vllm() -> None:
     from dataclasses import fields
 

@@ -37,7 +37,9 @@ def outputs_by_specialist(worker: Any) -> list[dict[str, list[int]]]:
 
 def test_two_ranks_equal_the_reference(two_ranks: InProcessEngine, judge: Judge) -> None:
     arrivals = [Arrival(prompts, greedy(20), step=i) for i, prompts in enumerate(BATCH)]
+    two_ranks.reports.clear()
     assert two_ranks.tokens(arrivals) == [judge.tokens(prompts, 20) for prompts in BATCH]
+    assert sum(len(report.weights_TS) for report in two_ranks.reports) == 60, "one rank reports"
 
 
 def test_ranks_do_not_drift_over_500_unseeded_draws(two_ranks: InProcessEngine) -> None:

@@ -9,7 +9,9 @@ from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationE
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from server.api.health import Readiness
+from server.engine.nonfinite import NonfiniteOutputError
 from server.errors import MAX_MESSAGE_CHARS
+from server.metrics import count_rejection
 from tests.server.scripted import SCRIPT, ScriptedEngine
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
@@ -158,6 +160,7 @@ async def test_tools_without_a_parser_are_refused(client: httpx.AsyncClient) -> 
         (EngineDeadError(), 500, "engine_dead", {"x-should-retry": "false"}),
         (EngineGenerateError(), 500, "internal_error", {}),
         (GenerationError("/srv/secret broke"), 500, "internal_error", {}),
+        (NonfiniteOutputError(), 500, "nonfinite_output", {"x-should-retry": "false"}),
         (QueueOverflowError(), 503, "server_overloaded", {"retry-after": "1"}),
         (VLLMValidationError("no such thing", parameter="seed"), 400, None, {}),
         (RuntimeError("/srv/secret broke"), 500, "internal_error", {}),
@@ -192,6 +195,39 @@ async def test_a_failure_after_the_first_token_is_the_last_event(
     assert json.loads(error)["error"]["code"] == "engine_dead"
     assert len(chunks) > 1
     assert all("error" not in json.loads(chunk) for chunk in chunks)
+
+
+async def test_nan_after_the_first_token_is_the_last_event(
+    client: httpx.AsyncClient, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's stream generators turn an error of generation into one of their own, which has no code."""
+    engine.failure, engine.fails_at = NonfiniteOutputError(), 2
+    for url, body in ((URL, HI), ("/v1/completions", {"model": "tiny", "prompt": "Hi"})):
+        *_, error, last = events(await client.post(url, json={**body, "stream": True}))
+        assert last == "[DONE]"
+        assert json.loads(error)["error"]["code"] == "nonfinite_output"
+    assert caplog.text.count("a stream ended early: The model computed a value") == 2
+    assert "Traceback" not in caplog.text
+
+
+async def test_the_state_is_looked_up_when_somebody_scrapes(
+    client: httpx.AsyncClient, engine: ScriptedEngine, readiness: Readiness
+) -> None:
+    async def state() -> list[str]:
+        names = ("fused_ready ", "fused_engine_up ", "fused_draining ")
+        lines = (await client.get("/metrics")).text.splitlines()
+        return [line.split()[1] for name in names for line in lines if line.startswith(name)]
+
+    assert await state() == ["1.0", "1.0", "0.0"]
+    readiness.is_ending = True
+    assert await state() == ["0.0", "1.0", "1.0"]
+    engine.errored = True
+    assert await state() == ["0.0", "0.0", "1.0"]
+
+
+async def test_rejections_are_counted_by_reason(client: httpx.AsyncClient) -> None:
+    count_rejection("queue_full")
+    assert 'fused_rejections_total{reason="queue_full"} 1.0' in (await client.get("/metrics")).text
 
 
 async def test_a_full_queue_is_refused_before_rendering(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:

@@ -1,24 +1,39 @@
 """Log lines carry the request's id and never what a client has written; the start shows its steps."""
 
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from server.log import CONFIGURED_LOGGERS, adopt_vllm_logging, configure_logging, request_id
+from server.log import (
+    CONFIGURED_LOGGERS,
+    LogFormat,
+    LogStream,
+    adopt_vllm_logging,
+    configure_logging,
+    request_id,
+)
 from server.progress import StartupProgress
 
 
 @pytest.fixture
-def lines() -> Iterator[io.StringIO]:
+def log_format() -> LogFormat:
+    """A test changes it by parametrising."""
+    return "text"
+
+
+@pytest.fixture
+def lines(log_format: LogFormat) -> Iterator[io.StringIO]:
     """Logging at info, into a text of its own."""
     stream = io.StringIO()
     vllm = logging.getLogger("vllm")
     before = (list(vllm.handlers), vllm.propagate)
-    configure_logging("info", stream)
+    configure_logging("info", log_format, stream)
     adopt_vllm_logging()
     yield stream
     for name in CONFIGURED_LOGGERS:
@@ -35,6 +50,30 @@ def test_each_line_names_the_request(lines: io.StringIO) -> None:
     first, second = lines.getvalue().splitlines()
     assert "[request-7] server.somewhere: working" in first
     assert "[-] server.somewhere: idle" in second
+
+
+@pytest.mark.parametrize("log_format", ["json"])
+def test_as_json_every_line_is_one_object(lines: io.StringIO) -> None:
+    token = request_id.set("request-7")
+    try:
+        raise RuntimeError("two\nlines")
+    except RuntimeError:
+        logging.getLogger("server.somewhere").exception('it says "no"\nand more')
+    request_id.reset(token)
+    with StartupProgress(1, LogStream()).step("only"):
+        pass
+    failed, begun, done = (json.loads(line) for line in lines.getvalue().splitlines())
+    assert datetime.fromisoformat(failed.pop("time")).tzinfo is not None
+    assert "RuntimeError: two\nlines" in failed.pop("exception")
+    message = 'it says "no"\nand more'
+    assert failed == {
+        "level": "error",
+        "logger": "server.somewhere",
+        "request_id": "request-7",
+        "message": message,
+    }
+    assert (begun["message"], begun["request_id"]) == ("[1/1] only ...", None)
+    assert done["message"].startswith("[1/1] only: ")
 
 
 def test_levels_below_the_chosen_one_are_not_shown(lines: io.StringIO) -> None:
