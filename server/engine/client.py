@@ -34,9 +34,12 @@ class FusedAsyncLLM(AsyncLLM):
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """As vLLM's; completions carry `gate_weights`, one row for each token, if `extra_args` asked for them."""
         takeover = Takeover()
+        prompt_logprobs = None
         async for output in super().generate(*args, **kwargs):
             for completion in output.outputs:
                 takeover.take(completion)
+            # vLLM streams them with the first part of each of n responses; merged into a part of another they are lost.
+            prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
             yield output
 
     @classmethod

@@ -1,6 +1,6 @@
 """Prompt logprobs are the fused distribution's, under everything that touches the reading of a prompt."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 from vllm import RequestOutput, SamplingParams
-from vllm.outputs import PromptLogprobs
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, PromptLogprobs
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from gating.fusion import load_fusion
 from gating.modeling import UltraFuserForCausalLM
 from server.engine import prompt_logprobs
+from server.engine.client import FusedAsyncLLM
 from tests.engine.conftest import CONFIGURATIONS
 from tests.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.engine.judge import MIN_GAP, Judge
@@ -152,6 +155,36 @@ def test_an_aborted_request_is_forgotten(engine_of: Engines, judge: Judge) -> No
     engine = engine_of("sync-budget-16")
     engine.generate([asking(TEXTS[3], 1, abort_after=2), Arrival(alike(TEXTS[0]), greedy(8))])
     assert engine.runner.leader.num_prompt_logprobs == {}
+
+
+class Replay(FusedAsyncLLM):
+    """The engine's own last step over outputs that are there already."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        pass
+
+
+async def test_a_response_that_joins_anothers_stream_late_has_the_prompt_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM merges its first part, which has the log probabilities, into a part of the other one, which has none."""
+    table: PromptLogprobs = [None, {5: Logprob(-1.0)}]
+
+    def output(prompt_logprobs: PromptLogprobs, index: int) -> RequestOutput:
+        completion = CompletionOutput(index, "", [7], 0.0, None)
+        return RequestOutput("r", None, [4, 5], prompt_logprobs, [completion], finished=False)
+
+    async def outputs(_: Any) -> AsyncIterator[RequestOutput]:
+        yield output(table, 0)
+        late = output([], 0)
+        late.add(output(table, 1), aggregate=True)
+        yield late
+
+    monkeypatch.setattr(AsyncLLM, "generate", outputs)
+    _, late = [part async for part in Replay().generate()]
+    assert [completion.index for completion in late.outputs] == [0, 1]
+    assert late.prompt_logprobs == table
 
 
 def test_they_are_not_the_leaders_own(engine: InProcessEngine, judge: Judge) -> None:
