@@ -59,10 +59,12 @@ class WeightsInEvents:
     asked for the names they are taken out again.
     """
 
-    def __init__(self, request: Any, specialists: Sequence[str]) -> None:
-        """Changes `request.return_token_ids`."""
+    def __init__(self, request: Any, specialists: Sequence[str], prompts: Sequence[str | None] = ()) -> None:
+        """Changes `request.return_token_ids`; `prompts` are the texts that a completion may have to echo."""
         self._specialists = list(specialists)
         self._shows_token_ids = bool(request.return_token_ids)
+        # vLLM echoes no text beside token ids; a client that has not asked for ids gets its text from here.
+        self._echoed = list(prompts) if request.echo and not self._shows_token_ids else []
         self._num_choices = request.n or 1
         self._rows: dict[int, list[list[float]]] = {}
         self._given: dict[int, int] = {}
@@ -111,6 +113,8 @@ class WeightsInEvents:
             choice.pop("token_ids", None)
             choice.pop("prompt_token_ids", None)
         rows = self._rows.get(index, [])
+        if self._echoed and index not in self._given:
+            choice["text"] = (self._echoed[index // self._num_choices] or "") + choice["text"]
         begin = self._given.get(index, 0)
         end = self._given[index] = begin + len(token_ids)
         own: dict[str, Any] = {"content": rows[begin:end]} if token_ids else {}

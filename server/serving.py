@@ -113,7 +113,8 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
             async for event in base(request, engine_inputs, result_generator, *args, **kwargs):
                 yield event
             return
-        weights = WeightsInEvents(request, self.specialists)
+        prompts = [self._extract_prompt_text(engine_input) for engine_input in engine_inputs]
+        weights = WeightsInEvents(request, self.specialists, prompts)
         async for event in base(request, engine_inputs, weights.watch_several(result_generator), *args, **kwargs):
             yield weights.decorate(event)
 

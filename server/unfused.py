@@ -1,7 +1,8 @@
 """What a request may not ask for because it is not fused: found and refused before anything is rendered.
 
-Three reasons: the feature reads one model's logits outside the fused step (prompt logprobs, beam search); it is not
-text (media, embeddings); or it lets the specialists read different things (a template, documents in the request).
+Three reasons: the feature needs logits outside the fused step (beam search, prompt logprobs where the specialists'
+prompts differ); it is not text (media, embeddings); or it lets the specialists read different things (a template,
+documents in the request).
 One table per request type names field and way out. Knows requests, not engines.
 """
 
@@ -74,8 +75,6 @@ _EVERYWHERE = (
 
 _GENERATION = (
     *_EVERYWHERE,
-    Refusal("prompt_logprobs", _given("prompt_logprobs"), "only response tokens have fused logprobs"),
-    Refusal("echo", _echoes_logprobs, "echo together with logprobs needs prompt logprobs; ask for one of the two"),
     Refusal("use_beam_search", _given("use_beam_search"), "sample instead, with n for several responses"),
     Refusal("best_of", _several("best_of"), "use n and choose yourself"),
 )
@@ -95,6 +94,8 @@ _TEMPLATES = (
 CHAT_REFUSALS = (
     *_GENERATION,
     *_TEMPLATES,
+    Refusal("prompt_logprobs", _given("prompt_logprobs"), "specialists' prompts differ; send a raw one to completions"),
+    Refusal("echo", _echoes_logprobs, "echo together with logprobs needs a raw prompt; send it to completions"),
     Refusal("truncate_prompt_tokens", _given("truncate_prompt_tokens"), "prompts differ in length; shorten messages"),
 )
 """What `/v1/chat/completions` refuses, beside content that is not text."""

@@ -44,11 +44,14 @@ class FusedAsyncLLM(AsyncLLM):
             NonfiniteOutputError: a specialist or the gate computed NaN or infinity; the request has ended.
         """
         takeover = Takeover()
+        prompt_logprobs = None
         async with aclosing(super().generate(*args, **kwargs)) as outputs:
             async for output in outputs:
                 for completion in output.outputs:
                     raise_if_nonfinite(completion)
                     takeover.take(completion)
+                # vLLM streams them with the first part of each response; merged into another's part they are lost.
+                prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
                 yield output
 
     def watch_steps(self, on_step: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from server.engine.forcing import FORCED_TOKEN_IDS, forced_token_ids
 from server.engine.prompts import SPECIALIST_PROMPTS
 from server.engine.spec import EngineSpec
 
-UNFUSED_PARAMS = ("prompt_logprobs", "prompt_logprob_token_ids", "trace_decode_token_ids")
+UNFUSED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
 """Sampling parameters that read logits outside the fused decode step."""
 
 
@@ -50,6 +50,11 @@ class FusedInputProcessor(InputProcessor):
         assert request.prompt_token_ids is not None
         assert request.sampling_params is not None
         self._check(own_prompts, request.prompt_token_ids)
+        if params.prompt_logprobs is not None and own_prompts and any(own != own_prompts[0] for own in own_prompts):
+            raise VLLMValidationError(
+                "prompt_logprobs needs a prompt that all specialists read alike; send it raw, without a template",
+                parameter="prompt_logprobs",
+            )
         if own_prompts is not None:
             extra_args = dict(request.sampling_params.extra_args or {})
             request.sampling_params.extra_args = extra_args | {SPECIALIST_PROMPTS: own_prompts}

@@ -66,6 +66,11 @@ class Mixer:
         fused_RV[leader.indices, : self._num_shared_ids] = mixed_BV
         return fused_RV
 
+    def mix(self, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor]) -> Tensor:
+        """Fused logits [B, V] of rows that all specialists have in the same order; V and -inf as above."""
+        mixed_BV = fuse(self._weights(hidden_SBD), logits_SBV, self._num_shared_ids)
+        return nn.functional.pad(mixed_BV, (0, logits_SBV[0].shape[1] - self._num_shared_ids), value=float("-inf"))
+
     def _weights(self, hidden_SBD: Sequence[Tensor]) -> Tensor:
         """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""
         if self._gate is None:

@@ -23,6 +23,7 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_wo
 
 from server.engine.forcing import Forcing, forced_in_step
 from server.engine.mixing import Mixer, Rows
+from server.engine.prompt_logprobs import PromptLogprobs
 from server.engine.sampling import FollowerSampler, LeaderSampler
 from server.engine.schedule import SpecialistView, leader_sampling_params, neutral_sampling_params
 from server.engine.step import StepOnTheWay, with_step
@@ -61,6 +62,7 @@ class FusedModelRunner:
         """Load every specialist's weights, then the gate."""
         self._for_each(lambda runner: runner.load_model(load_dummy_weights=load_dummy_weights))
         self._mixer = self._load_mixer()
+        PromptLogprobs(self.runners, self._mixer).attach()
 
     @property
     def model_memory_usage(self) -> int:

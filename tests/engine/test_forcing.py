@@ -1,19 +1,17 @@
 """Given responses: the engine follows them exactly, and says of every token what the reference says."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from vllm.exceptions import VLLMValidationError
 
-from gating.decoding import left_pad
 from server.engine.forcing import FORCED_TOKEN_IDS
 from server.engine.weights import GATE_WEIGHTS
 from tests.engine.conftest import CONFIGURATIONS
 from tests.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.engine.judge import Judge
+from tests.reference import read
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50), (5, 90, 33)]
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
@@ -27,21 +25,6 @@ def arrival(prompts: Prompts, given: list[int], step: int = 0) -> Arrival:
     return Arrival(prompts, greedy(len(given), logprobs=0, extra_args=extra), step=step)
 
 
-def read_by_the_reference(judge: Judge, prompts: Prompts, given: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each given token's log probability [T] and weights [T, S], from one forward pass over prompt and response."""
-    cpu = torch.device("cpu")
-    batch: dict[str, Any] = {"input_ids": [], "attention_mask": [], "response_mask": []}
-    for prompt in prompts:
-        ids_BT, mask_BT = left_pad([prompt + given], cpu)
-        batch["input_ids"].append(ids_BT)
-        batch["attention_mask"].append(mask_BT)
-        batch["response_mask"].append((torch.arange(ids_BT.shape[1]) >= len(prompt))[None])
-    with torch.no_grad():
-        output = judge.model(**batch)
-    logprobs_TV = output.logits[0].log_softmax(dim=-1)
-    return logprobs_TV[range(len(given)), given], output.gate_weights[:, 0].T
-
-
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_the_engine_reads_a_given_response_as_the_reference_does(
     engine_of: Callable[[str], InProcessEngine], judge: Judge, configuration: str
@@ -51,9 +34,10 @@ def test_the_engine_reads_a_given_response_as_the_reference_does(
     for prompts, given, output in zip(BATCH, GIVEN, outputs, strict=True):
         completion = output.outputs[0]
         assert list(completion.token_ids) == given
-        logprobs_T, weights_TS = read_by_the_reference(judge, prompts, given)
+        logprobs_TV, weights_TS = read(judge.model, prompts, given)
         found = [own[token].logprob for own, token in zip(completion.logprobs, given, strict=True)]
-        np.testing.assert_allclose(found, logprobs_T.numpy(), atol=TOLERANCE, rtol=0)
+        wanted = logprobs_TV[range(len(given)), given]
+        np.testing.assert_allclose(found, wanted.numpy(), atol=TOLERANCE, rtol=0)
         np.testing.assert_allclose(completion.routed_experts, weights_TS.numpy(), atol=TOLERANCE, rtol=0)
 
 

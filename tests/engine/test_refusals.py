@@ -86,6 +86,7 @@ def test_engine_options_override_the_fusion_file(tiny_fusion: Path) -> None:
     ("parameter", "params"),
     [
         ("prompt_logprobs", SamplingParams(prompt_logprobs=1)),
+        ("prompt_logprob_token_ids", SamplingParams(prompt_logprob_token_ids=[[5]])),
         ("allowed_token_ids", SamplingParams(allowed_token_ids=[5, 320])),
         ("specialist_prompts", SamplingParams(extra_args={"specialist_prompts": PROMPTS})),
     ],

@@ -9,6 +9,7 @@ from vllm import SamplingParams
 
 from tests.engine.harness import Arrival, InProcessEngine, engine_input, greedy, random_prompts
 from tests.engine.judge import Judge
+from tests.reference import read_text
 
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate([(13, 16, 36), (100, 20, 7), (1, 1, 60)])]
 
@@ -40,6 +41,17 @@ def test_two_ranks_equal_the_reference(two_ranks: InProcessEngine, judge: Judge)
     two_ranks.reports.clear()
     assert two_ranks.tokens(arrivals) == [judge.tokens(prompts, 20) for prompts in BATCH]
     assert sum(len(report.weights_TS) for report in two_ranks.reports) == 60, "one rank reports"
+
+
+def test_two_ranks_score_a_prompt_as_the_reference_does(two_ranks: InProcessEngine, judge: Judge) -> None:
+    (text,) = random_prompts([50], seed=30)
+    arrivals = [Arrival(BATCH[0], greedy(8)), Arrival([text] * 3, greedy(1, prompt_logprobs=0))]
+    _, output = two_ranks.generate(arrivals)
+    assert output.prompt_logprobs is not None
+    entries = zip(output.prompt_logprobs[1:], text[1:], strict=True)
+    found = [own[token].logprob for own, token in entries if own is not None]
+    wanted = read_text(judge.model, text)[range(49), text[1:]]
+    assert found == pytest.approx(wanted.tolist(), abs=2e-4)
 
 
 def test_ranks_do_not_drift_over_500_unseeded_draws(two_ranks: InProcessEngine) -> None:

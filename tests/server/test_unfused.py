@@ -22,8 +22,6 @@ def part(kind: str, **content: Any) -> dict[str, Any]:
 
 
 EVERYWHERE: list[tuple[str, dict[str, Any]]] = [
-    ("prompt_logprobs", {"prompt_logprobs": 0}),
-    ("prompt_logprobs", {"prompt_logprobs": 5}),
     ("use_beam_search", {"use_beam_search": True, "n": 2}),
     ("best_of", {"best_of": 2}),
     ("kv_transfer_params", {"kv_transfer_params": {"do_remote_decode": True}}),
@@ -37,6 +35,8 @@ EVERYWHERE: list[tuple[str, dict[str, Any]]] = [
     ("logit_bias", {"logit_bias": {"-1": 5}}),
 ]
 CHAT_ONLY: list[tuple[str, dict[str, Any]]] = [
+    ("prompt_logprobs", {"prompt_logprobs": 0}),
+    ("prompt_logprobs", {"prompt_logprobs": 5}),
     ("echo", {"echo": True, "logprobs": True}),
     ("chat_template", {"chat_template": "{{ messages }}"}),
     ("chat_template_kwargs", {"chat_template_kwargs": {"chat_template": "{{ messages }}"}}),
@@ -54,7 +54,6 @@ CHAT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("messages.0.content.1", part("prompt_embeds", data="AAAA")),
 ]
 COMPLETION_ONLY: list[tuple[str, dict[str, Any]]] = [
-    ("echo", {"echo": True, "logprobs": 1}),
     ("prompt_embeds", {"prompt_embeds": "AAAA"}),
     ("prompt", {"prompt": [5, 320]}),
     ("prompt", {"prompt": [[5], [6, 320]]}),
@@ -136,6 +135,18 @@ async def test_what_is_fused_is_served(
     assert len(engine.prompts) == 1
     # echo alone must not turn into a wish for prompt logprobs, as it does in vLLM
     assert engine.params[0].prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "num_top"),
+    [({"prompt_logprobs": 3}, 3), ({"echo": True, "logprobs": 2}, 2), ({"echo": True}, None), ({"logprobs": 2}, None)],
+    ids=["prompt_logprobs", "echo with logprobs", "echo", "logprobs"],
+)
+async def test_a_completion_may_ask_for_prompt_logprobs(
+    client: httpx.AsyncClient, engine: ScriptedEngine, extra: dict[str, Any], num_top: int | None
+) -> None:
+    await client.post("/v1/completions", json=TEXT | extra)
+    assert [params.prompt_logprobs for params in engine.params] == [num_top]
 
 
 async def test_refusals_are_counted_by_field(client: httpx.AsyncClient) -> None:

@@ -1,0 +1,31 @@
+"""What the Transformers reference says of tokens that are given."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gating.decoding import left_pad
+from gating.modeling import UltraFuserForCausalLM
+
+
+def read(model: UltraFuserForCausalLM, prompts: list[list[int]], given: list[int]) -> tuple[Tensor, Tensor]:
+    """Log probabilities [T, V] at each token of a given response, and weights [T, S]; from one forward pass.
+
+    `prompts` has one prompt per specialist.
+    """
+    cpu = torch.device("cpu")
+    batch: dict[str, Any] = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    for prompt in prompts:
+        ids_BT, mask_BT = left_pad([prompt + given], cpu)
+        batch["input_ids"].append(ids_BT)
+        batch["attention_mask"].append(mask_BT)
+        batch["response_mask"].append((torch.arange(ids_BT.shape[1]) >= len(prompt))[None])
+    with torch.no_grad():
+        output = model(**batch)
+    return output.logits[0].log_softmax(dim=-1), output.gate_weights[:, 0].T
+
+
+def read_text(model: UltraFuserForCausalLM, token_ids: list[int]) -> Tensor:
+    """Log probabilities [T - 1, V] at each token of a text but the first, which all specialists read as it is."""
+    return read(model, [token_ids[:1]] * len(model.specialists), token_ids[1:])[0]
