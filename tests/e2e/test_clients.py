@@ -71,7 +71,6 @@ def test_langchain_gets_the_answer_whole_and_in_pieces(server: ServerProcess, ex
     assert answer.usage_metadata["output_tokens"] == NUM_TOKENS
     pieces = list(model.stream(QUESTION))
     assert "".join(str(piece.content) for piece in pieces) == expected
-    assert len(pieces) > 4
     assert [piece.usage_metadata["output_tokens"] for piece in pieces if piece.usage_metadata] == [NUM_TOKENS]
 
 
@@ -106,7 +105,6 @@ def test_litellm_gets_the_answer_whole_and_in_pieces(server: ServerProcess, expe
     assert answer.usage.completion_tokens == NUM_TOKENS
     pieces = [chunk.choices[0].delta.content or "" for chunk in litellm.completion(**asked, stream=True)]
     assert "".join(pieces) == expected
-    assert len(pieces) > 4
 
 
 def test_litellm_understands_our_errors(server: ServerProcess) -> None:
