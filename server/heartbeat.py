@@ -39,8 +39,8 @@ class Heartbeat:
         self._last = clock()
         self.num_steps = 0
 
-    def step(self) -> None:
-        """The outputs of a step have arrived."""
+    def step(self, _report: object = None) -> None:
+        """The report of a step has arrived."""
         self._last = self._clock()
         self.num_steps += 1
 

@@ -3,13 +3,12 @@
 Token ids in, token ids and text out; which worker, scheduler and input processor run is decided here.
 """
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -53,17 +52,6 @@ class FusedAsyncLLM(AsyncLLM):
                 # vLLM streams them with the first part of each response; merged into another's part they are lost.
                 prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
                 yield output
-
-    def watch_steps(self, on_step: Callable[[], None]) -> None:
-        """Call back whenever outputs of a step have arrived; to be called before the first request."""
-        get_output = self.engine_core.get_output_async
-
-        async def get_output_and_tell() -> EngineCoreOutputs:
-            outputs = await get_output()
-            on_step()
-            return outputs
-
-        self.engine_core.get_output_async = get_output_and_tell
 
     @classmethod
     def from_fusion(cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None) -> "FusedAsyncLLM":
