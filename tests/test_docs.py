@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from gating import analysis, evaluate
+from gating import analysis, evaluate, synthesize
 from gating.fusion import FusionConfig, preset_names
 from gating.schema import EngineSettings, SamplingDefaults, SpecialistConfig
 from gating.templates import template_names
@@ -25,7 +25,12 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
-OFFLINE = {"train": parse_settings, "eval": evaluate.parse_settings, "analyze": analysis.parse_settings}
+OFFLINE = {
+    "train": parse_settings,
+    "eval": evaluate.parse_settings,
+    "analyze": analysis.parse_settings,
+    "data": synthesize.parse_settings,
+}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -64,7 +69,8 @@ def test_every_makefile_target_is_explained_and_phony() -> None:
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
     known = {*ServerSettings.model_fields, *EngineFlags.model_fields, *TrainSettings.model_fields}
-    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings):
+    data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
+    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile"}
 
