@@ -13,6 +13,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from gating import analysis, evaluate, synthesize
 from gating.fusion import FusionConfig, preset_names
 from gating.schema import EngineSettings, SamplingDefaults, SpecialistConfig
+from gating.synthesis.domain import Domain, Limits
 from gating.templates import template_names
 from gating.training_settings import TrainSettings, parse_settings
 from server import __version__
@@ -145,6 +146,23 @@ def test_the_example_fusion_file_is_valid_and_has_every_key() -> None:
         assert set(given) == set(section.model_fields)
     for name in template_names():
         assert name in example
+
+
+def test_the_example_domain_is_valid_and_has_every_key() -> None:
+    (example,) = blocks(ROOT / "docs" / "data.md", "yaml")
+    content = yaml.safe_load(example)
+    Domain.model_validate(content)
+    assert set(content) == set(Domain.model_fields)
+    assert set(content["limits"]) == set(Limits.model_fields)
+
+
+def test_the_estimate_on_the_page_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (words,) = [words for words in commands(ROOT / "docs" / "data.md") if "--dry-run" in words]
+    synthesize.run(words[2:])
+    cells = capsys.readouterr().out.splitlines()[-1].split()
+    calls, prompt, completion, cost = cells[1], *(int(cell.replace(",", "")) / 1e6 for cell in cells[3:5]), cells[5]
+    line = f"| all | {calls} | {prompt:.1f} M | {completion:.1f} M | {cost} |"
+    assert line in (ROOT / "docs" / "data.md").read_text()
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "operations.md"], ids=lambda page: page.name)

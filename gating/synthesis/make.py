@@ -114,16 +114,16 @@ class _Run:
 
     def _num_calls(self, stage: str) -> tuple[int, int]:
         """All of a stage, and those that are missing."""
-        total = sum(1 for _ in self._tasks.of(stage, self._store, self._dropped))
-        return total, sum(1 for _ in self._missing(stage))
+        are_missing = [self._is_missing(task) for task in self._tasks.of(stage, self._store, self._dropped)]
+        return len(are_missing), sum(are_missing)
 
     def _missing(self, stage: str) -> Iterator[Task]:
-        done = self._store.ids(stage)
-        for task in self._tasks.of(stage, self._store, self._dropped):
-            miss = self._store.miss(task.id)
-            is_rejected = miss is not None and miss.is_final and not self._settings.retry_rejected
-            if task.id not in done and not is_rejected:
-                yield task
+        return filter(self._is_missing, self._tasks.of(stage, self._store, self._dropped))
+
+    def _is_missing(self, task: Task) -> bool:
+        miss = self._store.miss(task.id)
+        is_rejected = miss is not None and miss.is_final and not self._settings.retry_rejected
+        return task.id not in self._store.ids(task.stage) and not is_rejected
 
     def _show(self, bar: "tqdm[NoReturn]") -> None:
         bar.set_postfix_str(f"cost {self._account.spent:.2f}, {len(self._store.misses)} missed", refresh=False)
