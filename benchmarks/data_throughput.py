@@ -22,8 +22,8 @@ QUESTION = Question(
     baseline="the server's own time",
     ratio="the run / the server's own time",
     method=(
-        "A made-up server in a process of its own takes one second for a call on average and notes when it worked. Its "
-        "own time is what 64 callers without any work of their own would need for the same calls, stage after stage; "
+        "A made-up server in a process of its own takes four seconds for a call on average, as a few hundred tokens "
+        "would, and notes when it worked. Its own time is what 64 callers without any work of their own would need for the same calls, stage after stage; "
         "the run's is from the first call to the last answer, with all its client, filters, duplicates and files. The "
         "last row holds the run against a server that is never left with fewer than 64 calls: what waiting between "
         "stages costs, less in a larger run."
@@ -37,9 +37,9 @@ CONCURRENCY = 64
 class Sizes:
     """How much is measured."""
 
-    call_seconds: float = 1.0
-    sub_topics: int = 5
-    instructions: int = 20
+    call_seconds: float = 4.0
+    sub_topics: int = 2
+    instructions: int = 12
 
 
 QUICK = Sizes(call_seconds=0.02, sub_topics=1, instructions=1)

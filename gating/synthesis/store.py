@@ -7,7 +7,7 @@ line without its end is cut off. An id is there once. Knows files and records, n
 
 import json
 import os
-import time
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,8 +48,6 @@ class Store:
         self._misses: dict[str, Miss] = {}
         self._open: dict[str, _Shard] = {}
         self._tokens: Counter[str] = Counter()
-        self._unsynced: set[int] = set()
-        self._synced = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*/?????.jsonl")):
             self._check_closed(path)
@@ -60,12 +58,19 @@ class Store:
         for number, line in enumerate(whole_lines(folder / MISSES_FILE), start=1):
             self._note(_parse(Miss, folder / MISSES_FILE, number, line))
         self._misses_file = os.open(folder / MISSES_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # A busy disk may take a second to sync; calls do not wait for it.
+        self._files_lock = threading.Lock()
+        self._is_closing = threading.Event()
+        self._syncing = threading.Thread(target=self._sync_regularly, daemon=True)
+        self._syncing.start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.sync()
+        self._is_closing.set()
+        self._syncing.join()
+        self._sync()
         self._write_manifest()
         for shard in self._open.values():
             os.close(shard.file)
@@ -102,37 +107,34 @@ class Store:
         assert record.id not in ids, f"made twice: {record.id}"
         shard = self._shard(record.stage)
         append_line(shard.file, record.model_dump_json(exclude_defaults=True))
-        self._unsynced.add(shard.file)
         shard.lines += 1
         ids.add(record.id)
         self._misses.pop(record.id, None)
         self._tokens += Counter(prompt=record.prompt_tokens, completion=record.completion_tokens)
-        self._sync_now_and_then()
 
     def append_miss(self, miss: Miss) -> None:
         """Keep a miss."""
         append_line(self._misses_file, miss.model_dump_json())
-        self._unsynced.add(self._misses_file)
         self._note(miss)
-        self._sync_now_and_then()
 
-    def sync(self) -> None:
+    def _sync_regularly(self) -> None:
+        while not self._is_closing.wait(SYNC_SECONDS):
+            self._sync()
+
+    def _sync(self) -> None:
         """Wait until all lines are on the disk."""
-        for file in self._unsynced:
-            os.fsync(file)
-        self._unsynced.clear()
-        self._synced = time.monotonic()
-
-    def _sync_now_and_then(self) -> None:
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            self.sync()
+        with self._files_lock:
+            for file in [self._misses_file, *(shard.file for shard in list(self._open.values()))]:
+                os.fsync(file)
 
     def _shard(self, stage: str) -> "_Shard":
         """The shard that takes the stage's next line; a full one is closed for good."""
         shard = self._open.get(stage) or _Shard.last_of(self._folder / stage)
         if shard.lines >= self._shard_lines:
-            self.sync()
-            os.close(shard.file)
+            with self._files_lock:
+                os.fsync(shard.file)
+                os.close(shard.file)
+                self._open.pop(stage, None)
             name = shard.path.relative_to(self._folder).as_posix()
             self._closed[name] = {"lines": shard.lines, "sha256": file_digest(shard.path)}
             self._write_manifest()
