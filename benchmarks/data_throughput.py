@@ -23,7 +23,8 @@ QUESTION = Question(
     ratio="the run / the server's own time",
     method=(
         "A made-up server in a process of its own takes four seconds for a call on average, as a few hundred tokens "
-        "would, and notes when it worked. Its own time is what 64 callers without any work of their own would need for the same calls, stage after stage; "
+        "would, and notes when it worked. Its own time is what 64 callers without any work of their own would need for "
+        "the same calls, stage after stage; "
         "the run's is from the first call to the last answer, with all its client, filters, duplicates and files. The "
         "last row holds the run against a server that is never left with fewer than 64 calls: what waiting between "
         "stages costs, less in a larger run."

@@ -110,6 +110,7 @@ class _Run:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "cost": round(self._account.spent, 6),
+            "settings": self._settings.model_dump(mode="json", exclude={"api_key"}),
         }
 
     def _num_calls(self, stage: str) -> tuple[int, int]:

@@ -334,6 +334,15 @@ def test_mistakes_are_one_line_and_exit_status_2(tmp_path, monkeypatch, argv, co
     assert complaint in line
 
 
+def test_the_key_is_sent_and_written_nowhere(tmp_path):
+    with serving_model() as endpoint:
+        run(settings_of(tmp_path, endpoint, api_key="very-secret"))
+    assert {headers["Authorization"] for headers in endpoint.headers} == {"Bearer very-secret"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if b"very-secret" in path.read_bytes()] == []
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["response_temperature"] == 0.7
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     in_use = pytest.raises(CommandError, match="another run writes to")
     with serving_model() as endpoint, sole_run(tmp_path), in_use:
