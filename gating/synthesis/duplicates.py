@@ -12,6 +12,7 @@ EXACT, NEAR = "duplicate", "near_duplicate"
 NUM_PERMUTATIONS = 128
 SHINGLE = 5
 
+_LARGEST_INDEXED = 0.9
 _MARKS = re.compile(r"[\W_]+")
 
 
@@ -30,7 +31,8 @@ def find_duplicates(texts: Iterable[tuple[str, str]], threshold: float, tick: Ca
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS)
+    # Only candidates: what it finds is compared. Above this threshold it has no two bands to look in.
+    index = MinHashLSH(threshold=min(threshold, _LARGEST_INDEXED), num_perm=NUM_PERMUTATIONS)
     blank = MinHash(num_perm=NUM_PERMUTATIONS)
     seen: set[bytes] = set()
     kept: dict[str, str] = {}

@@ -154,8 +154,10 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
 
 
 def _problem(task: Task, entry: Entry) -> str:
-    """Topics are only held to their length: they are too short to tell their language."""
+    """Topics are only held to their length: they are too short to tell their language. Responses are checked already."""
     limits = task.domain.limits
+    if task.form is None:
+        return ""
     if task.stage in (META_TOPICS, SUB_TOPICS):
         return text_problem(entry.text, 1, limits.topic, None)
     return text_problem(entry.text, limits.instruction_min, limits.instruction, task.domain.language)

@@ -109,7 +109,11 @@ class Endpoint:
                 self._send(200, {}, json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode())
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                content = self.rfile.read(int(self.headers["content-length"]))
+                if not content:  # the client was killed
+                    self.close_connection = True
+                    return
+                body = json.loads(content)
                 reply = endpoint.reply(body, dict(self.headers))
                 if reply.resets:
                     linger = struct.pack("ii", 1, 0)

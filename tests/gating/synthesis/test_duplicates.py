@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from gating.synthesis.duplicates import EXACT, NEAR, find_duplicates
 from tests.gating.synthesis.model import WORDS
 
@@ -22,6 +24,13 @@ def test_a_word_that_was_changed_makes_a_near_duplicate():
     )
     assert drop(*texts) == {"1": NEAR}
     assert drop(*texts, threshold=0.95) == {}
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.97, 1.0])
+def test_every_threshold_works(threshold):
+    """1.0 had left the index without bands."""
+    texts = ("Why is the sea salt?", "Why is the sea salt", "Name ten rivers of Europe.", "Why is the sea salt!?")
+    assert drop(*texts, threshold=threshold) == {"1": EXACT, "3": EXACT}
 
 
 def test_texts_too_short_for_five_characters_in_a_row_are_compared_too():

@@ -18,7 +18,7 @@ from gating.wire import EndpointError
 from server.__main__ import EXIT_WRONG_INPUT, main
 from tests.gating.evaluation.endpoint import Reply
 from tests.gating.synthesis.model import answer, schema_of, serving_model
-from tests.gating.synthesis.runs import contents_of, misses_of, records_of, run, settings_of
+from tests.gating.synthesis.runs import contents_of, misses_of, records_of, run, settings_of, write_domain
 
 PLANNED = {"meta_topics": 2, "sub_topics": 4, "instructions": 8, "related": 16, "responses": 48}
 """Calls of the tiny run, apart from those whose number is drawn."""
@@ -194,6 +194,17 @@ def test_a_response_that_is_no_good_is_rejected(tmp_path, text, finish_reason, r
     num_asked = sum(schema_of(body) is None for body in endpoint.asked)
     assert missed[reason] == num_asked - counts["responses"] - counts["responses_1"]
     assert counts["user_turns_1"] == counts["responses"] < PLANNED["responses"]
+
+
+def test_responses_are_held_to_their_own_lengths_and_not_to_those_of_instructions(tmp_path):
+    """Responses longer than the longest instruction were rejected."""
+    limits = {"instruction": 100, "response": 1000}
+    path = write_domain(tmp_path / "brief.yaml", name="brief", limits=limits)
+    with serving_model() as endpoint:
+        ending = run(settings_of(tmp_path / "out", endpoint, domain=(str(path),)))
+    assert ending.report["stages"]["responses"] == {"calls": 24, "items": 24, "rejected": {}, "missed": {}}
+    lengths = [len(item.text) for record in records_of(tmp_path / "out").values() for item in record.items]
+    assert max(lengths) > 100
 
 
 def test_instructions_that_are_no_good_or_say_what_another_says_get_no_response(tmp_path):
