@@ -154,7 +154,7 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
 
 
 def _problem(task: Task, entry: Entry) -> str:
-    """Topics are only held to their length: they are too short to tell their language. Responses are checked already."""
+    """Topics are only held to their length: too short to tell their language. Responses are checked already."""
     limits = task.domain.limits
     if task.form is None:
         return ""
