@@ -18,7 +18,7 @@ HOST =
 PORT =
 FUSION =
 ARGS =
-BENCHMARKS = decode_step metrics_cost serve_overhead peers batch_invariance report
+BENCHMARKS = decode_step metrics_cost serve_overhead peers batch_invariance data_throughput report
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

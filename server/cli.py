@@ -100,6 +100,9 @@ OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
     "eval": OfflineCommand(
         "gating.evaluate", "evaluate a fused model", "the same command goes on from what is in the cache"
     ),
+    "data": OfflineCommand(
+        "gating.synthesize", "make instruction data for new domains", "the same command goes on from what is there"
+    ),
     "analyze": OfflineCommand(
         "gating.analysis", "show what a gate does, and training curves", "the same command uses what is in the cache"
     ),

@@ -10,9 +10,10 @@ import yaml
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from gating import analysis, evaluate
+from gating import analysis, evaluate, synthesize
 from gating.fusion import FusionConfig, preset_names
 from gating.schema import EngineSettings, SamplingDefaults, SpecialistConfig
+from gating.synthesis.domain import Domain, Limits
 from gating.templates import template_names
 from gating.training_settings import TrainSettings, parse_settings
 from server import __version__
@@ -25,7 +26,12 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
-OFFLINE = {"train": parse_settings, "eval": evaluate.parse_settings, "analyze": analysis.parse_settings}
+OFFLINE = {
+    "train": parse_settings,
+    "eval": evaluate.parse_settings,
+    "analyze": analysis.parse_settings,
+    "data": synthesize.parse_settings,
+}
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -44,7 +50,11 @@ def commands(page: Path) -> list[list[str]]:
 
 @each_page
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
-    named = set(re.findall(r"(?<![\w.-])make ([a-z]+)(?=[\s`]|$)", "\n".join(re.findall(r"`[^`]+`", page.read_text()))))
+    named = set(
+        re.findall(
+            r"(?<![\w.-])(?<!data )make ([a-z]+)(?=[\s`]|$)", "\n".join(re.findall(r"`[^`]+`", page.read_text()))
+        )
+    )
     named |= {word for words in commands(page) if words[0] == "make" for word in words[1:2]}
     assert named <= set(TARGETS)
 
@@ -64,7 +74,8 @@ def test_every_makefile_target_is_explained_and_phony() -> None:
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
     known = {*ServerSettings.model_fields, *EngineFlags.model_fields, *TrainSettings.model_fields}
-    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings):
+    data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
+    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile"}
 
@@ -139,6 +150,23 @@ def test_the_example_fusion_file_is_valid_and_has_every_key() -> None:
         assert set(given) == set(section.model_fields)
     for name in template_names():
         assert name in example
+
+
+def test_the_example_domain_is_valid_and_has_every_key() -> None:
+    (example,) = blocks(ROOT / "docs" / "data.md", "yaml")
+    content = yaml.safe_load(example)
+    Domain.model_validate(content)
+    assert set(content) == set(Domain.model_fields)
+    assert set(content["limits"]) == set(Limits.model_fields)
+
+
+def test_the_estimate_on_the_page_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (words,) = [words for words in commands(ROOT / "docs" / "data.md") if "--dry-run" in words]
+    synthesize.run(words[2:])
+    cells = capsys.readouterr().out.splitlines()[-1].split()
+    calls, prompt, completion, cost = cells[1], *(int(cell.replace(",", "")) / 1e6 for cell in cells[3:5]), cells[5]
+    line = f"| all | {calls} | {prompt:.1f} M | {completion:.1f} M | {cost} |"
+    assert line in (ROOT / "docs" / "data.md").read_text()
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "operations.md"], ids=lambda page: page.name)

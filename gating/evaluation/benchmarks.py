@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import json
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,7 +16,8 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
-from gating.evaluation.answers import ANSWERS_FILE, AnswersFile, keep_settings, sole_run
+from gating.endpoint import run_together
+from gating.evaluation.answers import ANSWERS_FILE, AnswersFile
 from gating.evaluation.client import ChatClient
 from gating.evaluation.code_problems import HUMANEVAL, MBPP
 from gating.evaluation.items import Benchmark, BenchmarkError, Item
@@ -35,6 +36,7 @@ from gating.evaluation.sources import data_identity, draw_sample, load_items
 from gating.evaluation.truthfulqa import TRUTHFULQA
 from gating.evaluation.word_problems import GSM8K, SVAMP
 from gating.provenance import write_json
+from gating.run_folder import keep_settings, sole_run
 
 RESULTS_FILE = "results.json"
 
@@ -127,7 +129,7 @@ async def run_benchmarks(files: Sequence[BenchmarkFile], options: BenchmarkOptio
         judgement_accuracy, note, written. Benchmarks of earlier calls in the same folder stay in it.
 
     Raises:
-        BenchmarkError: before anything is asked: data that cannot be read, or a folder of other settings; later: a
+        CommandError: before anything is asked: data that cannot be read, or a folder of other settings; later: a
             server that is gone or refuses everybody. Answers so far are kept.
     """
     if len({file.name for file in files}) < len(files):
@@ -189,19 +191,8 @@ async def _ask(
                     answers.append(await client.answer(request, model, options.max_tokens))
                     progress.update()
 
-            await _together([work() for _ in range(min(options.concurrency, len(missing)))])
+            await run_together([work() for _ in range(min(options.concurrency, len(missing)))])
         return [(item, answers.of(item)) for item in items]
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Wait for all; the first error, or an interruption, ends the others too."""
-    tasks = [asyncio.create_task(part) for part in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _score(benchmark: Benchmark, answered: Answered, model: str, options: BenchmarkOptions) -> dict[str, Any]:

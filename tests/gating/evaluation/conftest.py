@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from gating.evaluation import client
+from gating import endpoint
 from tests.gating.evaluation.runner import Runner
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,12 @@ class Reply:
     """Before anything is sent."""
     tokens: list[dict[str, Any]] | None = None
     """`logprobs.content`, if the request asked for it."""
+    finish_reason: str = "stop"
+    """Of the completion."""
+    usage: dict[str, int] | None = None
+    """Of the completion."""
+    is_cut: bool = False
+    """End the connection in the middle of the answer."""
 
 
 Script = Callable[[str, int], Reply]
@@ -48,6 +55,7 @@ class Endpoint:
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
+        self._counts: Counter[str] = Counter()
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
@@ -67,17 +75,22 @@ class Endpoint:
         self._server.server_close()
         self._thread.join()
 
+    def decide(self, body: dict[str, Any], before: int) -> Reply:
+        """What to do with a request whose last message was seen so often before."""
+        return self.script(body["messages"][-1]["content"], before)
+
     def reply(self, body: dict[str, Any], headers: dict[str, str]) -> Reply:
         """Note a request and look up what to do."""
         question = body["messages"][-1]["content"]
         with self._lock:
-            before = self.questions.count(question)
+            before = self._counts[question]
+            self._counts[question] += 1
             self.asked.append(body)
             self.headers.append(headers)
             self.times.append(time.monotonic())
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
-        reply = self.script(question, before)
+        reply = self.decide(body, before)
         time.sleep(reply.wait_seconds)
         with self._lock:
             self._at_once -= 1
@@ -96,7 +109,11 @@ class Endpoint:
                 self._send(200, {}, json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode())
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                content = self.rfile.read(int(self.headers["content-length"]))
+                if not content:  # the client was killed
+                    self.close_connection = True
+                    return
+                body = json.loads(content)
                 reply = endpoint.reply(body, dict(self.headers))
                 if reply.resets:
                     linger = struct.pack("ii", 1, 0)
@@ -104,15 +121,17 @@ class Endpoint:
                     self.close_connection = True
                     self.connection.close()
                     return
-                self._send(reply.status, reply.headers, reply.raw if reply.raw is not None else _content(body, reply))
+                content = reply.raw if reply.raw is not None else _content(body, reply)
+                self._send(reply.status, reply.headers, content, is_cut=reply.is_cut)
 
-            def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            def _send(self, status: int, headers: dict[str, str], content: bytes, *, is_cut: bool = False) -> None:
                 try:
                     self.send_response(status)
                     for name, value in {**headers, "Content-Length": str(len(content))}.items():
                         self.send_header(name, value)
                     self.end_headers()
-                    self.wfile.write(content)
+                    self.wfile.write(content[: len(content) // 2] if is_cut else content)
+                    self.close_connection = self.close_connection or is_cut
                 except OSError:  # the client has given up
                     self.close_connection = True
 
@@ -141,8 +160,9 @@ def _content(body: dict[str, Any], reply: Reply) -> bytes:
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"role": "assistant", "content": reply.text},
-        "finish_reason": "stop",
+        "finish_reason": reply.finish_reason,
     }
     if body.get("logprobs") and reply.tokens is not None:
         choice["logprobs"] = {"content": reply.tokens}
-    return json.dumps({"id": "x", "object": "chat.completion", "model": MODEL, "choices": [choice]}).encode()
+    completion = {"id": "x", "object": "chat.completion", "model": MODEL, "choices": [choice], "usage": reply.usage}
+    return json.dumps(completion).encode()

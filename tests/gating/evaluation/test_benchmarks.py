@@ -9,9 +9,10 @@ from collections import Counter
 
 import pytest
 
-from gating.evaluation.answers import sole_run
+from gating.commands import CommandError
 from gating.evaluation.benchmarks import BENCHMARKS, BenchmarkOptions, prompt_version, run_benchmarks
 from gating.evaluation.items import BenchmarkError
+from gating.run_folder import sole_run
 from tests.gating.evaluation.endpoint import MODEL, Reply, serving
 from tests.gating.evaluation.examples import ROWS
 from tests.gating.evaluation.runner import result_of
@@ -111,7 +112,7 @@ def test_a_server_that_goes_away_ends_the_run_and_keeps_the_answers(runner):
             return Reply("wrong key", status=401) if len(endpoint.asked) > 20 else right(question, 0)
 
         endpoint.script = script
-        with pytest.raises(BenchmarkError, match="api_key"):
+        with pytest.raises(CommandError, match="api_key"):
             runner(endpoint, "gsm8k", concurrency=2)
     kept = {answer["id"] for answer in runner.lines("gsm8k", "answers.jsonl")}
     assert 19 <= len(kept) <= 20
@@ -183,7 +184,7 @@ def test_a_broken_line_in_the_middle_is_named(runner):
 )
 def test_a_folder_of_other_settings_is_refused(runner, changes, names):
     result_of(runner, "svamp", lambda *_: Reply("36"))
-    refusal = pytest.raises(BenchmarkError, match=f"output: .* holds answers with {names}; name another folder")
+    refusal = pytest.raises(CommandError, match=f"output: .* was made with {names}; name another folder")
     with serving(lambda *_: Reply("36")) as endpoint, refusal:
         runner(endpoint, "svamp", **changes)
     assert endpoint.asked == []
@@ -193,11 +194,11 @@ def test_a_folder_of_another_prompt_or_other_data_is_refused(runner, monkeypatch
     result_of(runner, "svamp", lambda *_: Reply("36"))
     with serving(lambda *_: Reply("36")) as endpoint:
         monkeypatch.setitem(ROWS, "svamp", ROWS["svamp"][:1])
-        with pytest.raises(BenchmarkError, match="holds answers with data 'sha256:"):
+        with pytest.raises(CommandError, match="was made with data 'sha256:"):
             runner(endpoint, "svamp")
         monkeypatch.undo()
         monkeypatch.setattr("gating.evaluation.benchmarks.prompt_version", lambda _: "new")
-        with pytest.raises(BenchmarkError, match="holds answers with prompt_version"):
+        with pytest.raises(CommandError, match="was made with prompt_version"):
             runner(endpoint, "svamp")
     assert endpoint.asked == []
 
@@ -213,7 +214,7 @@ def test_two_runs_do_not_share_a_folder_at_the_same_time(runner):
     with (
         serving(right) as endpoint,
         sole_run(runner.output),
-        pytest.raises(BenchmarkError, match="another run writes to"),
+        pytest.raises(CommandError, match="another run writes to"),
     ):
         runner(endpoint, "gsm8k")
 

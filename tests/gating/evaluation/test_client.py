@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from gating.evaluation import client as client_module
-from gating.evaluation.client import MAX_TRIES, ChatClient
-from gating.evaluation.items import Answer, BenchmarkError, Request
+from gating import endpoint as endpoint_module
+from gating.endpoint import MAX_TRIES
+from gating.evaluation.client import ChatClient
+from gating.evaluation.items import Answer, Request
+from gating.wire import EndpointError
 from tests.gating.evaluation.endpoint import MODEL, Endpoint, Reply, Script, serving
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(endpoint_module, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 def client_of(endpoint: Endpoint, **changes: Any) -> ChatClient:
@@ -122,7 +124,7 @@ async def test_a_pause_longer_than_the_time_out_is_cut():
 
 
 async def test_pauses_grow(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint_module, "FIRST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr("random.uniform", lambda low, high: high)
     _, endpoint = await ask(fails_first(3, Reply(status=500)))
     pauses = [later - earlier for earlier, later in zip(endpoint.times, endpoint.times[1:], strict=False)]
@@ -157,7 +159,7 @@ async def test_an_answer_that_takes_too_long_is_given_up_and_not_tried_again_in_
 
 @pytest.mark.parametrize(("status", "names"), [(401, "api_key"), (403, "api_key"), (404, "model")])
 async def test_what_no_request_can_get_past_ends_the_run(status, names):
-    with pytest.raises(BenchmarkError, match=rf"^{names}: .*HTTP {status}: wrong\); correct it"):
+    with pytest.raises(EndpointError, match=rf"^{names}: .*HTTP {status}: wrong\); correct it"):
         await ask(lambda *_: Reply("wrong", status=status))
 
 
@@ -165,7 +167,7 @@ async def test_a_server_that_is_not_there_ends_the_run():
     with serving(lambda *_: Reply()) as endpoint:
         pass
     async with client_of(endpoint) as client:
-        with pytest.raises(BenchmarkError, match=r"base_url: nothing answers at .* start the server"):
+        with pytest.raises(EndpointError, match=r"base_url: nothing answers at .* start the server"):
             await client.answer(Request("1", ("Hello?",)), MODEL, 64)
 
 
@@ -177,5 +179,5 @@ async def test_the_first_model_of_the_server_is_found():
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8000/v1", "http://", "http://host:port/v1", "ftp://host/v1", ""])
 def test_what_is_no_address_is_refused_before_anything_is_asked(address):
-    with pytest.raises(BenchmarkError, match=r"base_url: .* is no address; give one such as"):
+    with pytest.raises(EndpointError, match=r"base_url: .* is no address; give one such as"):
         ChatClient(address, api_key=None, timeout_seconds=1.0, concurrency=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from gating.evaluation.items import BenchmarkError
+from gating.commands import CommandError
 
 _AGAIN = frozenset({408, 409, 429})
 _SETTINGS = {
@@ -15,6 +15,10 @@ _SETTINGS = {
     403: "api_key: the server refuses it",
     404: "model: the server has none",
 }
+
+
+class EndpointError(CommandError):
+    """No request can succeed. One line that names the setting, and the way out."""
 
 
 class FailedError(Exception):
@@ -38,6 +42,9 @@ class Completion:
     top_logprobs: tuple[tuple[str, float], ...] | None
     """Candidates for the first token that is not blank, with log-probabilities in nats; None if there are none."""
 
+    usage: tuple[int, int] | None
+    """Tokens of the prompt and of the completion, as the server counts them; None if it does not."""
+
 
 class BrokenError(Exception):
     """The server answered with something that is no answer."""
@@ -47,7 +54,7 @@ def check_address(base_url: str) -> str:
     """The address itself.
 
     Raises:
-        BenchmarkError: it is none that can be asked.
+        EndpointError: it is none that can be asked.
     """
     try:
         url = httpx.URL(base_url)
@@ -55,7 +62,7 @@ def check_address(base_url: str) -> str:
     except httpx.InvalidURL:
         is_address = False
     if not is_address:
-        raise BenchmarkError(f"base_url: {base_url!r} is no address; give one such as http://127.0.0.1:8000/v1")
+        raise EndpointError(f"base_url: {base_url!r} is no address; give one such as http://127.0.0.1:8000/v1")
     return base_url
 
 
@@ -77,7 +84,13 @@ def read_completion(content: Any) -> Completion:
         text=text,
         finish_reason=str(choice.get("finish_reason")),
         top_logprobs=tuple((item["token"], float(item["logprob"])) for item in candidates) or None,
+        usage=_usage(content),
     )
+
+
+def _usage(content: Any) -> tuple[int, int] | None:
+    usage = content.get("usage")
+    return (int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
 
 
 def content_of(response: httpx.Response, path: str) -> Any:
@@ -100,12 +113,12 @@ def refusal(response: httpx.Response) -> str:
 
     Raises:
         FailedError: it may not.
-        BenchmarkError: it may not for any other request either.
+        EndpointError: it may not for any other request either.
     """
     reason = f"HTTP {response.status_code}: {_message(response):.300}"
     status = response.status_code
     if status in _SETTINGS:
-        raise BenchmarkError(f"{_SETTINGS[status]} ({reason}); correct it")
+        raise EndpointError(f"{_SETTINGS[status]} ({reason}); correct it")
     if status in _AGAIN or status >= 500:
         return reason
     raise FailedError(reason, is_final=True)

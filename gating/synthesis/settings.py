@@ -1,0 +1,192 @@
+"""The settings of `ultrafuser data make`, `export` and `map`."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gating.commands import CommandError
+from gating.synthesis.domain import load_domain
+from gating.synthesis.limits import Prices
+from gating.synthesis.structure import Structure
+from gating.training_settings import Precision
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class MakeSettings(BaseModel):
+    """One run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    output: str
+    """Folder of the run; the same command goes on where it was stopped."""
+
+    domain: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What to make data for: text, code, math, or YAML files of your own. Several may follow."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """OpenAI API of the server that is asked."""
+
+    model: str | None = None
+    """Model to ask; default: the first that the server names."""
+
+    api_key: str | None = None
+    """Key that the server wants."""
+
+    dry_run: bool = False
+    """Say how many calls, tokens and how much money the rest would take; ask nothing."""
+
+    budget: Annotated[float, Field(ge=0)] | None = None
+    """Most that all runs in this folder may cost together, in the currency of the prices; default: no limit."""
+
+    prompt_price: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million prompt tokens."""
+
+    completion_price: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million completion tokens."""
+
+    concurrency: Count = 64
+    """Calls at a time."""
+
+    requests_per_minute: Positive | None = None
+    """Most calls a minute; default: no limit."""
+
+    tokens_per_minute: Positive | None = None
+    """Most tokens a minute, of prompts and completions; default: no limit."""
+
+    timeout_seconds: Positive = 300.0
+    """After which a call is tried again."""
+
+    meta_topics: Count | None = None
+    """Meta-topics of each domain; default: the domain's."""
+
+    sub_topics: Count | None = None
+    """Sub-topics of each meta-topic; default: the domain's."""
+
+    instructions: Count | None = None
+    """Instructions of each sub-topic, before related ones; default: the domain's."""
+
+    strong: NotNegative = 2
+    """Instructions strongly related to each of those."""
+
+    weak: NotNegative = 2
+    """Instructions weakly related to each of those."""
+
+    complex_share: Share = 0.3
+    """Share of all instructions that are rewritten to be more complex."""
+
+    turns: NotNegative = 0
+    """Most further turns of a conversation, with a simulated user."""
+
+    turn_share: Share = 0.5
+    """Share of the conversations that get a further turn, each time."""
+
+    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Similarity from which on two instructions count as one: Jaccard, of five characters in a row."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of topics, instructions and user turns."""
+
+    response_temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Of responses."""
+
+    list_tokens: Count = 4096
+    """Most tokens of an answer with topics or instructions."""
+
+    response_tokens: Count = 2048
+    """Most tokens of a response; one that is cut off there is rejected."""
+
+    retry_rejected: bool = False
+    """Ask again for what was rejected in earlier runs."""
+
+    seed: int = 0
+    """Part of every id, and so of every call's seed and every draw."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MakeSettings":
+        if self.budget is not None and not self.prompt_price + self.completion_price:
+            raise CommandError("budget: without prices nothing costs anything; add --prompt-price, --completion-price")
+        return self
+
+    @property
+    def prices(self) -> Prices:
+        """Of tokens."""
+        return Prices(self.prompt_price, self.completion_price)
+
+    def structure(self) -> Structure:
+        """What is to be made.
+
+        Raises:
+            CommandError: a domain that does not exist, is wrong, or is named twice.
+        """
+        names = ("meta_topics", "sub_topics", "instructions")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        domains = tuple(load_domain(name).model_copy(update=changes) for name in self.domain)
+        if len({domain.name for domain in domains}) < len(domains):
+            raise CommandError("domain: two have the same name; name each once")
+        return Structure(
+            domains=domains,
+            strong=self.strong,
+            weak=self.weak,
+            complex_share=self.complex_share,
+            turns=self.turns,
+            turn_share=self.turn_share,
+            seed=self.seed,
+        )
+
+
+class ExportSettings(BaseModel):
+    """One data set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    output: str
+    """Folder of a run of `ultrafuser data make`; the data set is written into its folder `dataset`."""
+
+    test_set: tuple[str, ...] = ()
+    """Test sets whose questions must not be in the data: JSON lines, NAME=FILE. Several may follow."""
+
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the sub-topics whose conversations become the validation split."""
+
+    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Similarity from which on two first messages count as one: Jaccard, of five characters in a row."""
+
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer that the statistics count with; default: words are counted."""
+
+    license: str | None = None
+    """Licence that the data card names, as the hub spells it."""
+
+
+class MapSettings(BaseModel):
+    """One picture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    output: str
+    """Folder of a run with an exported data set; the picture is written into the data set's folder."""
+
+    fusion: str
+    """Fusion file, folder or preset, one of whose specialists reads the conversations."""
+
+    specialist: str | None = None
+    """Which one; default: the first."""
+
+    limit: Count = 500
+    """Most conversations of a domain, drawn at random."""
+
+    max_length: Count | None = None
+    """Most tokens of a conversation; default: the fusion's."""
+
+    precision: Precision = "auto"
+    """Type of the specialist's arithmetic. Auto: bfloat16 on a GPU, else float32."""
+
+    seed: int = 0
+    """Draws conversations, and begins the map."""
+
+    cache: str | None = None
+    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""

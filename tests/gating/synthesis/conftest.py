@@ -1,0 +1,10 @@
+"""Fixtures of the data pipeline's tests."""
+
+import pytest
+
+from gating import endpoint
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.01)
