@@ -41,11 +41,6 @@ def show_state(*, is_ready: bool, is_up: bool, is_draining: bool) -> None:
     DRAINING.set(is_draining)
 
 
-def count_rejection(reason: str) -> None:
-    """Count a request that was turned away: queue_full, draining, rate_limit, too_large, auth, ..."""
-    REJECTIONS.labels(reason).inc()
-
-
 def count_http_requests(app: FastAPI) -> None:
     """Add vLLM's `http_requests_total` and the request durations to the registry."""
     Instrumentator(excluded_handlers=_UNCOUNTED, registry=get_prometheus_registry()).add().instrument(app)

@@ -11,7 +11,6 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from server.api.health import Readiness
 from server.engine.nonfinite import NonfiniteOutputError
 from server.errors import MAX_MESSAGE_CHARS
-from server.metrics import count_rejection
 from tests.server.scripted import SCRIPT, ScriptedEngine
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
@@ -223,11 +222,6 @@ async def test_the_state_is_looked_up_when_somebody_scrapes(
     assert await state() == ["0.0", "1.0", "1.0"]
     engine.errored = True
     assert await state() == ["0.0", "0.0", "1.0"]
-
-
-async def test_rejections_are_counted_by_reason(client: httpx.AsyncClient) -> None:
-    count_rejection("queue_full")
-    assert 'fused_rejections_total{reason="queue_full"} 1.0' in (await client.get("/metrics")).text
 
 
 async def test_a_full_queue_is_refused_before_rendering(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
