@@ -125,9 +125,7 @@ def _weights_alone(weights_SB: Any, *_: Any) -> Any:
     """What would travel without metrics."""
     from torch import nn
 
-    from server.engine.observing import Observation
-
-    return Observation(nn.functional.pad(weights_SB, (0, 0, 0, 3)), weights_SB[0])
+    return nn.functional.pad(weights_SB, (0, 0, 0, 3)), None
 
 
 def _nothing(*_: Any) -> None:

@@ -53,9 +53,9 @@ class Mixer:
         with clock.measure("mix"):
             logits_SBV = [_take(r.logits_RV, r.indices)[:, : self._num_shared_ids] for r in rows]
             mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids)
-            observation = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
-            neutralize(mixed_BV, observation.is_nonfinite_B)
-            return self._into_leader(mixed_BV, rows[0]), observation.marks_XB
+            marks_XB, is_nonfinite_B = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
+            neutralize(mixed_BV, is_nonfinite_B)
+            return self._into_leader(mixed_BV, rows[0]), marks_XB
 
     def _into_leader(self, mixed_BV: Tensor, leader: Rows) -> Tensor:
         num_rows, width = leader.logits_RV.shape
