@@ -30,9 +30,9 @@ Ratios first: absolute times belong to the hardware below each table. Every tabl
 `make bench`, or one by one with the command below a table."""
 
 _QUALITY_QUESTION = """\
-Is the fused model worth it? The demo (3 x 135M parameters) on conversations that nobody trained on, made by
-`gating/demo/recipe.sh`; rows are explained in [evaluation.md](evaluation.md). `baseline` rows are the specialists as
-they entered stage 2."""
+Is the fused model worth it? The demo (3 x 135M parameters) on conversations that nobody trained on, made and measured
+by `gating/demo/recipe.sh` (step 4); rows are explained in [evaluation.md](evaluation.md). `baseline` rows are stage 1's
+result, with the specialists as they entered stage 2; these and their average are the benchmarks' single models."""
 
 _SOAK_QUESTION = """\
 Does anything get lost or leak? Short requests to one server with the tests' tiny model; a fifth of the clients leave
