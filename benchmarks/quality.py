@@ -102,7 +102,7 @@ def _describe_scores(scores: Mapping[str, Any]) -> str:
     return (
         f"Zero-shot, {thought} chain of thought, temperature 0, at most {first['max_tokens']} tokens{limit}; in percent"
         " with 95 % intervals. `ultrafuser eval FUSION --variants DIR`, then for each model `ultrafuser serve FILE` and"
-        " `ultrafuser eval --benchmark NAME=FILE ... --output DIR --execute-code`."
+        " `ultrafuser eval --benchmark gsm8k=FILE ... --output DIR --execute-code`."
     )
 
 

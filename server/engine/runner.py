@@ -6,8 +6,8 @@ not overridden here is answered by the leader.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ class FusedModelRunner:
             SpecialistView(i, neutral_sampling_params if i else leader_sampling_params) for i in range(len(runners))
         ]
         self._clock = StepClock(self.leader.device)
-        self._forcing = Forcing(self.leader.sampler)
-        self._leader_sampler = LeaderSampler(self.leader.sampler)
+        self._sampler = self.leader.sampler
+        self._forcing = Forcing(self._sampler)
+        self._leader_sampler = LeaderSampler(self._sampler)
         self.leader.sampler = self._leader_sampler
         for follower in self.followers:
             follower.sampler = FollowerSampler()
@@ -111,7 +112,8 @@ class FusedModelRunner:
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Run every specialist once with the largest batch."""
-        self._for_each(lambda runner: runner.profile_run(*args, **kwargs))
+        with self._sampling_as_vllm():
+            self._for_each(lambda runner: runner.profile_run(*args, **kwargs))
 
     def profile_cudagraph_memory(self) -> int:
         """Bytes that the CUDA graphs of all specialists will take."""
@@ -119,7 +121,8 @@ class FusedModelRunner:
 
     def warming_up_model(self) -> None:
         """Compile every specialist on the CPU."""
-        self._for_each(lambda runner: runner.warming_up_model())
+        with self._sampling_as_vllm():
+            self._for_each(lambda runner: runner.warming_up_model())
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         return self._for_each(lambda runner: runner._dummy_run(*args, **kwargs))[0]
@@ -214,6 +217,18 @@ class FusedModelRunner:
         if rows == list(range(token_ids_R1.shape[0])):
             return token_ids_R1  # the common decode step: no index to copy to the device
         return token_ids_R1[torch.tensor(rows, device=token_ids_R1.device)]
+
+    @contextmanager
+    def _sampling_as_vllm(self) -> Iterator[None]:
+        """Give the followers vLLM's sampler: profiling samples, when there are no tokens to hand out yet."""
+        stand_ins = [follower.sampler for follower in self.followers]
+        for follower in self.followers:
+            follower.sampler = self._sampler
+        try:
+            yield
+        finally:
+            for follower, stand_in in zip(self.followers, stand_ins, strict=True):
+                follower.sampler = stand_in
 
     def _for_each(self, call: Callable[[GPUModelRunner], Any]) -> list[Any]:
         results = []
