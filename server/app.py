@@ -12,8 +12,10 @@ from server.api import chat, completions, gate, health, models, tokenize
 from server.api.health import Readiness
 from server.api.response import answer_error
 from server.errors import ApiError
+from server.heads import HeaderCount
 from server.metrics import count_http_requests
 from server.middleware import ApiKeys, RequestLog
+from server.openapi import describe
 from server.serving import Serving
 from server.settings import ServerSettings
 
@@ -46,6 +48,8 @@ def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness)
     )
     app.state.serving = serving
     app.state.readiness = readiness
+    app.state.limits = settings
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     for router in ROUTERS:
         app.include_router(router)
     for error in TRANSLATED_ERRORS:
@@ -55,7 +59,8 @@ def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness)
 
 
 def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
-    """From the inside out: keys, request counts (of refused ones, too), CORS (whose preflights carry no key), log."""
+    """From the inside out: keys, request counts (of refused ones, too), CORS (whose preflights carry no key), headers,
+    log."""
     if settings.api_key:
         app.add_middleware(ApiKeys, keys=settings.api_key)
     count_http_requests(app)
@@ -67,4 +72,5 @@ def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
+    app.add_middleware(HeaderCount)
     app.add_middleware(RequestLog)

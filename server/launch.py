@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import uvicorn
 from pydantic import ValidationError
-from vllm.entrypoints.launchers.utils.constants import H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
 from vllm.platforms import current_platform
 from vllm.tool_parsers import ToolParserManager
 from vllm.version import __version__ as vllm_version
@@ -29,6 +28,7 @@ from server.app import create_app
 from server.children import tied_children
 from server.engine.client import FusedAsyncLLM
 from server.engine.options import EngineOptionError, check_engine_options
+from server.heads import MAX_HEAD_BYTES
 from server.listener import base_url
 from server.log import adopt_vllm_logging
 from server.metrics import describe_build
@@ -188,7 +188,8 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
         timeout_graceful_shutdown=settings.shutdown_timeout,  # type: ignore[arg-type]
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
-        h11_max_incomplete_event_size=H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
+        http="h11",  # the other parser that uvicorn knows reads headers without end
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
 
 

@@ -24,7 +24,9 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from gating.fusion import FusedModelInfo, FusionConfig
 from server.errors import ApiError, as_api_error
+from server.fingerprint import fingerprint
 from server.gate_weights import WeightsInEvents, add_to_choices, is_asked
+from server.limits import EngineBounds
 from server.rendering import FusedRenderer
 from server.settings import ServerSettings
 
@@ -119,6 +121,7 @@ class Serving:
     """The leader's; it gives text the ids that all specialists share."""
     specialists: tuple[str, ...]
     num_shared_ids: int
+    bounds: EngineBounds
 
 
 def build_serving(
@@ -150,6 +153,7 @@ def build_serving(
     )
     for serving in (chat, completion):
         serving.specialists = fusion.specialist_names
+        serving.system_fingerprint = fingerprint(fusion)
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)
@@ -162,6 +166,7 @@ def build_serving(
         fused_renderer.tokenizer,
         fusion.specialist_names,
         info.num_shared_ids,
+        EngineBounds.of(engine.vllm_config),
     )
 
 

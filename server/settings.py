@@ -84,6 +84,22 @@ class Access(_Section):
     """Origin whose web pages may call the API from a browser (CORS); repeat for several, * for all; default: none."""
 
 
+class Limits(_Section):
+    """What one request may ask for"""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 2**23
+    """Longest request body in bytes; what is longer is answered with 413 and not read to its end."""
+
+    max_items: Annotated[int, Field(ge=16)] = 2048
+    """Most entries of any array or object in a request: messages, tools, prompts, biases; token ids are not counted."""
+
+    max_responses: Annotated[int, Field(ge=1)] = 128
+    """Most responses one request may ask for: `n` times the number of its prompts."""
+
+    max_stop_chars: Annotated[int, Field(ge=1)] = 1000
+    """Longest stop string in characters; a stream holds back as much text as the longest one has."""
+
+
 class Logs(_Section):
     """What it says"""
 
@@ -91,11 +107,11 @@ class Logs(_Section):
     """Least important lines to show. Of vLLM's, only errors, unless this is debug or VLLM_LOGGING_LEVEL is set."""
 
 
-class ServerSettings(Model, Network, Access, Logs):
+class ServerSettings(Model, Network, Access, Limits, Logs):
     """Every setting of the server that is not an engine option."""
 
 
-SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Logs)
+SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Limits, Logs)
 """The sections in the order of `--help`; the docstring of each is its title."""
 
 

@@ -72,11 +72,6 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
             yield _DONE
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What the API's schema says of these statuses."""
-    return {status: {"model": ErrorBody} for status in statuses}
-
-
 class ErrorObject(BaseModel):
     """OpenAI's error object."""
 
@@ -90,3 +85,15 @@ class ErrorBody(BaseModel):
     """The body of every response that is an error."""
 
     error: ErrorObject
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What the API's schema says of these statuses."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+READ_ERRORS = error_responses(401, 429, 431, 500, 503)
+"""How a route that takes no body can fail."""
+
+BODY_ERRORS = READ_ERRORS | error_responses(400, 404, 413, 415)
+"""How a route that takes a body can fail."""
