@@ -1,5 +1,8 @@
 """The HTTP application: routes, error handlers, middleware. Knows the serving classes, starts nothing."""
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
@@ -45,6 +48,7 @@ def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness)
         redirect_slashes=False,  # a redirect would be an answer without OpenAI's error body
         docs_url=None,  # these two load scripts from elsewhere; /openapi.json stays
         redoc_url=None,
+        lifespan=_ended_with(serving),
     )
     app.state.serving = serving
     app.state.readiness = readiness
@@ -56,6 +60,15 @@ def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness)
         app.add_exception_handler(error, answer_error)
     _add_middleware(app, settings)
     return app
+
+
+def _ended_with(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await serving.grammars.close()
+
+    return lifespan
 
 
 def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:

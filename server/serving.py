@@ -1,7 +1,7 @@
 """vLLM's serving classes, wired for a fused model: our renderer, our errors, our names. Knows no routes.
 
-They are used as they are, but for two things: they put their own error object into a stream, where ours must be, and
-they do not know the gate's weights.
+They are used as they are, but for three things: they put their own error object into a stream, where ours must be, they
+do not know the gate's weights, and they would give the engine constraints that hold it up.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -26,6 +26,7 @@ from gating.fusion import FusedModelInfo, FusionConfig
 from server.errors import ApiError, as_api_error
 from server.fingerprint import fingerprint
 from server.gate_weights import WeightsInEvents, add_to_choices, is_asked
+from server.grammars import GrammarCheck
 from server.limits import EngineBounds
 from server.rendering import FusedRenderer
 from server.settings import ServerSettings
@@ -50,6 +51,13 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
     """vLLM's chat completions, with the gate's weights for those who ask."""
 
     specialists: Sequence[str] = ()
+    grammars: GrammarCheck
+
+    async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
+        rendered = await super().render_chat_request(request)
+        # Only now: rendering turns a demand for a tool into a constraint.
+        await self.grammars.check(request.extract_structured_outputs())
+        return rendered
 
     async def chat_completion_stream_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
@@ -86,6 +94,12 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
     """vLLM's completions, with the gate's weights for those who ask."""
 
     specialists: Sequence[str] = ()
+    grammars: GrammarCheck
+
+    async def render_completion_request(self, request: CompletionRequest) -> Any:
+        rendered = await super().render_completion_request(request)
+        await self.grammars.check(request.extract_structured_outputs())
+        return rendered
 
     async def completion_stream_generator(
         self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
@@ -121,6 +135,7 @@ class Serving:
     """The leader's; it gives text the ids that all specialists share."""
     specialists: tuple[str, ...]
     num_shared_ids: int
+    grammars: GrammarCheck
     bounds: EngineBounds
 
 
@@ -151,7 +166,9 @@ def build_serving(
     completion = FusedServingCompletion(
         engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
     )
+    grammars = GrammarCheck(engine.vllm_config, settings.grammar_timeout)
     for serving in (chat, completion):
+        serving.grammars = grammars
         serving.specialists = fusion.specialist_names
         serving.system_fingerprint = fingerprint(fusion)
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
@@ -166,6 +183,7 @@ def build_serving(
         fused_renderer.tokenizer,
         fusion.specialist_names,
         info.num_shared_ids,
+        grammars,
         EngineBounds.of(engine.vllm_config),
     )
 

@@ -99,6 +99,9 @@ class Limits(_Section):
     max_stop_chars: Annotated[int, Field(ge=1)] = 1000
     """Longest stop string in characters; a stream holds back as much text as the longest one has."""
 
+    grammar_timeout: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds that compiling a structured output's schema, expression or grammar may take; 400 beyond."""
+
 
 class Logs(_Section):
     """What it says"""

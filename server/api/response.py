@@ -39,7 +39,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """The response for an exception; a fault of ours goes into the log, a client's does not."""
     told = as_api_error(error)
     if isinstance(error, HTTPException) and told.status in (404, 405):
-        told.message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
+        hint = "" if told.status == 405 else "; to generate, POST to /v1/chat/completions or /v1/completions"
+        told.message = f"{request.method} {request.scope['path'][:200]}: {error.detail.lower()}{hint}"
     if told.status >= 500 or isinstance(error, TypeError):
         logger.error("answered %d", told.status, exc_info=error)
     return told.response()
