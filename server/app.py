@@ -1,5 +1,8 @@
 """The HTTP application: routes, error handlers, middleware. Knows the serving classes, starts nothing."""
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
@@ -11,19 +14,18 @@ from server import __version__
 from server.admission import Admission, AdmissionControl
 from server.api import chat, completions, gate, health, models, tokenize
 from server.api.health import Readiness
-from server.api.response import answer_error, error_responses
+from server.api.response import answer_error
 from server.errors import ApiError
+from server.heads import HeaderCount
 from server.keys import KeyRing
 from server.metrics import count_http_requests
 from server.middleware import ApiKeys, RequestLog, TrustedHosts
+from server.openapi import describe
 from server.quotas import Quota
 from server.serving import Serving
 from server.settings import ServerSettings
 
 ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))
-
-REJECTED_WITH = (400, 401, 429, 503, 504)
-"""What the middleware may answer in the place of a route."""
 
 # The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
 TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
@@ -52,22 +54,33 @@ def create_app(
         redirect_slashes=False,  # a redirect would be an answer without OpenAI's error body
         docs_url=None,  # these two load scripts from elsewhere; /openapi.json stays
         redoc_url=None,
+        lifespan=_ended_with(serving),
     )
     app.state.serving = serving
     app.state.readiness = readiness
     app.state.keep_alive_interval = settings.keep_alive_interval
+    app.state.limits = settings
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     for router in ROUTERS:
-        is_for_probes = router is health.router
-        app.include_router(router, responses=None if is_for_probes else error_responses(*REJECTED_WITH))
+        app.include_router(router)
     for error in TRANSLATED_ERRORS:
         app.add_exception_handler(error, answer_error)
     _add_middleware(app, settings, admission or Admission())
     return app
 
 
+def _ended_with(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await serving.grammars.close()
+
+    return lifespan
+
+
 def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission) -> None:
     """From the inside out: admission, keys, request counts (of refused ones, too), hosts, CORS (whose preflights carry
-    no key), log."""
+    no key), headers, log."""
     app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout)
     if settings.api_key:
         quotas = [Quota(settings.requests_per_minute, settings.concurrent_requests) for _ in settings.api_key]
@@ -85,4 +98,5 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
+    app.add_middleware(HeaderCount)
     app.add_middleware(RequestLog)

@@ -3,7 +3,9 @@
     ApiError
     ├── InvalidRequest          400  invalid_request_error
     │   ├── NotFused            400  invalid_request_error  code unsupported_parameter
-    │   └── ContextTooLong      400  invalid_request_error  code context_length_exceeded
+    │   ├── ContextTooLong      400  invalid_request_error  code context_length_exceeded
+    │   ├── BodyTooLarge        413  invalid_request_error  code request_too_large
+    │   └── UnsupportedMediaType 415 invalid_request_error  code unsupported_media_type
     ├── Rejection               the request may be fine, but not now or not from this client
     │   ├── InvalidApiKey       401  invalid_request_error  code invalid_api_key
     │   ├── UntrustedHost       400  invalid_request_error  code untrusted_host
@@ -13,7 +15,8 @@
     └── TimedOut                504  server_error           code request_timeout
 
 Everything else (vLLM's errors, FastAPI's, ours that nobody foresaw) is translated by `as_api_error`. A client's fault
-is always 4xx: the official client sends a request that failed with 5xx three times. Knows no routes.
+is always 4xx: the official client sends a request that failed with 429 or 5xx three times, unless `x-should-retry` is
+false, as it is for every 500: the same request would fail again. Knows no routes.
 """
 
 import json
@@ -39,7 +42,21 @@ from server.engine.nonfinite import NONFINITE_OUTPUT, NonfiniteOutputError
 MAX_MESSAGE_CHARS = 1000
 """A message may quote the request, but must not send it back whole."""
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 500: "internal_error", 503: "server_overloaded"}
+MAX_PARAM_CHARS = 100
+"""So may `param`: where a field is an object its keys are the client's."""
+
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+    431: "headers_too_large",
+    500: "internal_error",
+    503: "server_overloaded",
+}
+_NOT_AGAIN = {"x-should-retry": "false"}
+_SOON_AGAIN = {"Retry-After": "1"}
 
 
 class ApiError(Exception):
@@ -47,7 +64,7 @@ class ApiError(Exception):
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     code: str | None = "internal_error"
-    headers: Mapping[str, str] = {}
+    headers: Mapping[str, str] = _NOT_AGAIN
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -64,7 +81,8 @@ class ApiError(Exception):
         message = sanitize_message(self.message)
         if len(message) > MAX_MESSAGE_CHARS:
             message = message[:MAX_MESSAGE_CHARS] + " [...]"
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+        param = self.param and self.param[:MAX_PARAM_CHARS]
+        return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The HTTP response."""
@@ -80,6 +98,7 @@ class InvalidRequest(ApiError, ValueError):
 
     status = HTTPStatus.BAD_REQUEST
     code: str | None = None
+    headers: Mapping[str, str] = {}
 
 
 class NotFused(InvalidRequest):
@@ -94,9 +113,25 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class BodyTooLarge(InvalidRequest):
+    """The body is longer than the server reads; the connection ends, for the rest of it is still to come."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "request_too_large"
+    headers: Mapping[str, str] = {"Connection": "close"}
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body is not declared to be JSON."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_media_type"
+
+
 class Rejection(ApiError):
     """Turned away before it was looked at: counted by reason."""
 
+    headers: Mapping[str, str] = {}
     reason: str
     """Its label in `fused_rejections_total`."""
 
@@ -198,16 +233,16 @@ def _with_status(status: int, message: str, param: str | None = None) -> ApiErro
     # 422 is FastAPI's habit and 501 vLLM's; to OpenAI's clients both are plain bad requests.
     error.status = HTTPStatus(400 if status in (422, 501) else status)
     error.code = "model_not_found" if (status, param) == (404, "model") else _CODES.get(error.status)
-    if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        error.headers = {"Retry-After": "1"}
+    if error.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        error.headers = _SOON_AGAIN
+    elif error.status < 500:
+        error.headers = {}
     return error
 
 
 def _engine_dead() -> ApiError:
     error = ApiError("The engine has stopped; the server is about to end.")
     error.code = "engine_dead"
-    # The same request may have been the cause: a client must not try it again by itself.
-    error.headers = {"x-should-retry": "false"}
     return error
 
 
@@ -219,15 +254,10 @@ def _nonfinite(error: NonfiniteOutputError) -> ApiError:
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
-    errors: Sequence[Any] = error.errors() or ["The request is not valid."]
-    if isinstance(errors[0], str):
-        return InvalidRequest(errors[0])
-    told = _most_telling(errors)
+    told = _most_telling(error.errors())
     cause = told.get("ctx", {}).get("error")
     if isinstance(cause, VLLMValidationError):
         return as_api_error(cause)
-    if told["type"] == "json_invalid":
-        return InvalidRequest(f"The body is not JSON: {cause}.")
     param = _field(told)
     return InvalidRequest(f"{param or 'body'}: {told['msg']}", param)
 

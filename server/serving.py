@@ -1,7 +1,7 @@
 """vLLM's serving classes, wired for a fused model: our renderer, our errors, our names. Knows no routes.
 
-They are used as they are, but for two things: they put their own error object into a stream, where ours must be, and
-they do not know the gate's weights.
+They are used as they are, but for three things: they put their own error object into a stream, where ours must be, they
+do not know the gate's weights, and they would give the engine constraints that hold it up.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -26,8 +26,11 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from gating.fusion import FusedModelInfo, FusionConfig
 from server.errors import ApiError, as_api_error
+from server.fingerprint import fingerprint
 from server.gate_weights import WeightsInEvents, add_to_choices, is_asked
+from server.grammars import GrammarCheck
 from server.keys import salt_cache
+from server.limits import EngineBounds
 from server.rendering import FusedRenderer
 from server.settings import ServerSettings
 
@@ -54,6 +57,13 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
     """vLLM's chat completions, with the gate's weights for those who ask."""
 
     specialists: Sequence[str] = ()
+    grammars: GrammarCheck
+
+    async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
+        rendered = await super().render_chat_request(request)
+        # Only now: rendering turns a demand for a tool into a constraint.
+        await self.grammars.check(request.extract_structured_outputs())
+        return rendered
 
     async def create_chat_completion(
         self, request: ChatCompletionRequest, raw_request: Request | None = None
@@ -97,6 +107,12 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
     """vLLM's completions, with the gate's weights for those who ask."""
 
     specialists: Sequence[str] = ()
+    grammars: GrammarCheck
+
+    async def render_completion_request(self, request: CompletionRequest) -> Any:
+        rendered = await super().render_completion_request(request)
+        await self.grammars.check(request.extract_structured_outputs())
+        return rendered
 
     async def create_completion(
         self, request: CompletionRequest, raw_request: Request | None = None
@@ -140,6 +156,8 @@ class Serving:
     """The leader's; it gives text the ids that all specialists share."""
     specialists: tuple[str, ...]
     num_shared_ids: int
+    grammars: GrammarCheck
+    bounds: EngineBounds
 
 
 def build_serving(
@@ -169,8 +187,11 @@ def build_serving(
     completion = FusedServingCompletion(
         engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
     )
+    grammars = GrammarCheck(engine.vllm_config, settings.grammar_timeout)
     for serving in (chat, completion):
+        serving.grammars = grammars
         serving.specialists = fusion.specialist_names
+        serving.system_fingerprint = fingerprint(fusion)
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)
@@ -183,6 +204,8 @@ def build_serving(
         fused_renderer.tokenizer,
         fusion.specialist_names,
         info.num_shared_ids,
+        grammars,
+        EngineBounds.of(engine.vllm_config),
     )
 
 

@@ -122,6 +122,25 @@ class Load(_Section):
     """Seconds without a step of a busy engine after which /ready says 503. More than the longest prefill step."""
 
 
+class Limits(_Section):
+    """What one request may ask for"""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 2**23
+    """Longest request body in bytes; what is longer is answered with 413 and not read to its end."""
+
+    max_items: Annotated[int, Field(ge=16)] = 2048
+    """Most entries of any array or object in a request: messages, tools, prompts, biases; token ids are not counted."""
+
+    max_responses: Annotated[int, Field(ge=1)] = 128
+    """Most responses one request may ask for: `n` times the number of its prompts."""
+
+    max_stop_chars: Annotated[int, Field(ge=1)] = 1000
+    """Longest stop string in characters; a stream holds back as much text as the longest one has."""
+
+    grammar_timeout: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds that compiling a structured output's schema, expression or grammar may take; 400 beyond."""
+
+
 class Logs(_Section):
     """What it says"""
 
@@ -132,11 +151,11 @@ class Logs(_Section):
     """text, or json: one object a line. Lines of the engine's own processes (errors) stay text."""
 
 
-class ServerSettings(Model, Network, Access, Load, Logs):
+class ServerSettings(Model, Network, Access, Load, Limits, Logs):
     """Every setting of the server that is not an engine option."""
 
 
-SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Load, Logs)
+SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Load, Limits, Logs)
 """The sections in the order of `--help`; the docstring of each is its title."""
 
 

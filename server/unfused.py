@@ -1,8 +1,9 @@
 """What a request may not ask for because it is not fused: found and refused before anything is rendered.
 
-Three reasons: the feature needs logits outside the fused step (beam search, prompt logprobs where the specialists'
-prompts differ); it is not text (media, embeddings); or it lets the specialists read different things (a template,
-documents in the request).
+Four reasons: the feature reads one model's logits outside the fused step (beam search, prompt logprobs where the
+specialists' prompts differ); it is not text (media, embeddings); it lets the specialists read different things (a
+template, documents in the request); or nothing here acts on it, and a response without it would not be what was asked
+for (watermarks, `functions`).
 One table per request type names field and way out. Knows requests, not engines.
 """
 
@@ -48,9 +49,15 @@ class Refusal:
     instead: str
 
 
+def _value(request: BaseModel, name: str) -> Any:
+    """A field's value; as an attribute a deprecated one would warn."""
+    own = request.__dict__
+    return own[name] if name in own else (request.model_extra or {}).get(name)
+
+
 def _given(name: str) -> Callable[[Any], bool]:
     # By type: 0 equals False, but "no logprobs" is a wish where "false" is none.
-    return lambda request: (value := getattr(request, name, None)) is not None and value is not False and value != {}
+    return lambda request: (value := _value(request, name)) is not None and value is not False and value != {}
 
 
 def _echoes_logprobs(request: Any) -> bool:
@@ -58,11 +65,19 @@ def _echoes_logprobs(request: Any) -> bool:
 
 
 def _several(name: str) -> Callable[[Any], bool]:
-    return lambda request: isinstance(value := getattr(request, name, None), int) and value > 1
+    return lambda request: isinstance(value := _value(request, name), int) and value > 1
 
 
 def _reserved(name: str, keys: frozenset[str]) -> Callable[[Any], bool]:
-    return lambda request: not keys.isdisjoint(getattr(request, name, None) or {})
+    return lambda request: not keys.isdisjoint(_value(request, name) or {})
+
+
+def _other_than(name: str, *harmless: Any) -> Callable[[Any], bool]:
+    return lambda request: _value(request, name) not in (None, *harmless)
+
+
+def _set(name: str) -> Callable[[Any], bool]:
+    return lambda request: name in request.model_fields_set
 
 
 _EVERYWHERE = (
@@ -77,6 +92,18 @@ _GENERATION = (
     *_EVERYWHERE,
     Refusal("use_beam_search", _given("use_beam_search"), "sample instead, with n for several responses"),
     Refusal("best_of", _several("best_of"), "use n and choose yourself"),
+    Refusal("length_penalty", _other_than("length_penalty", 1.0), "it belongs to beam search; leave it out"),
+    Refusal("watermarking", _given("watermarking"), "leave it out"),
+    Refusal("thinking_token_budget", _given("thinking_token_budget"), "nothing is told apart as thinking"),
+    Refusal("routed_experts_prompt_start", _other_than("routed_experts_prompt_start", 0), "leave it out"),
+    Refusal("return_token_offsets", _given("return_token_offsets"), "leave it out"),
+    Refusal("return_mm_kwargs", _given("return_mm_kwargs"), "only text is fused"),
+    Refusal("mm_payload", _other_than("mm_payload", "tensors"), "only text is fused"),
+    Refusal("request_id", _set("request_id"), "send the header X-Request-Id; it names the response, too"),
+    *(
+        Refusal(name, _given(name), "use structured_outputs or response_format")
+        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    ),
 )
 
 _TEMPLATES = (
@@ -97,10 +124,21 @@ CHAT_REFUSALS = (
     Refusal("prompt_logprobs", _given("prompt_logprobs"), "specialists' prompts differ; send a raw one to completions"),
     Refusal("echo", _echoes_logprobs, "echo together with logprobs needs a raw prompt; send it to completions"),
     Refusal("truncate_prompt_tokens", _given("truncate_prompt_tokens"), "prompts differ in length; shorten messages"),
+    Refusal("truncation_side", _given("truncation_side"), "prompts differ in length; shorten messages"),
+    Refusal("functions", _given("functions"), "use tools"),
+    Refusal("function_call", _given("function_call"), "use tool_choice"),
+    Refusal("audio", _given("audio"), "only text is fused"),
+    Refusal("modalities", _other_than("modalities", ["text"]), "only text is fused"),
+    Refusal("prediction", _given("prediction"), "leave it out"),
+    Refusal("web_search_options", _given("web_search_options"), "offer a search of your own as a tool"),
 )
 """What `/v1/chat/completions` refuses, beside content that is not text."""
 
-COMPLETION_REFUSALS = (*_GENERATION, Refusal("prompt_embeds", _given("prompt_embeds"), "send text or token ids"))
+COMPLETION_REFUSALS = (
+    *_GENERATION,
+    Refusal("prompt_embeds", _given("prompt_embeds"), "send text or token ids"),
+    Refusal("suffix", _given("suffix"), "not every specialist can fill in; leave it out"),
+)
 """What `/v1/completions` refuses."""
 
 TOKENIZE_REFUSALS = (*_EVERYWHERE, *_TEMPLATES)
@@ -116,9 +154,12 @@ def refuse_unfused_chat(request: ChatCompletionRequest | TokenizeChatRequest) ->
     _apply(CHAT_REFUSALS if isinstance(request, ChatCompletionRequest) else TOKENIZE_REFUSALS, request)
     for index, message in enumerate(request.messages):
         _check_content(message, f"messages.{index}")
-    if isinstance(request, ChatCompletionRequest) and request.echo:
-        # vLLM turns echo's default top_logprobs of 0 into a wish for prompt logprobs; None is no wish.
-        request.top_logprobs = None
+    if isinstance(request, ChatCompletionRequest):
+        # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
+        request.include_reasoning = True
+        if request.echo:
+            # vLLM turns echo's default top_logprobs of 0 into a wish for prompt logprobs; None is no wish.
+            request.top_logprobs = None
 
 
 def refuse_unfused_completion(request: CompletionRequest) -> None:
@@ -142,12 +183,14 @@ def notice_unknown_fields(request: BaseModel) -> None:
 def refuse_foreign_ids(request: ChatCompletionRequest | CompletionRequest, num_shared_ids: int) -> None:
     """Check the token ids in a request's sampling fields: only ids that all specialists share have fused logits.
 
+    `server.limits` has seen that the keys of `logit_bias` are numbers.
+
     Raises:
         InvalidRequest: naming the field and the first id outside of the shared vocabulary.
     """
-    biased = [int(key) for key in request.logit_bias or {} if key.lstrip("-").isdecimal()]
     fields: Mapping[str, Iterable[int]] = {
-        "logit_bias": biased,
+        "logit_bias": map(int, request.logit_bias or ()),
+        "stop_token_ids": request.stop_token_ids or (),
         "allowed_token_ids": request.allowed_token_ids or (),
         "logprob_token_ids": request.logprob_token_ids or (),
     }

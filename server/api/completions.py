@@ -1,28 +1,30 @@
 """POST /v1/completions: raw prompts, the same for every specialist."""
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-from server.api.response import error_responses, to_response
+from server.api.response import BODY_ERRORS, to_response
+from server.bodies import JsonRoute
 from server.gate_weights import ask_for_weights
+from server.limits import check_limits
 from server.serving import Serving
 from server.unfused import notice_unknown_fields, refuse_foreign_ids, refuse_unfused_completion
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post(
     "/v1/completions",
-    dependencies=[Depends(validate_json_request)],
-    responses=error_responses(400, 401, 404, 500, 503),
+    responses=BODY_ERRORS | {200: {"model": CompletionResponse}},
 )
 @with_cancellation
 async def create_completion(request: CompletionRequest, raw_request: Request) -> Response:
     """Continue a text or token ids; an event stream if `stream` is set."""
     serving: Serving = raw_request.app.state.serving
     refuse_unfused_completion(request)
+    check_limits(request, raw_request.app.state.limits, serving.bounds)
     refuse_foreign_ids(request, serving.num_shared_ids)
     ask_for_weights(request)
     notice_unknown_fields(request)

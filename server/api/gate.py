@@ -3,21 +3,22 @@
 from collections.abc import Awaitable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMError
 
-from server.api.response import error_responses
+from server.api.response import BODY_ERRORS
+from server.bodies import JsonRoute
 from server.errors import ContextTooLong, InvalidRequest, as_api_error
 from server.gate_weights import FIELD
 from server.serving import Serving
 from server.unfused import refuse_unfused_chat
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 Response = TypeVar("Response", ChatCompletionResponse, CompletionResponse)
 
 
@@ -39,11 +40,7 @@ class GateAnalysisRequest(BaseModel):
     """The answer to it, whose tokens are weighed."""
 
 
-@router.post(
-    "/v1/gate/analyze",
-    dependencies=[Depends(validate_json_request)],
-    responses=error_responses(400, 401, 404, 500, 503),
-)
+@router.post("/v1/gate/analyze", responses=BODY_ERRORS)
 @with_cancellation
 async def analyze(request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     """Every token of the text or the answer with its fused log probability and the gate's weights, teacher-forced."""

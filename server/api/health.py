@@ -1,16 +1,28 @@
 """GET /health (alive), /ready (can generate), /version and /metrics: what machines ask."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
 from vllm.version import __version__ as vllm_version
 
 from server import __version__
+from server.api.response import READ_ERRORS
 from server.metrics import scrape, show_state
 from server.serving import Serving
 
-router = APIRouter()
+router = APIRouter(responses=READ_ERRORS)
+
+
+class Status(BaseModel):
+    """What a probe is told."""
+
+    status: str
+
+
+_STATUSES: dict[int | str, dict[str, Any]] = {200: {"model": Status}, 503: {"model": Status}}
 
 
 @dataclass
@@ -37,7 +49,7 @@ class Readiness:
         return None if self.is_warm else "warming up: no token produced yet"
 
 
-@router.get("/health")
+@router.get("/health", responses=_STATUSES)
 async def health(raw_request: Request) -> Response:
     """200 while the engine lives, else 503: a liveness probe, which restarts a server whose engine has stopped."""
     serving: Serving = raw_request.app.state.serving
@@ -45,7 +57,7 @@ async def health(raw_request: Request) -> Response:
     return JSONResponse({"status": "alive" if alive else "engine stopped"}, 200 if alive else 503)
 
 
-@router.get("/ready")
+@router.get("/ready", responses=_STATUSES)
 async def ready(raw_request: Request) -> Response:
     """200 once a token was produced and until the server ends, else 503: a readiness probe, which routes traffic."""
     obstacle = _obstacle(raw_request)
@@ -58,7 +70,7 @@ async def version() -> Response:
     return JSONResponse({"version": __version__, "vllm_version": vllm_version})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(raw_request: Request) -> Response:
     """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`."""
     state = raw_request.app.state

@@ -2,21 +2,21 @@
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelList
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 
-from server.api.response import error_responses, to_response
+from server.api.response import READ_ERRORS, error_responses, to_response
 from server.serving import Serving
 
-router = APIRouter(responses=error_responses(401))
+router = APIRouter(responses=READ_ERRORS)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses={200: {"model": ModelList}})
 async def list_models(raw_request: Request) -> Response:
     """All names."""
     return await to_response(await _models(raw_request))
 
 
-@router.get("/v1/models/{name:path}", responses=error_responses(404))
+@router.get("/v1/models/{name:path}", responses=error_responses(400, 404) | {200: {"model": ModelCard}})
 async def retrieve_model(name: str, raw_request: Request) -> Response:
     """One name; 404 if it is not served."""
     for model in (await _models(raw_request)).data:

@@ -43,7 +43,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """The response for an exception; a fault of ours goes into the log, a client's does not."""
     told = as_api_error(error)
     if isinstance(error, HTTPException) and told.status in (404, 405):
-        told.message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
+        hint = "" if told.status == 405 else "; to generate, POST to /v1/chat/completions or /v1/completions"
+        told.message = f"{request.method} {request.scope['path'][:200]}: {error.detail.lower()}{hint}"
     if isinstance(told, Rejection):
         REJECTIONS.labels(told.reason).inc()
     elif told.status >= 500 or isinstance(error, TypeError):
@@ -134,11 +135,6 @@ def _log_failure(what: str, told: ApiError, error: Exception) -> None:
     logger.error("%s: %s", what, told.message, exc_info=None if is_known else error)
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What the API's schema says of these statuses."""
-    return {status: {"model": ErrorBody} for status in statuses}
-
-
 class ErrorObject(BaseModel):
     """OpenAI's error object."""
 
@@ -152,3 +148,15 @@ class ErrorBody(BaseModel):
     """The body of every response that is an error."""
 
     error: ErrorObject
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What the API's schema says of these statuses."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+READ_ERRORS = error_responses(400, 401, 429, 431, 500, 503, 504)
+"""How a route that takes no body can fail."""
+
+BODY_ERRORS = READ_ERRORS | error_responses(404, 413, 415)
+"""How a route that takes a body can fail."""

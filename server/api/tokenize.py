@@ -1,18 +1,25 @@
 """POST /tokenize and /detokenize. A conversation's tokens are those of its longest rendering, which counts."""
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.entrypoints.serve.tokenize.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeChatRequest,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-from server.api.response import error_responses, to_response
+from server.api.response import BODY_ERRORS, to_response
+from server.bodies import JsonRoute
 from server.serving import Serving
 from server.unfused import refuse_foreign_tokens, refuse_unfused_chat
 
-router = APIRouter(dependencies=[Depends(validate_json_request)], responses=error_responses(400, 401, 404))
+router = APIRouter(route_class=JsonRoute, responses=BODY_ERRORS)
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses={200: {"model": TokenizeResponse}})
 @with_cancellation
 async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
     """Token ids of a text, or of the longest of the n prompts that a conversation becomes."""
@@ -22,7 +29,7 @@ async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
     return await to_response(await serving.tokenization.create_tokenize(request, raw_request))
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses={200: {"model": DetokenizeResponse}})
 @with_cancellation
 async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
     """Text of token ids of the shared vocabulary."""

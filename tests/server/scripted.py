@@ -3,11 +3,14 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 
+from server.engine.forcing import forced_token_ids
 from server.engine.inputs import FusedInputProcessor
 
 SCRIPT = "Yes, it is."
@@ -51,22 +54,30 @@ class ScriptedEngine:
         self.params.append(sampling_params)
         self.input_processor.process_inputs(request_id, prompt, sampling_params, ("generate",))
         tokenizer = self.renderer.get_tokenizer()
-        script = tokenizer.encode(SCRIPT, add_special_tokens=False)[: sampling_params.max_tokens]
+        forced = forced_token_ids(sampling_params)
+        script = forced or tokenizer.encode(SCRIPT, add_special_tokens=False)[: sampling_params.max_tokens]
         try:
             for step in range(len(script)):
                 if self.failure is not None and step == self.fails_at:
                     raise self.failure
                 if sampling_params.output_kind == RequestOutputKind.DELTA:
-                    yield self._output(request_id, prompt, [script[step]], step + 1 == len(script))
+                    yield self._output(request_id, prompt, sampling_params, [script[step]], step + 1 == len(script))
             if sampling_params.output_kind != RequestOutputKind.DELTA:
-                yield self._output(request_id, prompt, script, True)
+                yield self._output(request_id, prompt, sampling_params, script, True)
         except GeneratorExit:
             self.num_aborted += 1
             raise
 
-    def _output(self, request_id: str, prompt: Any, token_ids: list[int], is_last: bool) -> RequestOutput:
+    def _output(
+        self, request_id: str, prompt: Any, params: SamplingParams, token_ids: list[int], is_last: bool
+    ) -> RequestOutput:
         text = self.renderer.get_tokenizer().decode(token_ids)
         reason = "stop" if is_last else None
-        output = CompletionOutput(0, text, token_ids, None, None, finish_reason=reason)
-        prompt_ids = prompt["prompt_token_ids"]
-        return RequestOutput(request_id, prompt.get("prompt"), prompt_ids, None, [output], is_last)
+        certain = [{token_id: Logprob(0.0, 1, "x")} for token_id in token_ids]
+        logprobs: Any = None if params.num_logprobs is None else certain
+        outputs = [
+            CompletionOutput(index, text, token_ids, None, logprobs, finish_reason=reason) for index in range(params.n)
+        ]
+        for output in outputs if (params.extra_args or {}).get("gate_weights") else ():
+            output.gate_weights = np.full((len(token_ids), 3), 1 / 3)
+        return RequestOutput(request_id, prompt.get("prompt"), prompt["prompt_token_ids"], None, outputs, is_last)

@@ -24,6 +24,19 @@ def part(kind: str, **content: Any) -> dict[str, Any]:
 EVERYWHERE: list[tuple[str, dict[str, Any]]] = [
     ("use_beam_search", {"use_beam_search": True, "n": 2}),
     ("best_of", {"best_of": 2}),
+    ("length_penalty", {"length_penalty": 2.0}),
+    ("watermarking", {"watermarking": True}),
+    ("thinking_token_budget", {"thinking_token_budget": 5}),
+    ("routed_experts_prompt_start", {"routed_experts_prompt_start": 1}),
+    ("return_token_offsets", {"return_token_offsets": True}),
+    ("return_mm_kwargs", {"return_mm_kwargs": True}),
+    ("mm_payload", {"mm_payload": "none"}),
+    ("request_id", {"request_id": "mine"}),
+    ("guided_json", {"guided_json": {"type": "object"}}),
+    ("guided_regex", {"guided_regex": "a"}),
+    ("guided_choice", {"guided_choice": ["a"]}),
+    ("guided_grammar", {"guided_grammar": "root ::= 'a'"}),
+    ("stop_token_ids", {"stop_token_ids": [320]}),
     ("kv_transfer_params", {"kv_transfer_params": {"do_remote_decode": True}}),
     ("ec_transfer_params", {"ec_transfer_params": {"a": 1}}),
     ("vllm_xargs", {"vllm_xargs": {"specialist_prompts": "x"}}),
@@ -46,6 +59,13 @@ CHAT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("mm_processor_kwargs", {"mm_processor_kwargs": {"a": 1}}),
     ("media_io_kwargs", {"media_io_kwargs": {"image": {"a": 1}}}),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
+    ("truncation_side", {"truncation_side": "left"}),
+    ("functions", {"functions": [{"name": "f"}]}),
+    ("function_call", {"function_call": "auto"}),
+    ("audio", {"audio": {"voice": "alloy", "format": "wav"}}),
+    ("modalities", {"modalities": ["text", "audio"]}),
+    ("prediction", {"prediction": {"type": "content", "content": "a"}}),
+    ("web_search_options", {"web_search_options": {"search_context_size": "low"}}),
     ("logprob_token_ids", {"logprob_token_ids": [320], "logprobs": True}),
     ("messages.0.content.1", part("image_url", image_url={"url": "http://example.org/a.png"})),
     ("messages.0.content.1", part("input_audio", input_audio={"data": "", "format": "wav"})),
@@ -55,6 +75,7 @@ CHAT_ONLY: list[tuple[str, dict[str, Any]]] = [
 ]
 COMPLETION_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("prompt_embeds", {"prompt_embeds": "AAAA"}),
+    ("suffix", {"suffix": "the end"}),
     ("prompt", {"prompt": [5, 320]}),
     ("prompt", {"prompt": [[5], [6, 320]]}),
 ]
@@ -116,6 +137,8 @@ def test_every_refusal_has_a_case() -> None:
 
 ACCEPTED: list[dict[str, Any]] = [
     {"best_of": 1},
+    {"modalities": ["text"]},
+    {"length_penalty": 1.0},
     {"echo": True},
     {"kv_transfer_params": None},
     {"vllm_xargs": {"my_key": "x"}},

@@ -1,0 +1,194 @@
+"""Request bodies: read up to a cap, parsed as strict JSON and validated without coercion, before FastAPI sees them.
+
+FastAPI alone would read any length, and take "0" for 0, true for 1 and the last of two equal keys. Knows no routes.
+"""
+
+import re
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import jiter
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
+from vllm.renderers.chat_utils import ChatCompletionMessageParam
+
+from server.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from server.settings import Limits
+
+MAX_DEPTH = 200
+"""How deeply a body may nest: the parser's own limit, far below Python's."""
+
+TOKEN_ID_FIELDS = frozenset({"prompt", "allowed_token_ids", "tokens"})
+"""Fields whose arrays of integers may be as long as a prompt or a vocabulary."""
+
+WIDE_FIELDS = frozenset({"messages", "tools", "response_format", "structured_outputs", "chat_template_kwargs"})
+"""Fields that hold a list of objects, or a schema: each of their items may have values of its own."""
+
+_VALUES_PER_ITEM = 16
+"""How many values a wide field may have altogether, for each item that one array or object may have."""
+
+_MESSAGE: TypeAdapter[Any] = TypeAdapter(ChatCompletionMessageParam)
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+class JsonRoute(APIRoute):
+    """A route whose body, if it takes one, is strict JSON within the limits of `app.state.limits`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, given a body that is read and validated already."""
+        answer = super().get_route_handler()
+        if self.body_field is None:
+            return answer
+        model: Any = self.body_field.field_info.annotation
+        adapter: TypeAdapter[Any] = TypeAdapter(model)
+
+        async def answer_strictly(request: Request) -> Response:
+            limits: Limits = request.app.state.limits
+            _check_media_type(request.headers.get("content-type", ""))
+            body = await read_body(request, limits.max_body_bytes)
+            value = parse_json(body, limits.max_items)
+            check_shape(value, limits.max_items)
+            _check_messages(value.get("messages"))
+            return await answer(_ReadRequest(request, body, _validate(adapter, body)))
+
+        return answer_strictly
+
+
+class _ReadRequest(Request):
+    """A request whose body is at hand, as bytes and as the model it was validated to."""
+
+    def __init__(self, request: Request, body: bytes, value: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._read, self._value = body, value
+
+    async def body(self) -> bytes:
+        return self._read
+
+    async def json(self) -> Any:
+        return self._value
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body; reading stops at the cap, whatever the length that was declared.
+
+    Raises:
+        BodyTooLarge: it is longer than the cap, or says so.
+        InvalidRequest: the client left before its end.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > len(str(max_bytes)) or int(declared) > max_bytes):
+        raise _too_large(max_bytes)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
+    except ClientDisconnect as error:
+        raise InvalidRequest("The client left before its body was complete.") from error
+    return bytes(body)
+
+
+def parse_json(body: bytes, max_items: int) -> Any:
+    """The JSON value; of two equal keys neither wins.
+
+    Raises:
+        InvalidRequest: not JSON in UTF-8 (NaN, infinities and lone surrogates are not), nested deeper than `MAX_DEPTH`,
+            a number of more than 4,300 digits, a key that occurs twice in one object, or a great many containers.
+    """
+    if _count_openings(body) > _VALUES_PER_ITEM * max_items and _count_openings(_STRING.sub(b"", body)) > (
+        _VALUES_PER_ITEM * max_items
+    ):
+        raise InvalidRequest("The body has too many arrays and objects; send less.")
+    try:
+        return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="none")
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.") from error
+
+
+def check_shape(value: Any, max_items: int) -> None:
+    """Bound the number of values before they are validated, which would report each wrong one: that takes minutes.
+
+    Raises:
+        InvalidRequest: no object; an array or object with more than `max_items` entries, token ids apart; or too many
+            values altogether. Names the field of the body.
+    """
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    _check_count(value, max_items, None)
+    for name, field in value.items():
+        if not (name in TOKEN_ID_FIELDS and _is_token_ids(field)):
+            _check_field(name, field, max_items)
+
+
+def _check_field(name: str, value: Any, max_items: int) -> None:
+    budget = max_items * (_VALUES_PER_ITEM if name in WIDE_FIELDS else 1)
+    pending = [value] if isinstance(value, dict | list) else []
+    while pending:
+        container = pending.pop()
+        _check_count(container, max_items, name)
+        budget -= len(container)
+        if budget < 0:
+            raise InvalidRequest(f"{name}: has too many values; send less.", name)
+        inner = container.values() if isinstance(container, dict) else container
+        pending += [item for item in inner if isinstance(item, dict | list) and not _is_prompt(name, item)]
+
+
+def _check_count(container: Mapping[str, Any] | list[Any], max_items: int, field: str | None) -> None:
+    if len(container) > max_items:
+        place = field or "body"
+        raise InvalidRequest(f"{place}: {len(container)} entries in one array or object, at most {max_items}.", field)
+
+
+def _count_openings(text: bytes) -> int:
+    return text.count(b"[") + text.count(b"{")
+
+
+def _is_prompt(field: str, value: Any) -> bool:
+    return field == "prompt" and _is_token_ids(value)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _validate(adapter: TypeAdapter[Any], body: bytes) -> Any:
+    try:
+        return adapter.validate_json(body, strict=True)
+    except ValidationError as error:
+        raise _as_request_error(error, ("body",)) from error
+
+
+def _check_messages(messages: Any) -> None:
+    """Look at one message after the other, up to the first wrong one: each has an error for every role there is."""
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and not all(isinstance(part, dict | str) for part in content):
+            param = f"messages.{index}.content"
+            raise InvalidRequest(f"{param}: each part must be an object or a string.", param)
+        place: tuple[str | int, ...] = ("body", "messages", index)
+        try:
+            checked = _MESSAGE.validate_python(message, strict=True)
+        except ValidationError as error:
+            raise _as_request_error(error, place) from error
+        try:
+            list(checked.get("tool_calls") or ())  # validated while it is read
+        except ValidationError as error:
+            raise _as_request_error(error, (*place, "tool_calls")) from error
+
+
+def _as_request_error(error: ValidationError, place: tuple[str | int, ...]) -> RequestValidationError:
+    errors = error.errors(include_url=False, include_input=False)
+    return RequestValidationError([{**each, "loc": (*place, *each["loc"])} for each in errors])
+
+
+def _check_media_type(content_type: str) -> None:
+    if content_type.split(";", maxsplit=1)[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType("Content-Type: send the body as application/json.")
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is longer than {max_bytes} bytes, the most that this server reads.")

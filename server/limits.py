@@ -1,0 +1,106 @@
+"""What a request's numbers, lists and strings may be at most: checked before anything is rendered or tokenized.
+
+vLLM checks most ranges too, but later, in its own words, and not always by the field's name. What is here is what it
+does not bound, or bounds for a whole process by an environment variable. Knows requests, not engines.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+from server.errors import InvalidRequest
+from server.settings import Limits
+
+MAX_BIAS = 100
+"""OpenAI's range of `logit_bias`; vLLM would clip."""
+
+
+@dataclass(frozen=True)
+class EngineBounds:
+    """What a running engine can do at most."""
+
+    max_logprobs: int
+    """Log probabilities per token; -1: the whole vocabulary, which a request may then ask for by -1, too."""
+
+    has_priorities: bool
+    """Whether requests are scheduled by their `priority`."""
+
+    @classmethod
+    def of(cls, config: VllmConfig) -> "EngineBounds":
+        """The bounds of the engine with this configuration."""
+        return cls(config.model_config.max_logprobs, config.scheduler_config.policy == "priority")
+
+
+def check_limits(request: ChatCompletionRequest | CompletionRequest, limits: Limits, engine: EngineBounds) -> None:
+    """Check a generation request.
+
+    Raises:
+        InvalidRequest: naming the field, what it is and what it may be.
+    """
+    if request.model == "":
+        raise InvalidRequest("model: is empty; name the served model or leave the field out.", "model")
+    _check_responses(request, limits.max_responses)
+    _check_stop(request.stop, limits.max_stop_chars)
+    _check_bias(request.logit_bias or {})
+    for name, number, most in _ranges(request, engine):
+        if number is not None and not 0 <= number <= most:
+            raise InvalidRequest(f"{name}: must be 0 to {most}, got {_short(number)}.", name)
+    if getattr(request, "max_completion_tokens", None) == 0:
+        raise InvalidRequest("max_completion_tokens: must be at least 1, got 0.", "max_completion_tokens")
+    if request.priority and not engine.has_priorities:
+        raise InvalidRequest("priority: requests are served in order; start with --scheduling-policy.", "priority")
+
+
+def _ranges(
+    request: ChatCompletionRequest | CompletionRequest, engine: EngineBounds
+) -> Iterator[tuple[str, int | None, int]]:
+    """Fields that count something, with the most they may be; how many tokens fit is checked with the prompt."""
+    is_chat = isinstance(request, ChatCompletionRequest)
+    logprobs = request.top_logprobs if is_chat else request.logprobs
+    if engine.max_logprobs != -1:
+        yield "top_logprobs" if is_chat else "logprobs", logprobs, engine.max_logprobs
+        yield "prompt_logprobs", request.prompt_logprobs, engine.max_logprobs
+    if is_chat:
+        yield "max_completion_tokens", request.max_completion_tokens, 2**31 - 1
+    yield "max_tokens", request.max_tokens, 2**31 - 1
+    yield "min_tokens", request.min_tokens, 2**31 - 1
+    yield "top_k", None if request.top_k == -1 else request.top_k, 2**31 - 1
+
+
+def _check_responses(request: ChatCompletionRequest | CompletionRequest, most: int) -> None:
+    n = 1 if request.n is None else request.n
+    if not 1 <= n <= most:
+        raise InvalidRequest(f"n: must be 1 to {most}, got {_short(n)}.", "n")
+    prompts = _num_prompts(request)
+    if prompts * n > most:
+        param = "n" if n > 1 else "prompt"
+        raise InvalidRequest(f"{param}: {prompts} prompts with n = {n} are more than {most} responses.", param)
+
+
+def _num_prompts(request: ChatCompletionRequest | CompletionRequest) -> int:
+    prompt = getattr(request, "prompt", None)
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+
+
+def _check_stop(stop: str | Sequence[str] | None, max_chars: int) -> None:
+    for text in [stop] if isinstance(stop, str) else stop or ():
+        if not 1 <= len(text) <= max_chars:
+            raise InvalidRequest(f"stop: a string of {len(text)} characters; each must have 1 to {max_chars}.", "stop")
+
+
+def _check_bias(logit_bias: dict[str, float]) -> None:
+    for key, bias in logit_bias.items():
+        if not (key.isascii() and key.isdecimal()) or len(key) > 18:
+            raise InvalidRequest(f"logit_bias: {key[:20]!r} is no token id.", "logit_bias")
+        if not math.isfinite(bias) or abs(bias) > MAX_BIAS:
+            raise InvalidRequest(f"logit_bias: must be -{MAX_BIAS} to {MAX_BIAS}, got {bias}.", "logit_bias")
+
+
+def _short(number: Any) -> str:
+    """A number as a message shows it; Python refuses to write very long ones."""
+    return str(number) if abs(number) < 10**20 else "a number of more than 20 digits"

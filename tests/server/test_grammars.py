@@ -1,0 +1,80 @@
+"""Constraints that would hold up the engine are refused; all others pass, and are tried out once."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from vllm.sampling_params import StructuredOutputsParams
+
+from server.errors import InvalidRequest
+from server.grammars import GrammarCheck
+
+SECONDS = 2.0
+DEEP: dict[str, Any] = {"type": "string"}
+for _ in range(20):
+    DEEP = {"type": "object", "properties": {"a": DEEP}, "required": ["a"]}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def check(vllm_config: Any) -> AsyncIterator[GrammarCheck]:
+    """One process for all tests of this module."""
+    grammars = GrammarCheck(vllm_config, SECONDS)
+    yield grammars
+    await grammars.close()
+
+
+PASSING: list[dict[str, Any]] = [
+    {"regex": "(a+)+b"},
+    {"regex": "[a-z]{1,20}@[a-z]{1,20}"},
+    {"json": {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}}},
+    {"json": '{"type": "object", "properties": {"self": {"$ref": "#"}}}'},
+    {"json": DEEP},
+    {"json_object": True},
+    {"choice": ["red", "blue"]},
+    {"grammar": 'root ::= "a" root | "b"'},
+    {"json": {"type": "number", "multipleOf": 3}},
+    {"regex": "("},
+]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_is_quick_passes_and_is_tried_once(check: GrammarCheck) -> None:
+    for constraint in PASSING:
+        await check.check(StructuredOutputsParams(**constraint))
+    start = time.perf_counter()
+    for constraint in PASSING:
+        await check.check(StructuredOutputsParams(**constraint))
+    assert time.perf_counter() - start < 0.5
+
+
+AMBIGUOUS = "\n".join([*(f'r{i} ::= r{i + 1} r{i + 1} | "a"' for i in range(60)), 'r60 ::= "a"', "root ::= r0"])
+STALLING: list[dict[str, Any]] = [
+    {"grammar": AMBIGUOUS},
+    {"json": {"type": "array", "items": {"enum": [f"value number {number}" * 20 for number in range(60_000)]}}},
+]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("constraint", STALLING, ids=["ambiguous", "large"])
+async def test_what_would_hold_up_the_engine_is_refused_in_time(
+    check: GrammarCheck, constraint: dict[str, Any]
+) -> None:
+    await check.check(StructuredOutputsParams(regex="a"))  # the process has started
+    start = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="structured_outputs: the constraint") as refused:
+        await check.check(StructuredOutputsParams(**constraint))
+    assert time.perf_counter() - start < SECONDS + 1
+    assert refused.value.param == "structured_outputs"
+    await check.check(StructuredOutputsParams(regex="b"))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_it_starts_anew_when_its_process_has_died(check: GrammarCheck) -> None:
+    await check.check(StructuredOutputsParams(regex="c"))
+    process = check._process
+    assert process is not None
+    process.kill()
+    await process.wait()
+    await check.check(StructuredOutputsParams(regex="d"))

@@ -1,0 +1,71 @@
+"""docs/api.md lists what there is: routes, the fields of vLLM's request models, error codes, limits."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+from server import connections, errors, heads
+from server.app import ROUTERS
+from server.bodies import MAX_DEPTH
+from server.engine.nonfinite import NONFINITE_OUTPUT
+from server.settings import Limits
+from server.unfused import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
+
+PAGE = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+ENDPOINTS = {
+    "POST /v1/chat/completions": (ChatCompletionRequest, CHAT_REFUSALS),
+    "POST /v1/completions": (CompletionRequest, COMPLETION_REFUSALS),
+}
+PARTLY_REFUSED = {"chat_template_kwargs", "vllm_xargs", "echo"}
+"""Fields that work, but not with every value."""
+
+
+def rows(section: str) -> dict[str, str]:
+    """First and second column of a section's tables."""
+    return dict(re.findall(r"^\| `(.+?)` \| (.*?) \|", SECTIONS[section], re.MULTILINE))
+
+
+def test_every_route_is_listed_and_exists() -> None:
+    routes = [route for router in ROUTERS for route in router.routes]
+    known = {f"{method} {route.path}" for route in routes for method in route.methods}
+    assert set(rows("Routes")) == {name.replace(":path}", "}") for name in known}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_field_has_a_row_that_says_what_becomes_of_it(endpoint: str) -> None:
+    model, refusals = ENDPOINTS[endpoint]
+    _check_fields(rows(endpoint), model, refusals)
+
+
+def _check_fields(listed: dict[str, str], model: type[BaseModel], refusals: tuple[Refusal, ...]) -> None:
+    assert set(listed) == set(model.model_fields)
+    assert set(listed.values()) == {"works", "refused", "no effect"}
+    refused = {refusal.param for refusal in refusals} & set(model.model_fields)
+    assert {name for name, fate in listed.items() if fate == "refused"} == refused - PARTLY_REFUSED
+
+
+def test_what_is_refused_beyond_vllms_fields_is_named() -> None:
+    section = SECTIONS["POST /v1/chat/completions"]
+    params = {refusal.param for refusal in CHAT_REFUSALS} - set(ChatCompletionRequest.model_fields)
+    assert [param for param in sorted(params) if f"`{param}`" not in section] == []
+
+
+def test_every_error_code_is_listed() -> None:
+    codes = set(re.findall(r"^\| \d{3} \| `(\w+)` \|", SECTIONS["Errors"], re.MULTILINE))
+    classes: list[type[errors.ApiError]] = [errors.ApiError]
+    for kind in classes:
+        classes += kind.__subclasses__()
+    own = {kind.code for kind in classes} | set(errors._CODES.values())
+    assert codes == (own | {"model_not_found", "engine_dead", NONFINITE_OUTPUT}) - {None}
+
+
+def test_every_limit_is_listed() -> None:
+    assert set(rows("Requests in general")) == {f"--{name.replace('_', '-')}" for name in Limits.model_fields}
+    section = SECTIONS["Requests in general"]
+    assert f"more than {MAX_DEPTH} levels" in section
+    assert f"{connections.MAX_HEADER_BYTES // 1024} KiB\nand {heads.MAX_HEADERS} lines of headers" in section
