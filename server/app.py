@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMError
 from server import __version__
 from server.api import chat, completions, gate, health, models, tokenize
 from server.api.health import Readiness
+from server.api.playground import playground_router
 from server.api.response import answer_error
 from server.errors import ApiError
 from server.metrics import count_http_requests
@@ -48,6 +49,8 @@ def create_app(serving: Serving, settings: ServerSettings, readiness: Readiness)
     app.state.readiness = readiness
     for router in ROUTERS:
         app.include_router(router)
+    if settings.playground:
+        app.include_router(playground_router())
     for error in TRANSLATED_ERRORS:
         app.add_exception_handler(error, answer_error)
     _add_middleware(app, settings)

@@ -10,11 +10,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from server.api.playground import FILES as PLAYGROUND_FILES
 from server.errors import InvalidApiKey, as_api_error
 from server.log import request_id
 from server.metrics import DISCONNECTS
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics"})
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", *PLAYGROUND_FILES})
 """Paths that need no key. Everything else does, so that a new route is closed until somebody opens it."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")

@@ -83,6 +83,9 @@ class Access(_Section):
     allowed_origin: tuple[str, ...] = ()
     """Origin whose web pages may call the API from a browser (CORS); repeat for several, * for all; default: none."""
 
+    playground: bool = True
+    """Serve the playground page at /. It needs no key itself; what it asks of the API does."""
+
 
 class Logs(_Section):
     """What it says"""

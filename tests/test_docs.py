@@ -66,7 +66,7 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
     known = {*ServerSettings.model_fields, *EngineFlags.model_fields, *TrainSettings.model_fields}
     for settings in (evaluate.EvalSettings, analysis.AnalysisSettings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
-    assert names <= {*known, "help", "version", "no_compile"}
+    assert names <= {*known, "help", "version", "no_compile", "no_playground"}
 
 
 @each_page
