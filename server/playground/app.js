@@ -194,7 +194,7 @@ class Playground {
     link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
     link.download = `${this.#model || "conversation"}.json`;
     link.click();
-    URL.revokeObjectURL(link.href);
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
   /**

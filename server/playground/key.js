@@ -18,7 +18,8 @@ export class KeyDialog {
       this.#done();
     });
     dialog.querySelector(".cancel")?.addEventListener("click", () => dialog.close());
-    dialog.addEventListener("close", () => (this.field.value = ""));
+    // The event comes late: the dialog may be open again, with a key to correct.
+    dialog.addEventListener("close", () => dialog.open || (this.field.value = ""));
   }
 
   /**

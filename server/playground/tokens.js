@@ -92,8 +92,8 @@ export class Aligner {
     const [first, ...others] = this.#waiting;
     const end = endOf(this.#text, first.name);
     if (end !== null) return end;
-    const begun = this.#text.trimStart();
-    if (first.name.length > begun.length && first.name.startsWith(begun)) return null;
+    const [name, begun] = [first.name.trimStart(), this.#text.trimStart()];
+    if (name.length > begun.length && name.startsWith(begun)) return null;
     // A later one fits: this one is not shown. None fits: the last one must be what is there.
     return others.length > 0 ? 0 : this.#text.length;
   }
