@@ -8,8 +8,15 @@ import pytest
 
 from tests.e2e.browser import Page
 from tests.e2e.conftest import MODEL
-from tests.e2e.playground import SENT
+from tests.e2e.playground import SENT, load
 from tests.e2e.process import ServerProcess
+
+
+@pytest.fixture(scope="module")
+def page(browser: Page, server: ServerProcess) -> Page:
+    """The page, opened once: nothing here changes it."""
+    load(browser, server.url)
+    return browser
 
 
 def test_events_are_read_whatever_the_pieces_they_come_in(page: Page) -> None:
@@ -26,8 +33,14 @@ def test_events_are_read_whatever_the_pieces_they_come_in(page: Page) -> None:
           for (let size = 1; size <= bytes.length; size++) {{
             const pieces = [];
             for (let begin = 0; begin < bytes.length; begin += size) pieces.push(bytes.slice(begin, begin + size));
+            const body = new ReadableStream({{
+              start(controller) {{
+                pieces.forEach((piece) => controller.enqueue(piece));
+                controller.close();
+              }},
+            }});
             const events = [];
-            for await (const event of readEvents(ReadableStream.from(pieces))) events.push(event);
+            for await (const event of readEvents(body)) events.push(event);
             results.push(events);
           }}
           return results;
