@@ -14,6 +14,7 @@ from server import __version__
 from server.admission import Admission, AdmissionControl
 from server.api import chat, completions, gate, health, models, tokenize
 from server.api.health import Readiness
+from server.api.playground import playground_router
 from server.api.response import answer_error
 from server.errors import ApiError
 from server.heads import HeaderCount
@@ -63,6 +64,8 @@ def create_app(
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     for router in ROUTERS:
         app.include_router(router)
+    if settings.playground:
+        app.include_router(playground_router())
     for error in TRANSLATED_ERRORS:
         app.add_exception_handler(error, answer_error)
     _add_middleware(app, settings, admission or Admission())

@@ -11,13 +11,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.playground import FILES as PLAYGROUND_FILES
 from server.errors import InvalidApiKey, RateLimited, Rejection, UntrustedHost, as_api_error
 from server.keys import CACHE_SALT, KeyRing
 from server.log import request_id
 from server.metrics import DISCONNECTS, REJECTIONS
 from server.quotas import Quota
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics"})
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", *PLAYGROUND_FILES})
 """Paths that need no key. Everything else does, so that a new route is closed until somebody opens it."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")

@@ -90,7 +90,7 @@ class Access(_Section):
 
     api_key: tuple[SecretStr, ...] = ()
     """Key that clients must send as bearer token; repeat for several (environment: separate them by commas).
-    /health, /ready and /metrics stay open: probes and Prometheus carry no key, and no prompt is in them."""
+    /health, /ready, /metrics and the playground's page stay open: no prompt is in them."""
 
     api_key_file: str | None = None
     """File with more keys, one a line: other users of this machine can read a command line, but not a secret file."""
@@ -106,10 +106,13 @@ class Access(_Section):
 
     allowed_host: tuple[Annotated[str, Field(pattern=r"^(\*\.)?[^*\s]+$")], ...] = ()
     """Name that the Host header may have (*.example.com: every name below); repeat for several; default: any.
-    Probes and metrics answer under every name."""
+    Probes, metrics and the playground's page answer under every name."""
 
     allowed_origin: tuple[str, ...] = ()
     """Origin whose web pages may call the API from a browser (CORS); repeat for several, * for all; default: none."""
+
+    playground: bool = True
+    """Serve the playground page at /. It needs no key itself; what it asks of the API does."""
 
 
 class Load(_Section):

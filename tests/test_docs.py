@@ -77,7 +77,7 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
     data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
     for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
-    assert names <= {*known, "help", "version", "no_compile"}
+    assert names <= {*known, "help", "version", "no_compile", "no_playground"}
 
 
 @each_page

@@ -31,4 +31,5 @@ async def _models(raw_request: Request) -> ModelList:
     models = await serving.models.show_available_models()
     for model in models.data:
         model.owned_by = "ultrafuser"
+        model.specialists = list(serving.specialists)
     return models

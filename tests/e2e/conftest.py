@@ -1,4 +1,4 @@
-"""One real server on the tiny fusion, started once and shared; the official client talks to it."""
+"""One real server on the tiny fusion, started once and shared; the official client and a browser talk to it."""
 
 import math
 from collections.abc import AsyncIterator, Iterator
@@ -8,7 +8,9 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.e2e.browser import Chromium, Page, find_chromium
 from tests.e2e.collector import Collector
+from tests.e2e.playground import load
 from tests.e2e.process import ServerProcess
 from tests.fakes import write_tiny_fusion
 
@@ -70,3 +72,29 @@ async def async_client(server: ServerProcess) -> AsyncIterator[openai.AsyncOpenA
     """The official asynchronous client."""
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The one tab of a real Chromium."""
+    path = find_chromium()
+    if path is None:
+        pytest.skip("needs Chromium; on Debian: apt-get install chromium")
+    chromium = Chromium(path, tmp_path_factory.mktemp("chromium"))
+    try:
+        with chromium.page() as page:
+            yield page
+    finally:
+        chromium.end()
+
+
+@pytest.fixture
+def page(browser: Page, server: ServerProcess) -> Iterator[Page]:
+    """The playground in a wide window; afterwards the console is clean, and nothing was asked of anybody else."""
+    browser.resize(1280, 860)
+    browser.prefer(prefers_color_scheme="light")
+    load(browser, server.url)
+    yield browser
+    assert browser.problems == []
+    addresses = [request["url"] for request in browser.requests]
+    assert [address for address in addresses if not address.startswith((f"{server.url}/", "blob:", "data:"))] == []

@@ -1,4 +1,5 @@
-"""With a key set, only the probes and the metrics answer without it; hosts, origins and shares are as named."""
+"""With a key set, only probes, metrics and the playground's files answer without it; hosts, origins and shares are as
+named."""
 
 from typing import Any
 
@@ -20,7 +21,7 @@ CLOSED = [
     ("GET", "/openapi.json"),
     ("GET", "/nothing"),
     ("OPTIONS", "/v1/models"),
-    ("GET", "//health"),
+    ("GET", "http://test//health"),
     ("GET", "/health/../v1/models"),
 ]
 
