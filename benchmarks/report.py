@@ -14,7 +14,7 @@ from benchmarks.quality import NAME as QUALITY
 from benchmarks.quality import Quality, describe
 from benchmarks.result import RESULTS_FOLDER, Result, newest_result, read_result
 
-NAMES = ("decode_step", "serve_overhead", "peers", "batch_invariance")
+NAMES = ("decode_step", "serve_overhead", "peers", "batch_invariance", "gpu_check")
 """The benchmarks in the order of the page."""
 
 PAGE = REPOSITORY / "docs" / "results.md"
