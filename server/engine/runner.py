@@ -7,7 +7,7 @@ not overridden here is answered by the leader.
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_wo
 from server.engine.forcing import Forcing, forced_in_step
 from server.engine.mixing import Mixer, Rows
 from server.engine.schedule import SpecialistView, leader_sampling_params, neutral_sampling_params
+from server.engine.warming import JitWarmups, keeping_workspace, largest_step, sampling_by
 from server.engine.weights import WeightsOnTheWay, with_weights
 
 _AMPLE_BYTES = 1 << 62
@@ -140,16 +141,29 @@ class FusedModelRunner:
         self._for_each(lambda runner: runner.update_max_model_len(max_model_len))
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        """Run every specialist once with the largest batch."""
-        self._for_each(lambda runner: runner.profile_run(*args, **kwargs))
+        """Run every specialist once with the largest batch, then mix and sample once with all their results held."""
+        with sampling_by(self._leader_sampler, self.followers):
+            self._for_each(lambda runner: runner.profile_run(*args, **kwargs))
+        with set_current_vllm_config(self.leader.vllm_config):
+            rows = largest_step(self.runners)
+            fused_RV = self._mixer.fuse_into_leader(rows)
+            self.leader._dummy_sampler_run(rows[0].hidden_RD)
+            self.leader._sync_device()
+        del rows, fused_RV
 
     def profile_cudagraph_memory(self) -> int:
         """Bytes that the CUDA graphs of all specialists will take."""
         return sum(self._for_each(lambda runner: runner.profile_cudagraph_memory()))
 
+    @property
+    def jit_warmup_registry(self) -> JitWarmups:
+        """What vLLM's warm-up compiles before the first request."""
+        return JitWarmups(self.runners)
+
     def warming_up_model(self) -> None:
         """Compile every specialist on the CPU."""
-        self._for_each(lambda runner: runner.warming_up_model())
+        with sampling_by(self._leader_sampler, self.followers):
+            self._for_each(lambda runner: runner.warming_up_model())
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         return self._for_each(lambda runner: runner._dummy_run(*args, **kwargs))[0]
@@ -157,10 +171,11 @@ class FusedModelRunner:
     def capture_model(self) -> int:
         """Capture every specialist's CUDA graphs; the sum of their bytes."""
         num_bytes = 0
-        for runner in self.runners:
+        for name, runner in zip(self.names, self.runners, strict=True):
             if is_workspace_manager_initialized():
-                unlock_workspace()  # capture locks it, and the next specialist may need a larger one
-            with set_current_vllm_config(runner.vllm_config):
+                unlock_workspace()  # capture locks it, and the next specialist may need resources of its own there
+            is_first = runner is self.leader
+            with set_current_vllm_config(runner.vllm_config), nullcontext() if is_first else keeping_workspace(name):
                 num_bytes += runner.capture_model()
         return num_bytes
 
