@@ -27,6 +27,8 @@ DEBIAN_TOOLS: Mapping[str, tuple[str, str]] = {
 """By command: Debian's package, and the command's place in it."""
 
 FETCH_SECONDS = 180
+_NOT_FETCHED: dict[Path, str] = {}
+"""Why, by folder: without a network, every check would wait for it again."""
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -70,6 +72,7 @@ def find_debian_tool(tool: str) -> Path:
 def _python_tools() -> Path:
     def install(folder: Path, _tick: Tick) -> None:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        pip += ["--retries", "1", "--timeout", "20"]
         _run([*pip, "--target", folder, "--requirement", LOCK], os.environ)
 
     parts = {"lock": LOCK.read_text(encoding="utf-8"), "python": sys.executable}
@@ -99,10 +102,13 @@ def _debian_tools() -> Path:
 
 def _fetch(artifact: Artifact) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ultrafuser-tools"
-    try:
-        return build_once(artifact, cache, lambda _label, _share: None)
-    except (Failed, OSError) as error:
-        raise NotRun(f"{artifact.label}: {' '.join(str(error).split())[-300:]}") from error
+    folder = artifact.folder(cache)
+    if folder not in _NOT_FETCHED:
+        try:
+            return build_once(artifact, cache, lambda _label, _share: None)
+        except (Failed, OSError) as error:
+            _NOT_FETCHED[folder] = f"{artifact.label}: {' '.join(str(error).split())[-300:]}"
+    raise NotRun(_NOT_FETCHED[folder])
 
 
 def _archive() -> str:

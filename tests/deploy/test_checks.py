@@ -61,8 +61,9 @@ def test_a_tool_that_cannot_be_had_is_reported_and_fails_nothing(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(command, "CHECKS", {"Alertmanager": CHECKS["Alertmanager: configuration"]})
-    assert command.main() == 0
-    assert re.fullmatch(r"not run  Alertmanager: fetching Debian's packages: .+\n", capsys.readouterr().out)
+    for _ in range(2):
+        assert command.main() == 0
+        assert re.fullmatch(r"not run  Alertmanager: fetching Debian's packages: .+\n", capsys.readouterr().out)
 
 
 def test_a_failed_check_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
