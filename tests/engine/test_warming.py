@@ -25,7 +25,8 @@ def test_profiling_mixes_the_largest_step_and_leaves_the_engine_exact(
 
     monkeypatch.setattr(Mixer, "fuse_into_leader", spy)
     stand_ins = [follower.sampler for follower in engine.runner.followers]
-    engine.runner.profile_run()
+    with torch.inference_mode():
+        engine.runner.profile_run()
     assert mixed == [(3, engine.runner.scheduler_config.max_num_seqs)]
     assert [follower.sampler for follower in engine.runner.followers] == stand_ins
     prompts = random_prompts((13, 16, 36), 0)
