@@ -1,6 +1,6 @@
 # Everything a user or a contributor types. Needs Python 3.11 and make; each target makes .venv first if it has to.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check bench soak lock clean
+.PHONY: help install serve test check check-deploy gpu-check bench soak lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -21,7 +21,7 @@ ARGS =
 BENCHMARKS = decode_step metrics_cost serve_overhead peers batch_invariance data_throughput report
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv from the lock file (DEVICE=cpu or cuda; default: what the machine has)
 
@@ -35,6 +35,12 @@ check: $(STAMP) ## Check format, style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+check-deploy: $(STAMP) ## Check the files of deploy/ with the tools they are for, fetched once; says what could not be run
+	@exec $(BIN)/python -m deploy.checks
+
+gpu-check: $(STAMP) ## On a machine with a GPU: is it exact, and what does fusing cost there? ARGS= goes to the script
+	@exec $(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 bench: $(STAMP) ## Run the benchmarks: BENCHMARKS= names some of them, ARGS= goes to each
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done

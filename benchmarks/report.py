@@ -17,7 +17,7 @@ from benchmarks.soak import NAME as SOAK
 from benchmarks.soak import Soak
 from benchmarks.soak import describe as describe_soak
 
-NAMES = ("decode_step", "metrics_cost", "serve_overhead", "peers", "batch_invariance", "data_throughput")
+NAMES = ("decode_step", "metrics_cost", "serve_overhead", "peers", "batch_invariance", "data_throughput", "gpu_check")
 """The benchmarks in the order of the page."""
 
 PAGE = REPOSITORY / "docs" / "results.md"

@@ -25,7 +25,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob
 README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = dict(re.findall(r"^([a-z]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
+TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
 OFFLINE = {
     "train": parse_settings,
     "eval": evaluate.parse_settings,
@@ -52,7 +52,7 @@ def commands(page: Path) -> list[list[str]]:
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
     named = set(
         re.findall(
-            r"(?<![\w.-])(?<!data )make ([a-z]+)(?=[\s`]|$)", "\n".join(re.findall(r"`[^`]+`", page.read_text()))
+            r"(?<![\w.-])(?<!data )make ([a-z-]+)(?=[\s`]|$)", "\n".join(re.findall(r"`[^`]+`", page.read_text()))
         )
     )
     named |= {word for words in commands(page) if words[0] == "make" for word in words[1:2]}
@@ -186,7 +186,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 @each_page
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = re.findall(r"`((?:gating|server|tests|benchmarks|docs|requirements)/[\w./-]*)`", page.read_text())
+    named = re.findall(r"`((?:gating|server|tests|benchmarks|docs|requirements|deploy)/[\w./-]*)`", page.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -194,7 +194,7 @@ def test_the_readmes_tree_names_what_exists() -> None:
     (tree,) = re.findall(r"^```\n(server/.*?)^```", README, re.MULTILINE | re.DOTALL)
     folder = ROOT
     for line in tree.splitlines():
-        names = re.findall(r"(?:^|\s)([\w.]+(?:\.py|\.md|/)|Makefile|\.ci/run)(?=\s|$)", line)
+        names = re.findall(r"(?:^|\s)([\w.]+(?:\.py|\.md|/)|Dockerfile|Makefile|\.ci/run)(?=\s|$)", line)
         if not line.startswith(" "):
             folder = ROOT / names[0]
             assert folder.exists(), names[0]

@@ -6,8 +6,8 @@ not overridden here is answered by the leader.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from server.engine.sampling import FollowerSampler, LeaderSampler
 from server.engine.schedule import SpecialistView, leader_sampling_params, neutral_sampling_params
 from server.engine.step import StepOnTheWay, with_step
 from server.engine.timing import StepClock
+from server.engine.warming import JitWarmups, keeping_workspace, largest_step, sampling_by
 
 _AMPLE_BYTES = 1 << 62
 """Memory given to a runner's own KV plan, whose size is decided by the common plan already."""
@@ -45,9 +46,8 @@ class FusedModelRunner:
             SpecialistView(i, neutral_sampling_params if i else leader_sampling_params) for i in range(len(runners))
         ]
         self._clock = StepClock(self.leader.device)
-        self._sampler = self.leader.sampler
-        self._forcing = Forcing(self._sampler)
-        self._leader_sampler = LeaderSampler(self._sampler)
+        self._forcing = Forcing(self.leader.sampler)
+        self._leader_sampler = LeaderSampler(self.leader.sampler)
         self.leader.sampler = self._leader_sampler
         for follower in self.followers:
             follower.sampler = FollowerSampler()
@@ -111,17 +111,27 @@ class FusedModelRunner:
         self._for_each(lambda runner: runner.update_max_model_len(max_model_len))
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        """Run every specialist once with the largest batch."""
-        with self._sampling_as_vllm():
+        """Run every specialist once with the largest batch, then mix and sample once with all their results held."""
+        with sampling_by(self._leader_sampler, self.followers):
             self._for_each(lambda runner: runner.profile_run(*args, **kwargs))
+        with set_current_vllm_config(self.leader.vllm_config):
+            rows = largest_step(self.runners)
+            self._mixer.fuse_into_leader(rows, StepClock(self.leader.device))
+            self.leader._dummy_sampler_run(rows[0].hidden_RD)
+            self.leader._sync_device()
 
     def profile_cudagraph_memory(self) -> int:
         """Bytes that the CUDA graphs of all specialists will take."""
         return sum(self._for_each(lambda runner: runner.profile_cudagraph_memory()))
 
+    @property
+    def jit_warmup_registry(self) -> JitWarmups:
+        """What vLLM's warm-up compiles before the first request."""
+        return JitWarmups(self.runners)
+
     def warming_up_model(self) -> None:
         """Compile every specialist on the CPU."""
-        with self._sampling_as_vllm():
+        with sampling_by(self._leader_sampler, self.followers):
             self._for_each(lambda runner: runner.warming_up_model())
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,10 +140,11 @@ class FusedModelRunner:
     def capture_model(self) -> int:
         """Capture every specialist's CUDA graphs; the sum of their bytes."""
         num_bytes = 0
-        for runner in self.runners:
+        for name, runner in zip(self.names, self.runners, strict=True):
             if is_workspace_manager_initialized():
-                unlock_workspace()  # capture locks it, and the next specialist may need a larger one
-            with set_current_vllm_config(runner.vllm_config):
+                unlock_workspace()  # capture locks it, and the next specialist may need resources of its own there
+            is_first = runner is self.leader
+            with set_current_vllm_config(runner.vllm_config), nullcontext() if is_first else keeping_workspace(name):
                 num_bytes += runner.capture_model()
         return num_bytes
 
@@ -217,18 +228,6 @@ class FusedModelRunner:
         if rows == list(range(token_ids_R1.shape[0])):
             return token_ids_R1  # the common decode step: no index to copy to the device
         return token_ids_R1[torch.tensor(rows, device=token_ids_R1.device)]
-
-    @contextmanager
-    def _sampling_as_vllm(self) -> Iterator[None]:
-        """Give the followers vLLM's sampler: profiling samples, when there are no tokens to hand out yet."""
-        stand_ins = [follower.sampler for follower in self.followers]
-        for follower in self.followers:
-            follower.sampler = self._sampler
-        try:
-            yield
-        finally:
-            for follower, stand_in in zip(self.followers, stand_ins, strict=True):
-                follower.sampler = stand_in
 
     def _for_each(self, call: Callable[[GPUModelRunner], Any]) -> list[Any]:
         results = []

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from gating.analyzing.styles import PALETTE, style_of
 from gating.fusion import FusedModelInfo, FusionConfig
@@ -26,7 +27,7 @@ async def hidden(
     engine: ScriptedEngine, fusion: FusionConfig, info: FusedModelInfo, readiness: Readiness
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server with keys and without the page."""
-    settings = ServerSettings(playground=False, api_key=("key",))
+    settings = ServerSettings(playground=False, api_key=(SecretStr("key"),))
     app = create_app(build_serving(engine, fusion, info, settings), settings, readiness)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client
@@ -37,7 +38,7 @@ async def guarded(
     engine: ScriptedEngine, fusion: FusionConfig, info: FusedModelInfo, readiness: Readiness
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server with keys, behind a proxy's prefix."""
-    settings = ServerSettings(api_key=("key",), root_path="/models")
+    settings = ServerSettings(api_key=(SecretStr("key"),), root_path="/models")
     app = create_app(build_serving(engine, fusion, info, settings), settings, readiness)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client

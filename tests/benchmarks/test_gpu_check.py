@@ -1,0 +1,43 @@
+"""The GPU check, as far as it runs without one: its parts on numbers, and the whole of it on the tiny model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.command import Options
+from benchmarks.gpu_check import count_equal, measure, num_decided
+from tests.e2e.process import clean_environment
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "equal"),
+    [([1, 2, 3], [1, 2, 3], 3), ([1, 9, 3], [1, 2, 3], 1), ([1, 2, 3], [1, 2], 2), ([], [1], 0)],
+)
+def test_tokens_count_until_they_differ(answer: list[int], expected: list[int], equal: int) -> None:
+    assert count_equal(answer, expected) == equal
+
+
+def test_steps_count_until_the_reference_is_undecided() -> None:
+    assert num_decided([0.5, 0.1, 1e-4, 0.5]) == 2
+    assert num_decided([0.5, 0.1]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_can_be_run() -> None:
+    options = Options("demo", None, is_quick=False, runs_fused=True, runs_baseline=True, results=None)
+    with pytest.raises(SystemExit, match="no GPU answers; --quick runs the part that needs none"):
+        measure(options)
+
+
+@pytest.mark.slow
+def test_the_tiny_model_is_exact() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--quick"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["ratios"]["tiny_equal_tokens"] == 1.0
+    assert summary["ok"] is True
+    assert summary["file"] is None

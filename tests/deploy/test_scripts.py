@@ -1,0 +1,160 @@
+"""The scripts of deploy/, run as a container or a release would run them, with stand-ins for what is not here."""
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).parent.parent.parent / "deploy"
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A command of this name in a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+class Container:
+    """The entrypoint, with folders for its volumes and commands that say how they were called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("ultrafuser", "python"):
+            program(folder / "bin", name, f'echo {name} "$@"; echo USER=$USER >&2; exit 7')
+        self.environment = {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "HOME": str(folder / "cache"),
+            "HF_HOME": str(folder / "models" / "huggingface"),
+            "ULTRAFUSER_CACHE": str(folder / "models" / "ultrafuser"),
+        }
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Start it with these arguments."""
+        command = [str(DEPLOY / "entrypoint.sh"), *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Container:
+    return Container(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ([], "ultrafuser serve"),
+        (["--max-num-seqs", "64"], "ultrafuser serve --max-num-seqs 64"),
+        (["serve", "/fusion/my fusion.yaml"], "ultrafuser serve /fusion/my fusion.yaml"),
+        (["eval", "--help"], "ultrafuser eval --help"),
+        (["python", "-V"], "python -V"),
+    ],
+)
+def test_a_container_serves_unless_it_is_told_otherwise(
+    container: Container, arguments: list[str], command: str
+) -> None:
+    done = container.run(*arguments)
+    assert done.stdout == f"{command}\n"
+    assert done.returncode == 7
+
+
+def test_volumes_are_given_the_folders_that_are_written_to(container: Container) -> None:
+    container.run()
+    assert (container.folder / "models" / "ultrafuser").is_dir()
+    assert (container.folder / "models" / "huggingface").is_dir()
+
+
+def test_a_user_without_a_name_gets_one(container: Container) -> None:
+    assert "USER=ultrafuser" in container.run().stderr
+
+
+@pytest.mark.parametrize("name", ["HOME", "HF_HOME", "ULTRAFUSER_CACHE"])
+def test_a_volume_that_cannot_be_written_to_is_named(container: Container, name: str) -> None:
+    (container.folder / "file").touch()
+    container.environment[name] = str(container.folder / "file" / "below")
+    done = container.run()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"entrypoint: {name}: user {os.getuid()}, group {os.getgid()} cannot write to ")
+    assert done.stderr.count("\n") == 1
+
+
+class Probes(BaseHTTPRequestHandler):
+    """Alive, but not ready."""
+
+    def do_GET(self) -> None:
+        """Answer a probe."""
+        self.send_response(200 if self.path == "/health" else 503)
+        self.end_headers()
+        self.wfile.write(b'{"status":"alive"}' if self.path == "/health" else b'{"status":"shutting down"}')
+
+    def log_message(self, *_arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A server that answers probes."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Probes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "answer"),
+    [("/health", 0, '{"status":"alive"}\n'), ("/ready", 1, '503: {"status":"shutting down"}\n')],
+)
+def test_the_healthcheck_says_what_the_probe_says(port: int, path: str, status: int, answer: str) -> None:
+    done = healthcheck(path, port)
+    assert (done.returncode, done.stdout) == (status, answer)
+
+
+def test_the_healthcheck_fails_where_nobody_answers() -> None:
+    done = healthcheck("/health", 1)
+    assert done.returncode == 1
+    assert "refused" in done.stdout
+    assert done.stderr == ""
+
+
+def healthcheck(path: str, port: int) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "ULTRAFUSER_PORT": str(port)}
+    command = [str(DEPLOY / "healthcheck.py"), path]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A folder with the script and a lock of its own."""
+    (tmp_path / "lock-images.sh").write_bytes((DEPLOY / "lock-images.sh").read_bytes())
+    (tmp_path / "lock-images.sh").chmod(0o755)
+    (tmp_path / "images.lock").write_text("# Words\nA_IMAGE=a/b:v1.2.3\nB_IMAGE=c:4.5.6-x@sha256:old\n")
+    return tmp_path
+
+
+def lock_images(folder: Path, docker: str) -> subprocess.CompletedProcess[str]:
+    program(folder / "bin", "docker", docker)
+    environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    return subprocess.run([folder / "lock-images.sh"], env=environment, capture_output=True, text=True, timeout=20)
+
+
+def test_a_release_puts_the_registrys_digests_behind_the_tags(release: Path) -> None:
+    digest = "sha256:" + "ab" * 32
+    done = lock_images(release, f'echo "$@" >>{release}/asked; echo {digest}')
+    assert done.returncode == 0
+    assert (
+        release / "images.lock"
+    ).read_text() == f"# Words\nA_IMAGE=a/b:v1.2.3@{digest}\nB_IMAGE=c:4.5.6-x@{digest}\n"
+    assert [line.split()[-1] for line in (release / "asked").read_text().splitlines()] == ["a/b:v1.2.3", "c:4.5.6-x"]
+
+
+@pytest.mark.parametrize("docker", ["echo no such image", "exit 1"])
+def test_a_digest_that_is_none_changes_nothing(release: Path, docker: str) -> None:
+    before = (release / "images.lock").read_text()
+    assert lock_images(release, docker).returncode == 1
+    assert (release / "images.lock").read_text() == before
+    assert not (release / "images.lock.new").exists()
