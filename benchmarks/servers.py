@@ -53,7 +53,7 @@ class ServerProcess:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=self._environ,
-            start_new_session=True,
+            process_group=0,  # not a session: Linux 6.18 can let its groups of sessions starve each other
         )
 
     @property

@@ -6,6 +6,7 @@ single token took too long. What takes for ever gets no verdict: whoever waits e
 
 import ctypes
 import json
+import os
 import random
 import resource
 import signal
@@ -80,6 +81,7 @@ def main(arguments: Mapping[str, Any]) -> None:
     """Answer until there are no more lines."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    os.setpgrp()  # a terminal's Ctrl-C is the server's
     trial = Trial(**arguments)
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     print("ready", flush=True)

@@ -97,9 +97,7 @@ class GrammarCheck:
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
         command = (sys.executable, "-m", "server.grammar_worker", json.dumps(self._arguments))
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, limit=_LINE_BYTES, start_new_session=True
-        )
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_BYTES)
         self._process = process
         assert process.stdout is not None
         ready = b""

@@ -51,7 +51,7 @@ class ServerProcess:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=clean_environment() | dict(environ or {}),
-                start_new_session=True,
+                process_group=0,  # not a session: Linux 6.18 can let its groups of sessions starve each other
             )
         self._seen: dict[int, psutil.Process] = {}
 

@@ -92,19 +92,19 @@ def code(response: httpx.Response) -> tuple[int, str]:
 async def test_the_surplus_is_refused_at_once_and_the_rest_finishes(work: Work, admission: Admission) -> None:
     before = rejections("queue_full")
     async with client(work, admission) as http:
-        running = await begin(work, [http.post("/"), http.post("/stream")])
-        refused = await asyncio.gather(*(http.post("/") for _ in range(5)))
+        running = await begin(work, [http.post("/whole"), http.post("/stream")])
+        refused = await asyncio.gather(*(http.post("/whole") for _ in range(5)))
         assert {code(response) for response in refused} == {(503, "server_overloaded")}
         assert {response.headers["retry-after"] for response in refused} == {"1"}
         assert (work.num_started, admission.num_running) == (2, 2)
         work.go_on.set()
         assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
         assert admission.num_running == 0
-        assert (await http.post("/")).status_code == 200
+        assert (await http.post("/whole")).status_code == 200
     assert rejections("queue_full") == before + 5
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/"])
 async def test_probes_pass_a_full_and_an_ending_server(work: Work, path: str) -> None:
     admission = Admission(0)
     await admission.drain(0)
@@ -124,10 +124,10 @@ async def test_an_ending_server_waits_for_running_requests_and_takes_no_others(
     work: Work, admission: Admission
 ) -> None:
     async with client(work, admission) as http:
-        running = await begin(work, [http.post("/"), http.post("/stream")])
+        running = await begin(work, [http.post("/whole"), http.post("/stream")])
         draining = asyncio.ensure_future(admission.drain(60))
         await asyncio.sleep(0)
-        refused = await http.post("/")
+        refused = await http.post("/whole")
         assert code(refused) == (503, "shutting_down")
         assert "retry-after" in refused.headers
         assert not draining.done()
@@ -143,7 +143,7 @@ async def test_an_idle_server_ends_at_once(admission: Admission) -> None:
 
 async def test_at_the_deadline_work_stops_and_clients_are_told(work: Work, admission: Admission) -> None:
     async with client(work, admission) as http:
-        whole, stream = await begin(work, [http.post("/"), http.post("/stream")])
+        whole, stream = await begin(work, [http.post("/whole"), http.post("/stream")])
         assert not await admission.drain(0.05)
         admission.end_all()
         assert await admission.drain(5)
@@ -156,7 +156,7 @@ async def test_at_the_deadline_work_stops_and_clients_are_told(work: Work, admis
 
 async def test_a_request_that_takes_too_long_is_ended(work: Work, admission: Admission) -> None:
     async with client(work, admission, 0.05) as http:
-        whole, stream = await asyncio.gather(http.post("/"), http.post("/stream"))
+        whole, stream = await asyncio.gather(http.post("/whole"), http.post("/stream"))
     assert code(whole) == (504, "request_timeout")
     assert whole.headers["x-should-retry"] == "false"
     assert '"code": "request_timeout"' in stream.text
@@ -167,6 +167,6 @@ async def test_a_request_that_takes_too_long_is_ended(work: Work, admission: Adm
 async def test_a_request_in_time_is_left_alone(work: Work, admission: Admission) -> None:
     work.go_on.set()
     async with client(work, admission, 0.05) as http:
-        assert (await http.post("/")).json() == {"is": "done"}
+        assert (await http.post("/whole")).json() == {"is": "done"}
         await asyncio.sleep(0.1)
         assert (await http.post("/stream")).text == "data: one\n\ndata: two\n\n"
