@@ -1,4 +1,4 @@
-"""Writes Grafana's two dashboards from the tables in deploy/panels.py: `python -m deploy.dashboards`.
+"""Writes Grafana's two dashboards from the tables in deploy/tables.py: `python -m deploy.dashboards`.
 
 Grafana's own export of a dashboard is a thousand lines that nobody reads; a table of questions and queries is read, and
 a test holds the files to it. Knows Grafana's format, no metrics.
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.panels import DASHBOARDS, Panel, Row
+from deploy.panels import Panel, Row
+from deploy.tables import DASHBOARDS
 
 FOLDER = Path(__file__).resolve().parent / "monitoring" / "grafana" / "dashboards"
 DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
