@@ -1,8 +1,9 @@
 """Messages to n prompts: each specialist's own chat template and tokenizer, and one engine input out of all of them.
 
 Every specialist reads the same content: what its template cannot show is folded into the first user turn
-(`gating.templates`). The longest rendering is canonical; all n travel beside it. A raw prompt is the same for all.
-Rendering runs in threads, off the event loop. Knows text and token ids, neither HTTP nor the engine.
+(`gating.templates`), and special tokens that it spells out are text to all (`server.literals`). The longest rendering
+is canonical; all n travel beside it. A raw prompt is the same for all. Rendering runs in threads, off the event loop.
+Knows text and token ids, neither HTTP nor the engine.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from gating.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
 from gating.templates import TemplateError, fold_messages
 from server.engine.prompts import SPECIALIST_PROMPTS
 from server.errors import ContextTooLong, InvalidRequest
+from server.literals import Literals, Marked
 
 Messages = Sequence[Any]
 
@@ -49,6 +51,7 @@ class SpecialistRenderer:
         self.template: str = tokenizer.get_chat_template(specialist.chat_template)
         self._max_chars_per_token: int = tokenizer.max_chars_per_token
         self._eos_token = tokenizer.convert_ids_to_tokens(eos_token_id)
+        self._literals = Literals(tokenizer)
         self._renderer = HfRenderer(config, tokenizer)
 
     def render(self, messages: Messages, chat_params: ChatParams, tok_params: TokenizeParams) -> Rendering:
@@ -58,31 +61,54 @@ class SpecialistRenderer:
             InvalidRequest: the conversation cannot be put through the template.
             ContextTooLong: the text alone shows that the prompt is too long.
         """
-        folded, own_params = self._fold(messages, chat_params)
-        conversation, prompt = self._renderer.render_messages(folded, own_params)
-        self._check_text(prompt["prompt"], tok_params)
-        tokens = self._renderer.tokenize_prompt(prompt, _untruncated(tok_params))
-        return Rendering(conversation, tokens["prompt"], tokens["prompt_token_ids"])
+        marked, own_params = self._fold(messages, chat_params)
+        conversation, prompt = self._renderer.render_messages(marked.value, own_params)
+        token_ids: list[int] = []
+        for text, params in self._pieces(marked, prompt["prompt"], tok_params):
+            if params is None:
+                token_ids += self._literals.token_ids[text]
+            else:
+                token_ids += self._renderer.tokenize_prompt({"prompt": text}, params)["prompt_token_ids"]
+        return Rendering(marked.restore(conversation), marked.restore(prompt["prompt"]), token_ids)
 
     async def render_async(self, messages: Messages, chat_params: ChatParams, tok_params: TokenizeParams) -> Rendering:
         """As `render`, without blocking the event loop."""
-        folded, own_params = await asyncio.to_thread(self._fold, messages, chat_params)
-        conversation, prompt = await self._renderer.render_messages_async(folded, own_params)
-        self._check_text(prompt["prompt"], tok_params)
-        tokens = await self._renderer.tokenize_prompt_async(prompt, _untruncated(tok_params))
-        return Rendering(conversation, tokens["prompt"], tokens["prompt_token_ids"])
+        marked, own_params = await asyncio.to_thread(self._fold, messages, chat_params)
+        conversation, prompt = await self._renderer.render_messages_async(marked.value, own_params)
+        token_ids: list[int] = []
+        for text, params in self._pieces(marked, prompt["prompt"], tok_params):
+            if params is None:
+                token_ids += self._literals.token_ids[text]
+            else:
+                tokens = await self._renderer.tokenize_prompt_async({"prompt": text}, params)
+                token_ids += tokens["prompt_token_ids"]
+        return Rendering(marked.restore(conversation), marked.restore(prompt["prompt"]), token_ids)
 
-    def _fold(self, messages: Messages, chat_params: ChatParams) -> tuple[list[Any], ChatParams]:
+    def _fold(self, messages: Messages, chat_params: ChatParams) -> tuple[Marked, ChatParams]:
         kwargs = chat_params.chat_template_kwargs
         try:
             folded, tools = fold_messages(messages, kwargs.get("tools"), self.template)
         except TemplateError as error:
             raise InvalidRequest(str(error), "messages") from error
-        own_kwargs = {**kwargs, "tools": tools, "eos_token": self._eos_token}
-        return folded, replace(chat_params, chat_template=self.template, chat_template_kwargs=own_kwargs)
+        marked = self._literals.mark({"messages": folded, "tools": tools})
+        own_kwargs = {**kwargs, "tools": marked.value["tools"], "eos_token": self._eos_token}
+        own_params = replace(chat_params, chat_template=self.template, chat_template_kwargs=own_kwargs)
+        return replace(marked, value=marked.value["messages"]), own_params
 
-    def _check_text(self, text: str, tok_params: TokenizeParams) -> None:
+    def _pieces(self, marked: Marked, text: str, tok_params: TokenizeParams) -> list[tuple[str, TokenizeParams | None]]:
+        """The rendered text in pieces to be tokenized by themselves; None where a piece is a literal."""
         _check_text(text, tok_params, self._max_chars_per_token, "messages")
+        pieces = marked.split(text)
+        limit = tok_params.max_total_tokens
+        if limit is not None and len(pieces) > 2 * limit:  # each literal has a token at least
+            found = f"your messages resulted in {len(pieces)} pieces between special tokens"
+            raise ContextTooLong(_too_long(limit, found), "messages")
+        first = _untruncated(tok_params)
+        others = replace(first, add_special_tokens=False)
+        return [
+            (piece, None if is_literal else others if index else first)
+            for index, (piece, is_literal) in enumerate(pieces)
+        ]
 
 
 class FusedRenderer(HfRenderer):
