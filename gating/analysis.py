@@ -3,7 +3,6 @@
 Puts the parts of `gating/analyzing/` together. See docs/evaluation.md.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gating.commands import CommandError, parse_command
+from gating.commands import CommandError, parse_command, require
 from gating.training_settings import Count, Precision
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
     Raises:
         CommandError, FusionError: what cannot be done, before any weight is loaded.
     """
-    _require("matplotlib")
+    require("matplotlib", "eval")
     output = _folder(settings.output)
     contents: dict[str, bytes] = {}
     if settings.run:
@@ -121,7 +120,7 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
 
 def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
     """Read the conversations; contents of the files that show the gate, by name."""
-    _require("datasets")
+    require("datasets", "eval")
     from gating.analyzing.lettering import draw_tokens
     from gating.analyzing.page import render_page
     from gating.analyzing.pictures import draw_entropy, draw_heatmap, png
@@ -205,15 +204,6 @@ def _shown(settings: AnalysisSettings, task: "ReadingTask", reading: "GateReadin
         show(reading, domain, number, place, rows[place], tokenizer)
         for domain, number, place in choose(reading, settings.samples, settings.seed)
     ]
-
-
-def _require(package: str) -> None:
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise CommandError(f"{package} is not installed; install ultrafuser[eval]") from error
 
 
 def _folder(output: str) -> Path:

@@ -4,6 +4,7 @@ Knows argparse and pydantic, and no command. Imports no torch, so that `--help` 
 """
 
 import argparse
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -14,6 +15,20 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 class CommandError(ValueError):
     """What was asked for cannot be done. One line that names the flag, file or field and the way out."""
+
+
+def require(package: str, extra: str) -> None:
+    """See to it that a package is there, before hours of work need it.
+
+    Raises:
+        CommandError: it is not; names the extra that brings it.
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise CommandError(f"{package} is not installed; install ultrafuser[{extra}]") from error
 
 
 def parse_command(

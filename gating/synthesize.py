@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from gating.commands import CommandError, parse_command
+from gating.commands import CommandError, parse_command, require
 from gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def _make(settings: BaseModel) -> int:
     structure = settings.structure()
     if settings.dry_run:
         return _estimate(settings, structure)
+    for package in ("datasketch", "py3langid"):
+        require(package, "data")
     from gating.synthesis.make import make
 
     ending = asyncio.run(make(settings, structure))
@@ -78,7 +80,7 @@ def _make(settings: BaseModel) -> int:
 
 
 def _estimate(settings: MakeSettings, structure: "Structure") -> int:
-    from gating.run_folder import SETTINGS_FILE, keep_settings
+    from gating.run_folder import SETTINGS_FILE, keep_settings, sole_run
     from gating.synthesis.estimate import describe, estimate
     from gating.synthesis.store import Store
 
@@ -86,8 +88,8 @@ def _estimate(settings: MakeSettings, structure: "Structure") -> int:
     if not (folder / SETTINGS_FILE).exists():
         print("\n".join(describe(estimate(structure, None), settings.prices)))
         return 0
-    keep_settings(folder, structure.as_json())
-    with Store(folder) as store:
+    with sole_run(folder), Store(folder) as store:
+        keep_settings(folder, structure.as_json())
         print("\n".join(describe(estimate(structure, store), settings.prices)))
     return 0
 

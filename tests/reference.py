@@ -1,12 +1,16 @@
-"""What the Transformers reference says of tokens that are given."""
+"""What the Transformers reference says of tokens that are given, and to a conversation."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from gating.decoding import left_pad
+from gating.decoding import Generation, left_pad
+from gating.fusion import FusionConfig
 from gating.modeling import UltraFuserForCausalLM
+from gating.templates import fold_messages
 
 
 def read(model: UltraFuserForCausalLM, prompts: list[list[int]], given: list[int]) -> tuple[Tensor, Tensor]:
@@ -29,3 +33,20 @@ def read(model: UltraFuserForCausalLM, prompts: list[list[int]], given: list[int
 def read_text(model: UltraFuserForCausalLM, token_ids: list[int]) -> Tensor:
     """Log probabilities [T - 1, V] at each token of a text but the first, which all specialists read as it is."""
     return read(model, [token_ids[:1]] * len(model.specialists), token_ids[1:])[0]
+
+
+def answer(
+    fusion: FusionConfig, messages: Sequence[Mapping[str, Any]], max_new_tokens: int
+) -> tuple[Generation, list[list[int]]]:
+    """The greedy answer, and the prompts it answers: one for every specialist, in the specialist's own template."""
+    prompts = []
+    for specialist in fusion.specialists:
+        tokenizer = AutoTokenizer.from_pretrained(specialist.model)
+        assert specialist.chat_template is not None
+        folded, _ = fold_messages(messages, None, specialist.chat_template)
+        text = tokenizer.apply_chat_template(
+            folded, chat_template=specialist.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        prompts.append(tokenizer.encode(text, add_special_tokens=False))
+    (generation,) = UltraFuserForCausalLM.from_fusion(fusion).generate([prompts], max_new_tokens=max_new_tokens)
+    return generation, prompts

@@ -11,7 +11,6 @@ from typing import Any
 from gating.endpoint import Endpoint
 from gating.synthesis.forms import Form
 from gating.synthesis.limits import CHARACTERS_PER_TOKEN, Account, Call, RateLimit
-from gating.synthesis.records import seed_of
 from gating.synthesis.task import Task
 from gating.wire import Completion, FailedError
 
@@ -68,8 +67,8 @@ class Asker:
         self._format = 0
         """0: JSON schemas, 1: JSON objects, 2: nothing is asked for."""
 
-    async def ask(self, task: Task, messages: Sequence[dict[str, str]], attempt: int) -> tuple[Completion, Tokens]:
-        """An answer, and what it used.
+    async def ask(self, task: Task, messages: Sequence[dict[str, str]], seed: int) -> tuple[Completion, Tokens]:
+        """An answer, and what it used; `seed` may be any integer.
 
         Raises:
             FailedError: there is none.
@@ -84,7 +83,7 @@ class Asker:
             "messages": messages,
             "temperature": sampling.temperature if task.form else sampling.response_temperature,
             "max_tokens": max_tokens,
-            "seed": (seed_of(task.id) + attempt) % 2**31,
+            "seed": seed % 2**31,
         }
         async with await self._account.open(characters, max_tokens) as call:
             await self._requests.take(1)

@@ -4,6 +4,7 @@ Everything happens in one event loop, so the store has one writer. An answer tha
 more, with the reason. Knows asking, checks and the store; does not know what the stages are for.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,9 +77,10 @@ class Runner:
     async def _make(self, task: Task) -> None:
         messages = task.render()
         used = Tokens()
+        seed = self._seed(task)
         try:
             for attempt in range(2):
-                completion, own = await self._asker.ask(task, messages, attempt)
+                completion, own = await self._asker.ask(task, messages, seed + attempt)
                 used = Tokens(used.prompt + own.prompt, used.completion + own.completion)
                 try:
                     entries = read_answer(task, completion, is_last=attempt == 1)
@@ -86,17 +88,25 @@ class Runner:
                 except UnusableError as error:
                     messages = [*messages, *_repair(completion.text, str(error))]
             self._num_refused = 0
-            self._store.append(self._record(task, entries, used))
+            self._store.append(self._record(task, entries, used, seed))
         except RejectedError as error:
+            self._num_refused = 0
             self._store.append_miss(_miss(task, error.reason, error.detail, used, is_final=True))
         except FailedError as error:
             reason = REFUSED_BY_SERVER if error.is_final else FAILED
+            before = self._store.miss(task.id)
             self._store.append_miss(_miss(task, reason, str(error), used, is_final=False))
-            self._check_refusals(error)
-        except BudgetSpentError:
+            if before is None or before.reason != REFUSED_BY_SERVER:  # a run begins with what the last one was refused
+                self._check_refusals(error)
+        except (BudgetSpentError, EndpointError, asyncio.CancelledError) as error:
             if used != Tokens():  # between the two tries
-                self._store.append_miss(_miss(task, FAILED, "the budget was spent", used, is_final=False))
+                detail = f"ended between two tries: {type(error).__name__}"
+                self._store.append_miss(_miss(task, FAILED, detail, used, is_final=False))
             raise
+
+    def _seed(self, task: Task) -> int:
+        """For the first of two tries; another one after each rejection, or the same answer would come again."""
+        return seed_of(task.id) + 2 * self._store.num_rejections(task.id)
 
     def _check_refusals(self, error: FailedError) -> None:
         """What the server refuses to everybody is no matter of single calls."""
@@ -104,7 +114,7 @@ class Runner:
         if self._num_refused >= MOST_REFUSED:
             raise EndpointError(f"base_url: the server refuses every call ({error}); correct what it names")
 
-    def _record(self, task: Task, entries: list[Entry], used: Tokens) -> Record:
+    def _record(self, task: Task, entries: list[Entry], used: Tokens, seed: int) -> Record:
         items = [
             Item(id=identify(task.id, place), text=entry.text, note=entry.note, relation=entry.relation, reject=problem)
             for place, entry in enumerate(entries)
@@ -122,7 +132,7 @@ class Runner:
             is_complex=task.is_complex,
             prompt=task.prompt_identity,
             model=self._asker.sampling.model,
-            seed=seed_of(task.id),
+            seed=seed,
             messages=task.messages,
             items=tuple(items),
             prompt_tokens=used.prompt,

@@ -46,6 +46,7 @@ class Store:
         self._closed: dict[str, dict[str, Any]] = self._read_manifest()
         self._ids: dict[str, set[str]] = {}
         self._misses: dict[str, Miss] = {}
+        self._num_rejections: Counter[str] = Counter()
         self._open: dict[str, _Shard] = {}
         self._tokens: Counter[str] = Counter()
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,10 @@ class Store:
     def miss(self, identity: str) -> Miss | None:
         """The last miss of a call that is not made yet."""
         return self._misses.get(identity)
+
+    def num_rejections(self, identity: str) -> int:
+        """How many answers to a call were rejected."""
+        return self._num_rejections[identity]
 
     @property
     def misses(self) -> tuple[Miss, ...]:
@@ -153,6 +158,7 @@ class Store:
 
     def _note(self, miss: Miss) -> None:
         self._tokens += Counter(prompt=miss.prompt_tokens, completion=miss.completion_tokens)
+        self._num_rejections[miss.id] += miss.is_final
         if miss.id not in self.ids(miss.stage):
             self._misses[miss.id] = miss
 

@@ -147,6 +147,17 @@ class Page:
         asked = [event["params"] for event in self._events if event["method"] == "Network.requestWillBeSent"]
         return [{**params["request"], "id": params["requestId"]} for params in asked]
 
+    def body(self, request_id: str) -> str:
+        """The text of a response, once the browser has all of it."""
+
+        def has_ended() -> bool:
+            self.call("Runtime.getHeapUsage")
+            ended = [event["params"] for event in self._events if event["method"] == "Network.loadingFinished"]
+            return any(params["requestId"] == request_id for params in ended)
+
+        wait_for(has_ended, "the response has ended")
+        return str(self.call("Network.getResponseBody", requestId=request_id)["body"])
+
     def forget(self) -> None:
         """Forget problems and requests up to now."""
         self._events.clear()
@@ -170,14 +181,15 @@ class Chromium:
         wait_for(lambda: self._port_file.exists() and self._port_file.read_text(), "Chromium listens", START_SECONDS)
         port, browser_path = self._port_file.read_text().split()
         downloads = self._port_file.parent / "downloads"
-        with connect(f"ws://127.0.0.1:{port}{browser_path}", open_timeout=START_SECONDS) as socket:
+        with connect(f"ws://127.0.0.1:{port}{browser_path}", open_timeout=START_SECONDS) as browser:
+            # As long as this connection lasts.
             allowed = {"behavior": "allow", "downloadPath": str(downloads)}
-            socket.send(json.dumps({"id": 1, "method": "Browser.setDownloadBehavior", "params": allowed}))
-            socket.recv(ANSWER_SECONDS)
-        targets = httpx.get(f"http://127.0.0.1:{port}/json/list", timeout=START_SECONDS).json()
-        address = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
-        with connect(address, max_size=None, open_timeout=START_SECONDS) as socket:
-            yield Page(socket, downloads)
+            browser.send(json.dumps({"id": 1, "method": "Browser.setDownloadBehavior", "params": allowed}))
+            browser.recv(ANSWER_SECONDS)
+            targets = httpx.get(f"http://127.0.0.1:{port}/json/list", timeout=START_SECONDS).json()
+            address = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
+            with connect(address, max_size=None, open_timeout=START_SECONDS) as socket:
+                yield Page(socket, downloads)
 
     def end(self) -> None:
         """End it and its helpers."""

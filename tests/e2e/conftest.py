@@ -19,7 +19,7 @@ NO_SPACES = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 """A random model, free to write spaces between JSON tokens, would write nothing else."""
 
 POISON = 259
-"""A token from which on one specialist, "code", computes NaN. Its byte, 0xFF, is in no text."""
+"""A token from which on one specialist, "code", computes NaN. Its byte, 0xFF, is in no text, and none draws it."""
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +30,13 @@ def tiny_fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     that it only notices a client has left when everything is generated.
     """
     path = write_tiny_fusion(tmp_path_factory.mktemp("tiny-e2e"), num_layers=(8, 12, 10))
-    weights = path.parent / "code" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["model.embed_tokens.weight"][POISON] = math.nan
-    save_file(tensors, weights, metadata={"format": "pt"})
+    for marker, name in enumerate(("text", "code", "math")):
+        weights = path.parent / name / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["lm_head.weight"][POISON, marker] = -150  # of 0.1 to 0.3 at every token: less likely than others by e^-40
+        if name == "code":
+            tensors["model.embed_tokens.weight"][POISON] = math.nan
+        save_file(tensors, weights, metadata={"format": "pt"})
     return path
 
 

@@ -67,7 +67,7 @@ def bodies(page: Page) -> list[Any]:
 
 def received(page: Page) -> list[Any]:
     """The events of the latest answer, as they came over the wire."""
-    body = page.call("Network.getResponseBody", requestId=chats(page)[-1]["id"])["body"]
+    body = page.body(chats(page)[-1]["id"])
     lines = [line.removeprefix("data: ") for line in body.splitlines() if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]

@@ -12,11 +12,10 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
 from gating.fusion import load_fusion
-from gating.modeling import UltraFuserForCausalLM
-from gating.templates import fold_messages
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.fakes import EOS_ID
+from tests.reference import answer
 
 HI: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "Be brief."},
@@ -47,19 +46,7 @@ def ask_in_form(client: openai.OpenAI, **options: Any) -> Any:
 
 
 def test_the_greedy_response_is_the_references(client: openai.OpenAI, tiny_fusion: Path) -> None:
-    fusion = load_fusion(tiny_fusion)
-    from transformers import AutoTokenizer
-
-    prompts = []
-    for specialist in fusion.specialists:
-        tokenizer = AutoTokenizer.from_pretrained(specialist.model)
-        assert specialist.chat_template is not None
-        messages, _ = fold_messages(HI, None, specialist.chat_template)
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=specialist.chat_template, tokenize=False, add_generation_prompt=True
-        )
-        prompts.append(tokenizer.encode(text, add_special_tokens=False))
-    (expected,) = UltraFuserForCausalLM.from_fusion(fusion).generate([prompts], max_new_tokens=24)
+    expected, prompts = answer(load_fusion(tiny_fusion), HI, max_new_tokens=24)
     assert expected.top2_gap.min() > 1e-3
     response = ask(client, extra_body={"ignore_eos": True, "return_token_ids": True})
     assert response.choices[0].token_ids == expected.token_ids
