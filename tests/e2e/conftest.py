@@ -33,7 +33,7 @@ def tiny_fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for marker, name in enumerate(("text", "code", "math")):
         weights = path.parent / name / "model.safetensors"
         tensors = load_file(weights)
-        tensors["lm_head.weight"][POISON, marker] = -150  # of 0.1 to 0.3 at every token: less likely than others by e^-40
+        tensors["lm_head.weight"][POISON, marker] = -150  # times 0.1 to 0.3: unlikely by e^-40
         if name == "code":
             tensors["model.embed_tokens.weight"][POISON] = math.nan
         save_file(tensors, weights, metadata={"format": "pt"})
