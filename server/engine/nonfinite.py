@@ -1,7 +1,8 @@
 """The end of a request for which a specialist or the gate computed NaN or infinity; no other request is touched.
 
 Such values stay in the request's KV blocks, so these must not be found again by their content, and must be zeroed
-before they hold another request's values: attention multiplies what it does not see by zero, and NaN stays NaN.
+before they hold another request's values: attention multiplies what it does not see by zero, and NaN stays NaN. A
+request may also leave, or be preempted, before such a value is found: what no row has vouched for is zeroed, too.
 """
 
 from vllm.exceptions import GenerationError

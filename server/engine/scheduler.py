@@ -75,7 +75,9 @@ class FusedSchedulerMixin(Scheduler):
         self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()
-        self._soiled_block_ids: list[int] = []
+        self._num_found: dict[str, int] = {}
+        """Tokens whose blocks were found in the prefix cache, by request."""
+        self._soiled_block_ids: set[int] = set()
         coordinator = self.kv_cache_manager.coordinator
         announce = coordinator.cache_blocks
         coordinator.cache_blocks = lambda request, num_computed_tokens: announce(
@@ -97,6 +99,13 @@ class FusedSchedulerMixin(Scheduler):
         if wants_weights(request.sampling_params):
             self._wanting.add(request.request_id)
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """As vLLM's; notes what new requests find in the prefix cache."""
+        output = super().schedule(*args, **kwargs)
+        for request in output.scheduled_new_reqs:
+            self._num_found[request.req_id] = request.num_computed_tokens
+        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -126,18 +135,38 @@ class FusedSchedulerMixin(Scheduler):
             for block_id in group
         }
         ended: list[Request] = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
-        self.kv_cache_manager.evict_blocks(block_ids)
-        blocks = self.kv_cache_manager.block_pool.blocks
-        self._soiled_block_ids += [block_id for block_id in block_ids if blocks[block_id].ref_cnt == 0]
+        self._clean(block_ids)
         return ended
 
+    def _clean(self, block_ids: set[int]) -> None:
+        """Have freed blocks zeroed before they are used again, and not found again by their content."""
+        self.kv_cache_manager.evict_blocks(block_ids)
+        blocks = self.kv_cache_manager.block_pool.blocks
+        self._soiled_block_ids |= {block_id for block_id in block_ids if blocks[block_id].ref_cnt == 0}
+
     def _get_new_block_ids_to_zero(self) -> list[int] | None:
-        soiled, self._soiled_block_ids = self._soiled_block_ids, []
+        soiled, self._soiled_block_ids = self._soiled_block_ids, set()
         return [*(super()._get_new_block_ids_to_zero() or ()), *soiled] or None
+
+    def _free_request_blocks(self, request: Request) -> None:
+        unseen = self._unseen_blocks(request)
+        super()._free_request_blocks(request)
+        self._clean(unseen)
+
+    def _unseen_blocks(self, request: Request) -> set[int]:
+        """Blocks of which no row has shown yet that all in them is finite: the last ones, or of a prompt that is not
+        read to its end all that were computed. A step that is under way may still write to them."""
+        if request.num_output_tokens:
+            start = max(request.num_tokens - self._lags[request.request_id], 0)
+        else:
+            start = self._num_found.get(request.request_id, 0)
+        groups = self.kv_cache_manager.get_block_ids(request.request_id)
+        return {block_id for group in groups for block_id in group[start // self.block_size :]}
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._lags.pop(request.request_id, None)
+        self._num_found.pop(request.request_id, None)
         self._wanting.discard(request.request_id)
 
 

@@ -75,6 +75,25 @@ def test_nan_in_a_prompt_ends_that_request_and_no_other(engine_of: Engines, judg
     assert blamed(engine) == []
 
 
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_a_client_that_leaves_before_the_nan_is_found_leaves_none_behind(
+    engine_of: Engines, judge: Judge, configuration: str, steps: int
+) -> None:
+    """In a prompt that is not read to its end, and in the step that computes it."""
+    engine = engine_of(configuration)
+    extra = {FORCED_TOKEN_IDS: [5, 6, POISON, 8, 9, 10]}
+    leaving = [
+        Arrival(with_poison(random_prompts((90, 120, 70), seed=50), 1), greedy(8), abort_after=steps),
+        Arrival(random_prompts((12, 9, 31), seed=51), greedy(6, extra_args=extra), abort_after=steps),
+    ]
+    with poisoned(engine, 1):
+        engine.generate(leaving)
+    blamed(engine)
+    assert_exact(engine.generate(healthy_arrivals()), judge)
+    assert blamed(engine) == []
+
+
 @pytest.mark.parametrize("configuration", ["sync", "async", "async-pressure-budget-16"])
 def test_tokens_before_the_nan_are_handed_out(engine_of: Engines, configuration: str) -> None:
     engine = engine_of(configuration)
