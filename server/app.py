@@ -82,8 +82,8 @@ def _ended_with(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextMan
 
 
 def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission) -> None:
-    """From the inside out: admission, keys, request counts (of refused ones, too), hosts, CORS (whose preflights carry
-    no key), headers, log."""
+    """From the inside out: admission, keys, request counts (of refused ones, too), hosts, headers, CORS (whose
+    preflights carry no key), log."""
     app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout)
     if settings.api_key:
         quotas = [Quota(settings.requests_per_minute, settings.concurrent_requests) for _ in settings.api_key]
@@ -93,13 +93,13 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission
     count_http_requests(app)
     if settings.allowed_host:
         app.add_middleware(TrustedHosts, hosts=settings.allowed_host)
+    app.add_middleware(HeaderCount)
     if settings.allowed_origin:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "x-should-retry", "retry-after"],
         )
-    app.add_middleware(HeaderCount)
     app.add_middleware(RequestLog)

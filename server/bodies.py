@@ -31,7 +31,10 @@ _VALUES_PER_ITEM = 16
 """How many values a wide field may have altogether, for each item that one array or object may have."""
 
 _MESSAGE: TypeAdapter[Any] = TypeAdapter(ChatCompletionMessageParam)
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+"""Each byte is looked at once: possessive, and a string without an end is one, too."""
+_INTEGERS = range(-(2**63), 2**64)
+"""What can be sent to the engine."""
 
 
 class JsonRoute(APIRoute):
@@ -113,8 +116,8 @@ def check_shape(value: Any, max_items: int) -> None:
     """Bound the number of values before they are validated, which would report each wrong one: that takes minutes.
 
     Raises:
-        InvalidRequest: no object; an array or object with more than `max_items` entries, token ids apart; or too many
-            values altogether. Names the field of the body.
+        InvalidRequest: no object; an array or object with more than `max_items` entries, token ids apart; too many
+            values altogether; or an integer beyond 64 bits. Names the field of the body.
     """
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.")
@@ -126,6 +129,7 @@ def check_shape(value: Any, max_items: int) -> None:
 
 def _check_field(name: str, value: Any, max_items: int) -> None:
     budget = max_items * (_VALUES_PER_ITEM if name in WIDE_FIELDS else 1)
+    _check_integers([value], name)
     pending = [value] if isinstance(value, dict | list) else []
     while pending:
         container = pending.pop()
@@ -133,7 +137,8 @@ def _check_field(name: str, value: Any, max_items: int) -> None:
         budget -= len(container)
         if budget < 0:
             raise InvalidRequest(f"{name}: has too many values; send less.", name)
-        inner = container.values() if isinstance(container, dict) else container
+        inner = list(container.values()) if isinstance(container, dict) else container
+        _check_integers(inner, name)
         pending += [item for item in inner if isinstance(item, dict | list) and not _is_prompt(name, item)]
 
 
@@ -141,6 +146,11 @@ def _check_count(container: Mapping[str, Any] | list[Any], max_items: int, field
     if len(container) > max_items:
         place = field or "body"
         raise InvalidRequest(f"{place}: {len(container)} entries in one array or object, at most {max_items}.", field)
+
+
+def _check_integers(values: list[Any], field: str) -> None:
+    if any(type(value) is int and value not in _INTEGERS for value in values):
+        raise InvalidRequest(f"{field}: an integer of more than 64 bits.", field)
 
 
 def _count_openings(text: bytes) -> int:

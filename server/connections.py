@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import InvalidRequest
@@ -46,18 +47,23 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.send_400_response(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
 
     def on_message_begin(self) -> None:
-        """The time for a further request on the same connection begins."""
+        """The time for a further request on the same connection begins.
+
+        Raises:
+            HttpParserError: there is an answer under way. Nobody sends requests behind each other; one whose body does
+                not come would hold its place for ever, and hide that the client has left.
+        """
+        if self._is_answering:
+            raise httptools.HttpParserError("a request behind another")
         super().on_message_begin()
         self._is_in_headers = True
         self._reading.start()
 
     def on_headers_complete(self) -> None:
-        """From here on the body is read; that of a request behind another one waits for its turn."""
+        """From here on the body is read."""
         super().on_headers_complete()
         self._is_in_headers = False
         self._num_header_bytes = 0
-        if self.pipeline:
-            self._reading.stop()
 
     def on_message_complete(self) -> None:
         """The request is there."""
@@ -81,7 +87,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """As uvicorn's, with OpenAI's error object."""
+        """As uvicorn's, with OpenAI's error object; not amid an answer, after which the connection will end."""
+        if self._is_answering:
+            self.cycle.keep_alive = False
+            return
         body = json.dumps(InvalidRequest(msg).body()).encode()
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
@@ -89,6 +98,10 @@ class GuardedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _give_up(self, reason: str) -> None:
         logger.info("closed the connection of a client that %s", reason)

@@ -31,6 +31,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
@@ -59,6 +60,17 @@ _NOT_AGAIN = {"x-should-retry": "false"}
 _SOON_AGAIN = {"Retry-After": "1"}
 
 
+def sanitized(message: str) -> str:
+    """A message without addresses, paths and tracebacks; cut before it is searched, which takes the square of its
+    length."""
+    cut = f"{message[:MAX_MESSAGE_CHARS]} [...]" if len(message) > MAX_MESSAGE_CHARS else message
+    return sanitize_message(cut)
+
+
+# vLLM's own error responses are made of whole messages.
+error_response.sanitize_message = sanitized
+
+
 class ApiError(Exception):
     """What a client is told instead of an answer: OpenAI's error object and its HTTP status."""
 
@@ -78,9 +90,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body: `{"error": {"message", "type", "param", "code"}}`."""
-        message = sanitize_message(self.message)
-        if len(message) > MAX_MESSAGE_CHARS:
-            message = message[:MAX_MESSAGE_CHARS] + " [...]"
+        message = sanitized(self.message)
         param = self.param and self.param[:MAX_PARAM_CHARS]
         return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 

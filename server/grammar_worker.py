@@ -1,7 +1,8 @@
 """The process that tries constraints out for `server/grammars.py`: a line of JSON in, a line with the verdict out.
 
 `ok`: compiled and applied to some tokens in time. `unknown`: xgrammar does not take it, so that vLLM decides. `slow`: a
-single token took too long. What takes for ever gets no verdict: whoever waits ends the process. Imports no vLLM.
+single token took too long. `large`: it needs more memory than it may. What takes for ever gets no verdict: whoever
+waits ends the process. Imports no vLLM.
 """
 
 import ctypes
@@ -43,11 +44,13 @@ class Trial:
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=2, cache_enabled=False)
 
     def verdict(self, kind: str, text: str) -> str:
-        """`ok`, `unknown` or `slow`."""
+        """`ok`, `unknown`, `slow` or `large`."""
         try:
             compiled = self._compile(kind, text)
-        except Exception:
-            return "unknown"
+        except MemoryError:
+            return "large"
+        except Exception as error:
+            return "large" if "bad_alloc" in str(error) else "unknown"
         return "ok" if self._is_quick(xgrammar.GrammarMatcher(compiled)) else "slow"
 
     def _compile(self, kind: str, text: str) -> Any:
@@ -57,9 +60,21 @@ class Trial:
             return self._compiler.compile_json_schema(text, any_whitespace=self._any_whitespace, separators=separators)
         if kind == "REGEX":
             return self._compiler.compile_regex(text)
+        if kind == "LARK":
+            return self._compiler.compile_lark(text)
         if kind == "STRUCTURAL_TAG":
-            return self._compiler.compile_structural_tag(text)
-        return self._compiler.compile_lark(text) if "::=" not in text else self._compiler.compile_grammar(text)
+            return self._compile_tag(json.loads(text))
+        return self._compiler.compile_grammar(text)
+
+    def _compile_tag(self, tag: Any) -> Any:
+        """The older form has `structures`."""
+        if "structures" not in tag:
+            return self._compiler.compile_structural_tag(json.dumps(tag))
+        items = [
+            xgrammar.StructuralTagItem(begin=item["begin"], schema=json.dumps(item["schema"]), end=item["end"])
+            for item in tag["structures"]
+        ]
+        return self._compiler.compile_structural_tag(items, tag["triggers"])
 
     def _is_quick(self, matcher: Any) -> bool:
         """Follow the constraint along random tokens, always the same ones, for as long as it does not have to end."""

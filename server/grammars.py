@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.request import get_structured_output_key
-from vllm.v1.structured_output.utils import choice_as_grammar
+from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 from server.errors import InvalidRequest
 
@@ -45,6 +45,7 @@ class GrammarCheck:
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._passed: OrderedDict[bytes, None] = OrderedDict()
+        self._trials: set[asyncio.Task[None]] = set()
 
     async def check(self, constraint: StructuredOutputsParams | None) -> None:
         """Let a constraint pass, or not; what the process does not understand is left to vLLM.
@@ -56,13 +57,11 @@ class GrammarCheck:
             return
         line = json.dumps(_described(constraint)).encode() + b"\n"
         digest = sha256(line).digest()
-        async with self._lock:
-            if digest not in self._passed:
-                await self._try(line)
-            self._passed[digest] = None
-            self._passed.move_to_end(digest)
-            if len(self._passed) > MAX_REMEMBERED:
-                self._passed.popitem(last=False)
+        # A client that leaves meanwhile does not end the process, which others wait for.
+        trial = asyncio.ensure_future(self._check(line, digest))
+        self._trials.add(trial)
+        trial.add_done_callback(self._forget)
+        await asyncio.shield(trial)
 
     async def close(self) -> None:
         """End the process."""
@@ -71,6 +70,20 @@ class GrammarCheck:
             if process.returncode is None:
                 process.kill()
             await process.wait()
+
+    async def _check(self, line: bytes, digest: bytes) -> None:
+        async with self._lock:
+            if digest not in self._passed:
+                await self._try(line)
+            self._passed[digest] = None
+            self._passed.move_to_end(digest)
+            if len(self._passed) > MAX_REMEMBERED:
+                self._passed.popitem(last=False)
+
+    def _forget(self, trial: "asyncio.Task[None]") -> None:
+        self._trials.discard(trial)
+        if not trial.cancelled():
+            trial.exception()  # looked at, also when nobody waits for it any more
 
     async def _try(self, line: bytes) -> None:
         if self._process is not None and self._process.returncode is not None:
@@ -87,9 +100,9 @@ class GrammarCheck:
         except ConnectionError:
             pass
         finally:
-            if not verdict:  # also when the client has left meanwhile: the answer would be the next one's
+            if not verdict:  # the answer would be the next one's
                 await self.close()
-        if not verdict:
+        if verdict.strip() in (b"", b"large"):
             raise _refused("needs too much memory")
         if verdict.strip() == b"slow":
             raise _refused("is too ambiguous to be applied to every token")
@@ -115,6 +128,8 @@ def _described(constraint: StructuredOutputsParams) -> dict[str, str]:
     if constraint.choice is not None:
         return {"kind": StructuredOutputOptions.GRAMMAR.name, "text": choice_as_grammar(constraint.choice)}
     kind, text = get_structured_output_key(constraint)
+    if kind == StructuredOutputOptions.GRAMMAR and grammar_is_likely_lark(text):
+        return {"kind": "LARK", "text": text}
     return {"kind": kind.name, "text": text}
 
 

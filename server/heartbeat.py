@@ -37,12 +37,10 @@ class Heartbeat:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last = clock()
-        self.num_steps = 0
 
     def step(self, _report: object = None) -> None:
         """The report of a step has arrived."""
         self._last = self._clock()
-        self.num_steps += 1
 
     def rest(self) -> None:
         """There is nothing to do."""

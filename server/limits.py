@@ -45,7 +45,8 @@ def check_limits(request: ChatCompletionRequest | CompletionRequest, limits: Lim
     if request.model == "":
         raise InvalidRequest("model: is empty; name the served model or leave the field out.", "model")
     _check_responses(request, limits.max_responses)
-    _check_stop(request.stop, limits.max_stop_chars)
+    _check_strings("stop", request.stop, limits.max_stop_chars)
+    _check_strings("bad_words", request.bad_words, limits.max_stop_chars)
     _check_bias(request.logit_bias or {})
     for name, number, most in _ranges(request, engine):
         if number is not None and not 0 <= number <= most:
@@ -87,10 +88,11 @@ def _num_prompts(request: ChatCompletionRequest | CompletionRequest) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-def _check_stop(stop: str | Sequence[str] | None, max_chars: int) -> None:
-    for text in [stop] if isinstance(stop, str) else stop or ():
+def _check_strings(field: str, strings: str | Sequence[str] | None, max_chars: int) -> None:
+    for text in [strings] if isinstance(strings, str) else strings or ():
         if not 1 <= len(text) <= max_chars:
-            raise InvalidRequest(f"stop: a string of {len(text)} characters; each must have 1 to {max_chars}.", "stop")
+            found = f"a string of {len(text)} characters; each must have 1 to {max_chars}"
+            raise InvalidRequest(f"{field}: {found}.", field)
 
 
 def _check_bias(logit_bias: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """POST /v1/gate/analyze: how much each specialist counts for every token of a given text."""
 
+import asyncio
 from collections.abc import Awaitable
 from typing import Annotated, Any, TypeVar
 
@@ -56,7 +57,7 @@ async def analyze(request: GateAnalysisRequest, raw_request: Request) -> JSONRes
 
 async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     """The first token is the prompt: nothing predicts it."""
-    first, *rest = _token_ids(serving, request.text, "text", add_special_tokens=True)
+    first, *rest = await _token_ids(serving, request.text or "", "text", add_special_tokens=True)
     if not rest:
         raise InvalidRequest("text: has one token only, which nothing predicts; send more.", "text")
     own: dict[str, Any] = {"prompt": [first], "logprobs": 0}
@@ -69,7 +70,7 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
 
 
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
-    answer = _token_ids(serving, request.answer, "answer", add_special_tokens=False)
+    answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
     given, asked.vllm_xargs = asked.vllm_xargs, None  # the server's own; what the user sent is looked at
     refuse_unfused_chat(asked)
@@ -112,8 +113,11 @@ def _common(request: GateAnalysisRequest, given: list[int]) -> dict[str, Any]:
     }
 
 
-def _token_ids(serving: Serving, text: str | None, param: str, *, add_special_tokens: bool) -> list[int]:
-    ids: list[int] = serving.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+async def _token_ids(serving: Serving, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    max_length: int = serving.engine.vllm_config.model_config.max_model_len
+    if len(text) > max_length * serving.tokenizer.max_chars_per_token:
+        raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param)
+    ids: list[int] = await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens=add_special_tokens)
     foreign = next((token_id for token_id in ids if token_id >= serving.num_shared_ids), None)
     if foreign is not None:
         raise InvalidRequest(f"{param}: token id {foreign} is not shared by all specialists; change the text.", param)

@@ -9,12 +9,13 @@ from typing import Any
 
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
 from gating.fusion import FusionConfig, inspect_fusion
 from server.engine.inputs import FusedInputProcessor
-from server.engine.nonfinite import raise_if_nonfinite
+from server.engine.nonfinite import raise_if_nan, raise_if_nonfinite
 from server.engine.options import build_engine_args
 from server.engine.report import StepFeed
 from server.engine.spec import EngineSpec
@@ -50,8 +51,18 @@ class FusedAsyncLLM(AsyncLLM):
                     raise_if_nonfinite(completion)
                     takeover.take(completion)
                 # vLLM streams them with the first part of each response; merged into another's part they are lost.
+                if output.prompt_logprobs and prompt_logprobs is None:
+                    raise_if_nan(output.prompt_logprobs)
                 prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
                 yield output
+
+    async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, which keeps the state of a request that could not be sent: for ever unfinished."""
+        try:
+            await super()._add_request(request, *args, **kwargs)
+        except BaseException:
+            await self.abort(request.request_id, internal=True)
+            raise
 
     @classmethod
     def from_fusion(cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None) -> "FusedAsyncLLM":

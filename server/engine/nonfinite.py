@@ -5,7 +5,10 @@ before they hold another request's values: attention multiplies what it does not
 request may also leave, or be preempted, before such a value is found: what no row has vouched for is zeroed, too.
 """
 
+import math
+
 from vllm.exceptions import GenerationError
+from vllm.logprobs import PromptLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request
@@ -40,4 +43,14 @@ def raise_if_nonfinite(completion: CompletionOutput) -> None:
         NonfiniteOutputError: it has.
     """
     if completion.finish_reason == "error" and completion.stop_reason == NONFINITE_OUTPUT:
+        raise NonfiniteOutputError
+
+
+def raise_if_nan(prompt_logprobs: PromptLogprobs) -> None:
+    """Tell the caller of a request whose prompt could not be scored: a value was lost before its last row showed it.
+
+    Raises:
+        NonfiniteOutputError: a log probability is NaN.
+    """
+    if any(math.isnan(entry.logprob) for table in prompt_logprobs if table for entry in table.values()):
         raise NonfiniteOutputError

@@ -10,7 +10,6 @@ step ahead computes tokens that nobody gets.
 Shapes: S specialists, T tokens of one step.
 """
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,24 +63,18 @@ def add_report(outputs: dict[int, EngineCoreOutputs], step: StepRecord, culprits
 
 
 class StepFeed:
-    """Receives the reports in the API process, and knows when the engine has last made a step."""
+    """Receives the reports in the API process."""
 
     def __init__(self, processor: OutputProcessor, specialists: Sequence[str]) -> None:
         """Stand between vLLM's output processor and its caller, from now on."""
         self._specialists = specialists
         self._listeners: list[Callable[[StepReport], None]] = []
         self._is_counted: list[bool] = []
-        self._last_step: float | None = None
         self._watch(processor)
 
     def listen(self, listener: Callable[[StepReport], None]) -> None:
         """Call back with each step's report; to be called before the first request."""
         self._listeners.append(listener)
-
-    @property
-    def seconds_since_step(self) -> float | None:
-        """Age of the engine's last step; None before the first."""
-        return None if self._last_step is None else time.monotonic() - self._last_step
 
     def _watch(self, processor: OutputProcessor) -> None:
         process, update = processor.process_outputs, processor.update_scheduler_stats
@@ -102,7 +95,6 @@ class StepFeed:
         processor.update_scheduler_stats = update_scheduler_stats
 
     def _receive(self, payload: dict[str, Any]) -> None:
-        self._last_step = time.monotonic()
         marks_TX = np.frombuffer(payload["marks"], np.float32).reshape(-1, len(self._specialists) + NUM_OTHER_MARKS)
         marks_TX = marks_TX[np.array(self._is_counted, dtype=bool)]
         report = StepReport(

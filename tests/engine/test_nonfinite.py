@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.logprobs import Logprob
 
 from server.engine.forcing import FORCED_TOKEN_IDS
-from server.engine.nonfinite import NONFINITE_OUTPUT
+from server.engine.nonfinite import NONFINITE_OUTPUT, NonfiniteOutputError, raise_if_nan
 from server.engine.weights import GATE_WEIGHTS
 from tests.engine.conftest import CONFIGURATIONS
 from tests.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
@@ -194,3 +195,9 @@ def test_blocks_of_a_request_that_went_wrong_are_not_found_again(
     (healed,) = engine.generate([Arrival(prompts, greedy(6))])
     assert healed.num_cached_tokens == 0
     assert list(healed.outputs[0].token_ids) == judge.tokens(prompts, 6)
+
+
+def test_a_prompt_with_a_log_probability_that_is_nan_ends_with_an_error() -> None:
+    raise_if_nan([None, {5: Logprob(-1.0)}, {6: Logprob(-math.inf)}])
+    with pytest.raises(NonfiniteOutputError):
+        raise_if_nan([None, {5: Logprob(-1.0), 7: Logprob(math.nan)}])

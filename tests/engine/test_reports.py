@@ -65,7 +65,6 @@ def test_a_report_reaches_another_process_without_the_tokens_that_nobody_waits_f
     reports: list[StepReport] = []
     feed = StepFeed(processor, ["x", "y"])
     feed.listen(reports.append)
-    assert feed.seconds_since_step is None
     processor.process_outputs(received.outputs)
     processor.update_scheduler_stats(received.scheduler_stats)
     (report,) = reports
@@ -122,6 +121,3 @@ def test_every_forward_pass_is_timed(engine_of: Callable[[str], InProcessEngine]
         assert parts.count("decode") >= 4
         assert "prefill" in parts
     assert sum(span.part == "gate" for span in spans) == sum(span.part == "mix" for span in spans) >= 5
-    age = engine.steps.seconds_since_step
-    assert age is not None
-    assert 0 <= age < 60

@@ -46,6 +46,7 @@ NO_JSON = {
     "deep objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
     "long number": b'{"seed": ' + b"9" * 5000 + b"}",
     "two values": b"{} {}",
+    "strings without end": b"[" * 33_000 + b'\\"' * 200_000,
 }
 
 
@@ -212,6 +213,10 @@ CHAT_BOUNDS: list[tuple[str | None, dict[str, Any]]] = [
     ("messages.0.content", {"messages": [{"role": "user", "content": [5] * 2000}] * 15}),
     ("messages.0.name", {"messages": [{"role": "user", "content": "Hi", "name": 5}] * 2000}),
     ("vllm_xargs", {"vllm_xargs": {str(key): [True] * 100 for key in range(1000)}}),
+    ("vllm_xargs", {"vllm_xargs": {"a": 2**64}}),
+    ("stream_interval", {"stream_interval": 2**64}),
+    ("bad_words", {"bad_words": ["a" * 5000]}),
+    ("bad_words", {"bad_words": ["", "a"]}),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}] * 2049}),
     ("n", {"n": 2, "temperature": 0}),
 ]
@@ -273,3 +278,20 @@ def _dumps(body: dict[str, Any]) -> str:
     for name, value in long:
         text = f'{text[:-1]}, "{name}": {value}}}'
     return text
+
+
+@pytest.mark.parametrize("url", [URL, "/v1/completions"])
+async def test_what_an_error_quotes_is_cut_before_it_is_searched(client: httpx.AsyncClient, url: str) -> None:
+    model = " " * 200_000 + 'File "", line , in '
+    body = (HI if url == URL else TEXT) | {"model": model}
+    start = time.process_time()
+    response = await client.post(url, json=body)
+    assert time.process_time() - start < MOST_CPU_SECONDS
+    check_error(response, 404, "model", "model_not_found")
+
+
+async def test_a_text_that_cannot_fit_is_not_tokenized(client: httpx.AsyncClient) -> None:
+    start = time.process_time()
+    response = await client.post("/v1/gate/analyze", json={"text": "a " * (MAX_BYTES // 2 - 100)})
+    assert time.process_time() - start < MOST_CPU_SECONDS
+    check_error(response, 400, "text", "context_length_exceeded")

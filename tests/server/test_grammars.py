@@ -1,5 +1,7 @@
 """Constraints that would hold up the engine are refused; all others pass, and are tried out once."""
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -35,6 +37,16 @@ PASSING: list[dict[str, Any]] = [
     {"grammar": 'root ::= "a" root | "b"'},
     {"json": {"type": "number", "multipleOf": 3}},
     {"regex": "("},
+    {"grammar": "// ::= in a comment\nstart: A\nA: /[a-z]+/"},
+    {
+        "structural_tag": json.dumps(
+            {
+                "type": "structural_tag",
+                "structures": [{"begin": "<a>", "schema": {"type": "integer"}, "end": "</a>"}],
+                "triggers": ["<a"],
+            }
+        )
+    },
 ]
 
 
@@ -49,14 +61,27 @@ async def test_what_is_quick_passes_and_is_tried_once(check: GrammarCheck) -> No
 
 
 AMBIGUOUS = "\n".join([*(f'r{i} ::= r{i + 1} r{i + 1} | "a"' for i in range(60)), 'r60 ::= "a"', "root ::= r0"])
+LARGE: dict[str, Any] = {
+    "type": "array",
+    "items": {"enum": [f"value number {number}" * 20 for number in range(60_000)]},
+}
 STALLING: list[dict[str, Any]] = [
     {"grammar": AMBIGUOUS},
-    {"json": {"type": "array", "items": {"enum": [f"value number {number}" * 20 for number in range(60_000)]}}},
+    {"json": LARGE},
+    {
+        "structural_tag": json.dumps(
+            {
+                "type": "structural_tag",
+                "structures": [{"begin": "<a>", "schema": LARGE, "end": "</a>"}],
+                "triggers": ["<a"],
+            }
+        )
+    },
 ]
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("constraint", STALLING, ids=["ambiguous", "large"])
+@pytest.mark.parametrize("constraint", STALLING, ids=["ambiguous", "large", "structures"])
 async def test_what_would_hold_up_the_engine_is_refused_in_time(
     check: GrammarCheck, constraint: dict[str, Any]
 ) -> None:
@@ -75,3 +100,16 @@ async def test_it_starts_anew_when_its_process_has_died(check: GrammarCheck) -> 
     process.kill()
     await process.wait()
     await check.check(StructuredOutputsParams(regex="d"))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_client_that_leaves_ends_nothing_that_others_wait_for(check: GrammarCheck) -> None:
+    await check.check(StructuredOutputsParams(regex="e"))
+    process = check._process
+    leaving = asyncio.create_task(check.check(StructuredOutputsParams(regex="f{1,200}")))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    await check.check(StructuredOutputsParams(regex="g"))
+    assert check._process is process
