@@ -50,7 +50,6 @@ def container(tmp_path: Path) -> Container:
         ([], "ultrafuser serve"),
         (["--max-num-seqs", "64"], "ultrafuser serve --max-num-seqs 64"),
         (["serve", "/fusion/my fusion.yaml"], "ultrafuser serve /fusion/my fusion.yaml"),
-        (["eval", "--help"], "ultrafuser eval --help"),
         (["python", "-V"], "python -V"),
     ],
 )
@@ -60,6 +59,12 @@ def test_a_container_serves_unless_it_is_told_otherwise(
     done = container.run(*arguments)
     assert done.stdout == f"{command}\n"
     assert done.returncode == 7
+
+
+def test_an_image_offers_no_command_whose_packages_it_lacks(container: Container) -> None:
+    done = container.run("train", "--help")
+    assert done.returncode == 127
+    assert done.stdout == ""
 
 
 def test_volumes_are_given_the_folders_that_are_written_to(container: Container) -> None:
