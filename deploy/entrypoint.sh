@@ -24,6 +24,6 @@ fi
 
 case "${1:-}" in
     "" | -*) set -- ultrafuser serve "$@" ;;
-    serve | train | eval | analyze | data) set -- ultrafuser "$@" ;;
+    serve) set -- ultrafuser "$@" ;;
 esac
 exec "$@"

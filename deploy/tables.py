@@ -43,13 +43,14 @@ SERVICE = [
             ),
             Panel(
                 "Requests in the engine",
-                "Running ones share every step; waiting ones have not begun.",
+                "Running ones share every step; waiting ones have not begun. Both stand still while the engine hangs;"
+                " unfinished ones are counted before it.",
                 "short",
                 {
                     "running": f"sum (vllm:num_requests_running{_ALL})",
                     "waiting": f"sum (vllm:num_requests_waiting{_ALL})",
+                    "unfinished": f"sum (fused_unfinished_requests{_ALL})",
                 },
-                is_stacked=True,
             ),
         ],
     ),

@@ -20,6 +20,10 @@ BUILD_INFO = Gauge(
 READY = Gauge("fused_ready", "1 while the server can generate: a token was produced, the engine lives, no shutdown.")
 ENGINE_UP = Gauge("fused_engine_up", "1 while the engine's processes live.")
 DRAINING = Gauge("fused_draining", "1 from the signal that ends the server: running requests finish, none is taken.")
+UNFINISHED = Gauge(
+    "fused_unfinished_requests",
+    "Requests that the engine has not finished; counted where they are sent from, so also while it hangs.",
+)
 SPECIALISTS = Gauge("fused_specialists", "Number of specialists that are fused.", ["model_name"])
 REFUSED = Counter("fused_refused_requests", "Requests that asked for what is not fused, by field.", ["param"])
 REJECTIONS = Counter("fused_rejections", "Requests that were turned away before they were looked at.", ["reason"])
@@ -34,11 +38,12 @@ def describe_build(model_name: str, num_specialists: int, vllm_version: str, gat
     SPECIALISTS.labels(model_name).set(num_specialists)
 
 
-def show_state(*, is_ready: bool, is_up: bool, is_draining: bool) -> None:
+def show_state(*, is_ready: bool, is_up: bool, is_draining: bool, num_unfinished: int) -> None:
     """Set the gauges of the server's state; they are looked up when somebody scrapes."""
     READY.set(is_ready)
     ENGINE_UP.set(is_up)
     DRAINING.set(is_draining)
+    UNFINISHED.set(num_unfinished)
 
 
 def count_http_requests(app: FastAPI) -> None:

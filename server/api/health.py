@@ -78,6 +78,7 @@ async def metrics(raw_request: Request) -> Response:
         is_ready=_obstacle(raw_request) is None,
         is_up=not state.serving.engine.errored,
         is_draining=state.readiness.is_ending,
+        num_unfinished=state.serving.engine.get_num_unfinished_requests(),
     )
     return scrape()
 

@@ -74,6 +74,15 @@ def test_services_policies_and_budgets_select_the_servers_pods(manifests: dict[s
     assert {item["metadata"]["namespace"] for item in manifests.values()} == {"ultrafuser"}
 
 
+def test_clients_need_the_documented_label_and_no_other(manifests: dict[str, dict[str, Any]]) -> None:
+    """The base's own labels were once added to those that a client must have: every client was locked out."""
+    (rule,) = manifests["NetworkPolicy"]["spec"]["ingress"]
+    clients, monitoring = rule["from"]
+    label = {"key": "ultrafuser/client", "operator": "In", "values": ["true"]}
+    assert clients == {"namespaceSelector": {}, "podSelector": {"matchExpressions": [label]}}
+    assert monitoring == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+
 def test_replicas_follow_the_queue_and_share_the_models() -> None:
     manifests = rendered("replicas")
     (metric,) = manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]

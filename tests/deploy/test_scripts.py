@@ -1,6 +1,8 @@
 """The scripts of deploy/, run as a container or a release would run them, with stand-ins for what is not here."""
 
 import os
+import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
+
+
+OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -50,7 +55,6 @@ def container(tmp_path: Path) -> Container:
         ([], "ultrafuser serve"),
         (["--max-num-seqs", "64"], "ultrafuser serve --max-num-seqs 64"),
         (["serve", "/fusion/my fusion.yaml"], "ultrafuser serve /fusion/my fusion.yaml"),
-        (["eval", "--help"], "ultrafuser eval --help"),
         (["python", "-V"], "python -V"),
     ],
 )
@@ -60,6 +64,12 @@ def test_a_container_serves_unless_it_is_told_otherwise(
     done = container.run(*arguments)
     assert done.stdout == f"{command}\n"
     assert done.returncode == 7
+
+
+def test_an_image_offers_no_command_whose_packages_it_lacks(container: Container) -> None:
+    done = container.run("train", "--help")
+    assert done.returncode == 127
+    assert done.stdout == ""
 
 
 def test_volumes_are_given_the_folders_that_are_written_to(container: Container) -> None:
@@ -125,6 +135,27 @@ def healthcheck(path: str, port: int) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "ULTRAFUSER_PORT": str(port)}
     command = [str(DEPLOY / "healthcheck.py"), path]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+
+
+def test_the_commands_of_operations_find_their_files_in_order(tmp_path: Path) -> None:
+    """The second block once named its files from another folder than the first one ends in."""
+    chapter = OPERATIONS.read_text().partition("## From nothing")[2].partition("\n## ")[0]
+    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
+    private = shutil.ignore_patterns(".env", "secrets", "fusion", "__pycache__")
+    shutil.copytree(DEPLOY, tmp_path / "work" / "deploy", ignore=private)
+    for name in ("docker", "kubectl", "openssl"):
+        program(
+            tmp_path / "bin", name, f'for word; do echo "$PWD/${{word##*=}}" >>{tmp_path}/{name}; done; echo secret'
+        )
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    shell = ["sh", "-euc", commands]
+    done = subprocess.run(shell, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+    places = [Path(place) for place in (tmp_path / "kubectl").read_text().splitlines() if "/deploy/" in place]
+    assert [place.name for place in places] == ["api_keys", "hf_token", "cpu"]
+    assert [place for place in places if not place.exists()] == []
+    assert f"{tmp_path}/work/deploy/compose" in (tmp_path / "docker").read_text()
+    assert (tmp_path / "work" / "deploy" / "secrets" / "api_keys").read_text() == "secret\n"
 
 
 @pytest.fixture

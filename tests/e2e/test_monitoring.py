@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,20 @@ def prometheus(server: ServerProcess, tmp_path: Path) -> Iterator[Prometheus]:
         yield prometheus
     finally:
         prometheus.end()
+
+
+@pytest.mark.slow
+def test_prometheus_sees_an_engine_hang_in_its_first_step(server: ServerProcess, prometheus: Prometheus) -> None:
+    """vLLM's gauges show a request only once a step has ended: the alert was blind here."""
+    (core,) = [child for child in server.children() if "EngineCor" in child.name()]
+    body = LONG_REQUEST | {"max_tokens": 4, "stream": False}
+    with ThreadPoolExecutor() as pool:
+        with stopped(core):
+            answer = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=body, timeout=60)
+            wait_for(lambda: "FusedEngineStalled" in prometheus.firing(), "the alert fires")
+            assert server.metric("vllm:num_requests_running{") == 0
+        assert answer.result().status_code == 200
+    wait_for(lambda: prometheus.firing() == {}, "the alert is resolved")
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ class ScriptedEngine:
     """Answers `SCRIPT`, token by token.
 
     `failure` is raised instead of token number `fails_at`; `errored` is what a dead engine reports; `prompts` are the
-    engine inputs it has received, `num_aborted` counts the requests whose consumer left before the end.
+    engine inputs it has received, `num_aborted` counts the requests whose consumer left before the end;
+    `num_unfinished` is how many it says it has in hand.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -31,6 +32,7 @@ class ScriptedEngine:
         self.prompts: list[Any] = []
         self.params: list[SamplingParams] = []
         self.num_aborted = 0
+        self.num_unfinished = 0
         self.errored = False
         self.failure: Exception | None = None
         self.fails_at = 0
@@ -45,6 +47,10 @@ class ScriptedEngine:
         """Raise the refusal that a test has set."""
         if self.refusal is not None:
             raise self.refusal
+
+    def get_num_unfinished_requests(self) -> int:
+        """As many as a test has set."""
+        return self.num_unfinished
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **_: Any

@@ -202,15 +202,16 @@ async def test_the_state_is_looked_up_when_somebody_scrapes(
     client: httpx.AsyncClient, engine: ScriptedEngine, readiness: Readiness
 ) -> None:
     async def state() -> list[str]:
-        names = ("fused_ready ", "fused_engine_up ", "fused_draining ")
+        names = ("fused_ready ", "fused_engine_up ", "fused_draining ", "fused_unfinished_requests ")
         lines = (await client.get("/metrics")).text.splitlines()
         return [line.split()[1] for name in names for line in lines if line.startswith(name)]
 
-    assert await state() == ["1.0", "1.0", "0.0"]
+    assert await state() == ["1.0", "1.0", "0.0", "0.0"]
+    engine.num_unfinished = 2
     readiness.is_ending = True
-    assert await state() == ["0.0", "1.0", "1.0"]
+    assert await state() == ["0.0", "1.0", "1.0", "2.0"]
     engine.errored = True
-    assert await state() == ["0.0", "0.0", "1.0"]
+    assert await state() == ["0.0", "0.0", "1.0", "2.0"]
 
 
 async def test_a_full_queue_is_refused_before_rendering(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
