@@ -29,8 +29,9 @@ from gating.provenance import write_json
 NAME = "soak"
 NUM_REQUESTS, NUM_CONCURRENT, LEAVING_SHARE = 20_000, 64, 0.2
 NUM_PARTS = 10
-WARM_UP_SHARE = 0.05
-"""Share of the requests that is sent before the first look: pools fill, modules are imported."""
+WARM_UP_SHARE = 0.5
+"""Of the requests, sent in addition before the first look: the worker's memory grows for some thousand requests, until
+the kernels have met every shape and every page of the KV cache was used; that of the other processes hardly."""
 
 QUICK_REQUESTS = 500
 MAX_GROWTH = 0.05
