@@ -4,18 +4,21 @@ import re
 from pathlib import Path
 
 import pytest
+from prometheus_client import Counter
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server import connections, errors, heads
+from server import connections, errors, heads, metrics, step_metrics
 from server.app import ROUTERS
 from server.bodies import MAX_DEPTH
 from server.engine.nonfinite import NONFINITE_OUTPUT
 from server.settings import Limits
 from server.unfused import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
 
-PAGE = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "api.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 ENDPOINTS = {
     "POST /v1/chat/completions": (ChatCompletionRequest, CHAT_REFUSALS),
@@ -69,3 +72,26 @@ def test_every_limit_is_listed() -> None:
     section = SECTIONS["Requests in general"]
     assert f"more than {MAX_DEPTH} levels" in section
     assert f"{connections.MAX_HEADER_BYTES // 1024} KiB\nand {heads.MAX_HEADERS} lines of headers" in section
+
+
+def _exported() -> set[str]:
+    """Our metrics with their labels, as the page writes them."""
+    found = set()
+    for metric in [*vars(metrics).values(), *vars(step_metrics).values()]:
+        if isinstance(metric, step_metrics.BulkHistogram):
+            name, labels = metric._family[0], metric._labels
+        elif isinstance(metric, MetricWrapperBase):
+            name = metric._name + ("_total" if isinstance(metric, Counter) else "")
+            labels = list(metric._labelnames)
+        else:
+            continue
+        found.add(name + (f"{{{','.join(labels)}}}" if labels else ""))
+    return found
+
+
+def test_every_metric_is_listed_with_its_labels() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    listed = {
+        name for row in re.findall(r"^\| (`fused_.+?) \|", page, re.MULTILINE) for name in row[1:-1].split("`, `")
+    }
+    assert listed == _exported()
