@@ -15,7 +15,7 @@ def settings_of(folder: Path) -> dict[str, object]:
     return content
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_arms_end_with_the_same_budget_and_are_summarised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

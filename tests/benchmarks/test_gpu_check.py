@@ -32,7 +32,7 @@ def test_without_a_gpu_it_says_what_can_be_run() -> None:
         measure(options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_tiny_model_is_exact() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--quick"]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)

@@ -15,7 +15,7 @@ from tests.e2e.process import ServerProcess
 from tests.fakes import write_tiny_fusion
 from tests.reference import answer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
 
