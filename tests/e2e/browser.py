@@ -147,17 +147,6 @@ class Page:
         asked = [event["params"] for event in self._events if event["method"] == "Network.requestWillBeSent"]
         return [{**params["request"], "id": params["requestId"]} for params in asked]
 
-    def body(self, request_id: str) -> str:
-        """The text of a response, once the browser has all of it."""
-
-        def has_ended() -> bool:
-            self.call("Runtime.getHeapUsage")
-            ended = [event["params"] for event in self._events if event["method"] == "Network.loadingFinished"]
-            return any(params["requestId"] == request_id for params in ended)
-
-        wait_for(has_ended, "the response has ended")
-        return str(self.call("Network.getResponseBody", requestId=request_id)["body"])
-
     def forget(self) -> None:
         """Forget problems and requests up to now."""
         self._events.clear()
