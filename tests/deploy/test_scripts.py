@@ -142,20 +142,20 @@ def test_the_commands_of_operations_find_their_files_in_order(tmp_path: Path) ->
     chapter = OPERATIONS.read_text().partition("## From nothing")[2].partition("\n## ")[0]
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
     private = shutil.ignore_patterns(".env", "secrets", "fusion", "__pycache__")
-    shutil.copytree(DEPLOY, tmp_path / "work" / "deploy", ignore=private)
+    shutil.copytree(DEPLOY, tmp_path / "checkout" / "deploy", ignore=private)
     for name in ("docker", "kubectl", "openssl"):
         program(
             tmp_path / "bin", name, f'for word; do echo "$PWD/${{word##*=}}" >>{tmp_path}/{name}; done; echo secret'
         )
     environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     shell = ["sh", "-euc", commands]
-    done = subprocess.run(shell, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(shell, cwd=tmp_path / "checkout", env=environment, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
     places = [Path(place) for place in (tmp_path / "kubectl").read_text().splitlines() if "/deploy/" in place]
     assert [place.name for place in places] == ["api_keys", "hf_token", "cpu"]
     assert [place for place in places if not place.exists()] == []
-    assert f"{tmp_path}/work/deploy/compose" in (tmp_path / "docker").read_text()
-    assert (tmp_path / "work" / "deploy" / "secrets" / "api_keys").read_text() == "secret\n"
+    assert f"{tmp_path}/checkout/deploy/compose" in (tmp_path / "docker").read_text()
+    assert (tmp_path / "checkout" / "deploy" / "secrets" / "api_keys").read_text() == "secret\n"
 
 
 @pytest.fixture

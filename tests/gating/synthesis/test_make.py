@@ -295,6 +295,44 @@ def test_a_server_that_refuses_every_call_ends_the_run(tmp_path):
     assert MOST_REFUSED <= sum(schema_of(body) is None for body in endpoint.asked) < PLANNED["responses"]
 
 
+def test_what_the_last_run_was_refused_does_not_end_the_next_one(tmp_path):
+    def fault(body: dict[str, Any], before: int) -> Reply | None:
+        return Reply("a content policy", status=400) if schema_of(body) is None and body["seed"] % 5 < 3 else None
+
+    with serving_model(fault) as endpoint:
+        first = run(settings_of(tmp_path, endpoint, concurrency=1))
+        assert first.num_failed > MOST_REFUSED
+        assert run(settings_of(tmp_path, endpoint, concurrency=1)).num_failed == first.num_failed
+
+
+def test_what_was_rejected_is_asked_for_with_another_seed(tmp_path):
+    seeds: set[int] = set()
+
+    def fault(body: dict[str, Any], before: int) -> Reply | None:
+        return Reply("I'm sorry, but I can't help with that.") if body["seed"] in seeds else None
+
+    def note(body: dict[str, Any], before: int) -> Reply | None:
+        if schema_of(body) is None:
+            seeds.add(body["seed"])
+        return fault(body, before)
+
+    with serving_model(note) as endpoint:
+        run(settings_of(tmp_path, endpoint))
+        assert counts_of(tmp_path)["responses"] == 0
+        endpoint.fault = fault
+        run(settings_of(tmp_path, endpoint, retry_rejected=True))
+    assert counts_of(tmp_path)["responses"] == PLANNED["responses"]
+
+
+def test_a_dry_run_is_no_second_writer(tmp_path, capsys):
+    with serving_model() as endpoint:
+        run(settings_of(tmp_path, endpoint))
+    with sole_run(tmp_path):
+        command = ["data", "make", str(tmp_path), "--domain", "text", "--model", "m", "--dry-run"]
+        assert main(command) == EXIT_WRONG_INPUT
+    assert "another" in capsys.readouterr().err
+
+
 def test_no_server_is_one_line(tmp_path, capsys):
     assert main(["data", "make", str(tmp_path), "--domain", "text", "--model", "m"]) == EXIT_WRONG_INPUT
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ultrafuser")]
