@@ -135,6 +135,21 @@ def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
         assert len({panel["id"] for panel in panels}) == len(panels)
 
 
+def test_what_reads_a_record_stands_after_it_in_its_group() -> None:
+    """Prometheus evaluates a group in order, but the groups side by side: elsewhere it may read an older value."""
+    groups = yaml.safe_load((DEPLOY / "monitoring" / "rules.yml").read_text())["groups"]
+    records = {rule["record"] for group in groups for rule in group["rules"] if "record" in rule}
+    read = 0
+    for group in groups:
+        known: set[str] = set()
+        for rule in group["rules"]:
+            used = {record for record in records if record in rule["expr"]}
+            assert used <= known, rule
+            read += len(used)
+            known |= {rule["record"]} if "record" in rule else set()
+    assert read > len(records)
+
+
 def test_every_alert_has_a_severity_a_test_and_a_chapter_in_the_runbook() -> None:
     rules = yaml.safe_load((DEPLOY / "monitoring" / "rules.yml").read_text())["groups"]
     alerts = {rule["alert"]: rule for group in rules for rule in group["rules"] if "alert" in rule}
