@@ -16,8 +16,12 @@ from server.serving import build_serving
 from server.settings import ServerSettings
 from tests.server.scripted import ScriptedEngine
 
-# vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
-pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
+pytestmark = [
+    # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
+    pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
+    # Said of a strategy whenever any other thread draws a random number at the same time, the application's included.
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+]
 
 CHECKS = (
     "not_a_server_error",
@@ -47,7 +51,8 @@ def schema(vllm_config: Any, fusion: FusionConfig, info: FusedModelInfo) -> Any:
 def test_no_request_gets_a_server_error_or_an_answer_that_is_not_described(schema: Any) -> None:
     statuses: Counter[tuple[str, int]] = Counter()
     for event in from_schema(schema).execute():
-        assert not isinstance(event, NonFatalError | FatalError), event
+        if isinstance(event, NonFatalError | FatalError):
+            raise AssertionError(event) from (event.value if isinstance(event, NonFatalError) else event.exception)
         if isinstance(event, ScenarioFinished):
             for interaction in event.recorder.interactions.values():
                 assert interaction.response is not None
