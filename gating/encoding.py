@@ -1,7 +1,8 @@
 """One conversation as every specialist reads it: n token sequences whose response tokens are the same, one to one.
 
 A response is tokenised once, alone, and ended by the fusion's first EOS. A template gives only what surrounds it: what
-precedes response k is the prompt that a server would render for it, with the generation prompt at its end.
+precedes response k is the prompt that a server would render for it, with the generation prompt at its end. Special
+tokens that a conversation spells out are text, as they are to a server.
 Knows templates and tokenizers; does not know files, batches or models.
 """
 
@@ -12,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from gating.schema import FusionConfig
-from gating.templates import TemplateError, fold_messages
+from gating.templates import Literals, Marked, TemplateError, fold_messages
 
 # Stands for response k while a template is rendered: no template trims it, no conversation contains it.
 _MARK = "\ue000response {}\ue001"
@@ -47,6 +48,7 @@ class _Template:
 
     def __init__(self, tokenizer: Any, chat_template: str | None, eos_token_id: int) -> None:
         self._tokenizer = tokenizer
+        self._literals = Literals(tokenizer)
         self.text: str = tokenizer.get_chat_template(chat_template)
         self._eos_token: str = tokenizer.convert_ids_to_tokens(eos_token_id)
         self._closing = re.compile(r"\s*" + re.escape(self._eos_token))
@@ -55,20 +57,25 @@ class _Template:
         """Token ids before each response: `glue_ids[k]` lies between response k-1 and response k."""
         marked, responses = _mark_responses(messages)
         glue = [self._before(marked[:index], count) for count, index in enumerate(responses)]
-        return [self._tokenizer.encode(text, add_special_tokens=False) for text in glue]
+        return [self._literals.encode(text, marked) for text, marked in glue]
 
-    def _before(self, messages: Sequence[Mapping[str, Any]], num_responses: int) -> str:
+    def _before(self, messages: Sequence[Mapping[str, Any]], num_responses: int) -> tuple[str, Marked]:
         folded, _ = fold_messages(messages, None, self.text)
+        literal = self._literals.mark(folded)
         prompt = self._tokenizer.apply_chat_template(
-            folded, chat_template=self.text, tokenize=False, add_generation_prompt=True, eos_token=self._eos_token
+            literal.value,
+            chat_template=self.text,
+            tokenize=False,
+            add_generation_prompt=True,
+            eos_token=self._eos_token,
         )
         if num_responses == 0:
-            return prompt
+            return prompt, literal
         _, mark, glue = prompt.partition(_MARK.format(num_responses - 1))
         if not mark or _MARK.format(num_responses - 1) in glue:
             raise EncodingError(f"messages: the template does not show response {num_responses} exactly once")
         # The response brings its own EOS: the template's would be a second one.
-        return self._closing.sub("", glue, count=1) if self._closing.match(glue) else glue
+        return (self._closing.sub("", glue, count=1) if self._closing.match(glue) else glue), literal
 
 
 class ConversationEncoder:
@@ -86,7 +93,7 @@ class ConversationEncoder:
     ) -> None:
         self._names = fusion.specialist_names
         self._eos_token_id = fusion.eos_token_ids[0]
-        self._leader = tokenizers[0]
+        self._responses = Literals(tokenizers[0])
         self._num_shared_ids = num_shared_ids
         self._max_length = max_length
         self._templates = [
@@ -132,7 +139,8 @@ class ConversationEncoder:
         )
 
     def _response_ids(self, text: str) -> list[int]:
-        ids = [*self._leader.encode(text, add_special_tokens=False), self._eos_token_id]
+        literal = self._responses.mark(text)
+        ids = [*self._responses.encode(literal.value, literal), self._eos_token_id]
         foreign = [token_id for token_id in ids if token_id >= self._num_shared_ids]
         if foreign:
             raise EncodingError(f"messages: a response holds token id {foreign[0]}, which not all specialists share")

@@ -1,8 +1,8 @@
 """Messages to n prompts: each specialist's own chat template and tokenizer, and one engine input out of all of them.
 
-Every specialist reads the same content: what its template cannot show is folded into the first user turn
-(`gating.templates`), and special tokens that it spells out are text to all (`server.literals`). The longest rendering
-is canonical; all n travel beside it. A raw prompt is the same for all. Rendering runs in threads, off the event loop.
+Every specialist reads the same content: what its template cannot show is folded into the first user turn, and special
+tokens that it spells out are text to all (`gating.templates`). The longest rendering is canonical; all n travel beside
+it. A raw prompt is the same for all. Rendering runs in threads, off the event loop.
 Knows text and token ids, neither HTTP nor the engine.
 """
 
@@ -19,10 +19,9 @@ from vllm.renderers.hf import HfRenderer
 from vllm.tokenizers import get_tokenizer
 
 from gating.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
-from gating.templates import TemplateError, fold_messages
+from gating.templates import Literals, Marked, TemplateError, fold_messages
 from server.engine.prompts import SPECIALIST_PROMPTS
 from server.errors import ContextTooLong, InvalidRequest
-from server.literals import Literals, Marked
 
 Messages = Sequence[Any]
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 _MARKS = range(0x100000, 0x10FFFE)
 """Private characters: no template, no normalizer and no trimming touches them."""
 
@@ -44,7 +42,9 @@ class Marked:
 class Literals:
     """The special tokens of one tokenizer, and how their spelling is tokenized."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is a Transformers tokenizer."""
+        self._tokenizer = tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -67,6 +67,16 @@ class Literals:
         pattern = self._pattern
         value = _in_strings(value, lambda string: pattern.sub(lambda match: marks[match[0]], string))
         return Marked(value, {mark: text for text, mark in marks.items()})
+
+    def encode(self, text: str, marked: Marked) -> list[int]:
+        """Token ids of a text into which a marked value was rendered, without tokens that the tokenizer would add."""
+        return [
+            token_id
+            for piece, is_literal in marked.split(text)
+            for token_id in (
+                self.token_ids[piece] if is_literal else self._tokenizer.encode(piece, add_special_tokens=False)
+            )
+        ]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.renderers import ChatParams, TokenizeParams
 
+from gating.encoding import ConversationEncoder
 from gating.fusion import FusionConfig
 from server.errors import ContextTooLong, InvalidRequest
 from server.rendering import FusedRenderer
@@ -236,6 +237,17 @@ async def test_no_text_ends_its_turn(renderer: FusedRenderer, text: str) -> None
         by_template = [i for i in specialist.render(plain, params(), LIMITED).token_ids if i in special]
         assert [i for i in rendering.token_ids if i in special] == by_template
         assert rendering == await specialist.render_async(escaping, params(), LIMITED)
+
+
+@pytest.mark.parametrize("text", ["Hi", *ESCAPES])
+def test_training_reads_the_prompt_that_is_served(renderer: FusedRenderer, fusion: FusionConfig, text: str) -> None:
+    tokenizers = [specialist._renderer.get_tokenizer() for specialist in renderer.specialists]
+    encoder = ConversationEncoder(fusion, tokenizers, num_shared_ids=320, max_length=1024)
+    messages = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+    encoded = encoder.encode([*messages, {"role": "assistant", "content": "Yes."}])
+    for index, specialist in enumerate(renderer.specialists):
+        start = encoded.response_mask[index].index(True)
+        assert encoded.input_ids[index][:start] == specialist.render(messages, params(), LIMITED).token_ids
 
 
 def test_nor_does_a_tool_or_its_result(renderer: FusedRenderer) -> None:
