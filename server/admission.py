@@ -1,5 +1,8 @@
 """Which requests are let in, and how they end when their time is up: a full server, its shutdown, a deadline.
 
+A full server turns a request away before its body is read, unless a place is held by one whose own body does not come:
+the one that has been waited for longest goes instead, so that clients which send slowly keep nobody out.
+
 A request that has to end is ended as if its client had left: everything that works for it stops, the engine included.
 Then the client is told why, by a status or, in a stream, by a last event. Probes and metrics are never turned away.
 Knows ASGI messages, no routes and no engine.
@@ -8,15 +11,20 @@ Knows ASGI messages, no routes and no engine.
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, Overloaded, Rejection, ShuttingDown, TimedOut
+from server.metrics import REJECTIONS
 from server.middleware import is_public, refuse
 
 DEFAULT_MAX_REQUESTS = 1024
 """Unfinished requests that a server takes if nothing else is set."""
+
+MIN_ARRIVAL_SECONDS = 1.0
+"""How long the body of a request may take before its place is given away, if another needs one."""
 
 DONE_EVENT = "data: [DONE]\n\n"
 
@@ -28,7 +36,7 @@ class Admission:
 
     def __init__(self, max_requests: int = DEFAULT_MAX_REQUESTS) -> None:
         self._max_requests = max_requests
-        self._running: set[RunningRequest] = set()
+        self._running: dict[RunningRequest, None] = {}  # the oldest first
         self._is_closed = False
         self._is_empty = asyncio.Event()
 
@@ -38,20 +46,30 @@ class Admission:
         return len(self._running)
 
     def refusal(self) -> Rejection | None:
-        """Why one more request is not let in; None if it is."""
+        """Why one more request is not let in; None if it is. May end one whose body has not come."""
         if self._is_closed:
             return ShuttingDown()
-        return Overloaded() if self.num_running >= self._max_requests else None
+        is_full = sum(not request.is_ended for request in self._running) >= self._max_requests
+        return Overloaded() if is_full and not self._end_a_slow_one() else None
+
+    def _end_a_slow_one(self) -> bool:
+        """End the request whose body has been waited for longest; whether there was one that is late."""
+        slow = next((request for request in self._running if request.is_late), None)
+        if slow is not None:
+            error = Overloaded("slow_body")
+            REJECTIONS.labels(error.reason).inc()
+            slow.end(error)
+        return slow is not None
 
     @contextmanager
     def holding(self, request: "RunningRequest") -> Iterator[None]:
         """Count a request while it runs."""
-        self._running.add(request)
+        self._running[request] = None
         self._is_empty.clear()
         try:
             yield
         finally:
-            self._running.discard(request)
+            del self._running[request]
             if not self._running:
                 self._is_empty.set()
 
@@ -80,6 +98,12 @@ class RunningRequest:
         self._receive, self._send = receive, send
         self._end: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._is_started = self._is_stream = self._is_complete = False
+        self._late_at: float | None = None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its body has been waited for long, and is still not here."""
+        return self._late_at is not None and asyncio.get_running_loop().time() >= self._late_at and not self.is_ended
 
     @property
     def is_ended(self) -> bool:
@@ -93,11 +117,16 @@ class RunningRequest:
 
     async def receive(self) -> Message:
         """The client's next message; that it has left, once the request was ended."""
+        if self._late_at is None:
+            self._late_at = asyncio.get_running_loop().time() + MIN_ARRIVAL_SECONDS
         arrival = asyncio.ensure_future(self._receive())
         either: tuple[asyncio.Future[Any], ...] = (arrival, self._end)
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            return arrival.result() if arrival.done() and not self.is_ended else _DISCONNECT
+            message = arrival.result() if arrival.done() and not self.is_ended else _DISCONNECT
+            if not message.get("more_body", False):
+                self._late_at = inf
+            return message
         finally:
             arrival.cancel()
 

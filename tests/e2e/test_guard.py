@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.admission import MIN_ARRIVAL_SECONDS
 from tests.e2e.clients import Listener
 from tests.e2e.process import STOP_SECONDS, ServerProcess, wait_for
 
@@ -55,6 +57,12 @@ class GuardedServer(ServerProcess):
         """A request for a few tokens, the same ones at every time."""
         body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 4, "temperature": 0, **fields}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+    def num_turned_away(self) -> float:
+        """Requests refused because the server was full, those whose bodies a loaded machine brought late among them."""
+        return sum(
+            self.metric(f'fused_rejections_total{{reason="{reason}"}}') for reason in ("queue_full", "slow_body")
+        )
 
     def is_idle(self) -> bool:
         """Whether no request runs or waits."""
@@ -148,7 +156,7 @@ def test_no_key_finds_what_another_has_left_in_the_cache(guarded: GuardedServer)
 
 
 def test_a_full_server_refuses_at_once_and_finishes_what_it_took(guarded: GuardedServer) -> None:
-    before = guarded.metric('fused_rejections_total{reason="queue_full"}')
+    before = guarded.num_turned_away()
     keys = [guarded.key() for _ in range(25)]
     with ThreadPoolExecutor(50) as pool:
         responses = list(pool.map(lambda key: guarded.ask(key, max_tokens=100, ignore_eos=True), keys * 2))
@@ -159,10 +167,39 @@ def test_a_full_server_refuses_at_once_and_finishes_what_it_took(guarded: Guarde
     assert len(refused) > 10
     assert {code(response) for response in refused} == {(503, "server_overloaded")}
     assert {response.headers["retry-after"] for response in refused} == {"1"}
-    assert guarded.metric('fused_rejections_total{reason="queue_full"}') == before + len(refused)
+    assert guarded.num_turned_away() == before + len(refused)
     milliseconds = sorted(int(number) for number in re.findall(r"completions' 503 (\d+) ms", guarded.log))
     assert milliseconds[len(milliseconds) // 2] < 100
     wait_for(guarded.is_idle, "nothing runs or waits")
+
+
+def test_requests_whose_bodies_do_not_come_keep_nobody_out(guarded: GuardedServer) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 4}).encode()
+    before = guarded.metric('fused_rejections_total{reason="slow_body"}')
+    with ExitStack() as stack:
+        slow = [stack.enter_context(begin_request(guarded, len(body))) for _ in range(MAX_UNFINISHED)]
+        key = guarded.key()
+        wait_for(lambda: guarded.ask(key).status_code == 503, "the slow ones fill the server")
+        time.sleep(MIN_ARRIVAL_SECONDS + 0.5)
+        assert guarded.ask(key).status_code == 200
+        assert guarded.metric('fused_rejections_total{reason="slow_body"}') == before + 1
+        refused = slow[0].recv(65536)
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        assert b"server_overloaded" in refused
+        slow[1].sendall(body)
+        assert slow[1].recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def begin_request(guarded: GuardedServer, length: int) -> socket.socket:
+    """A connection that has sent all of a request but its body."""
+    ((name, value),) = guarded.key().items()
+    address = httpx.URL(guarded.url)
+    connection = socket.create_connection((address.host, address.port or 80), timeout=20)
+    connection.sendall(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.host}\r\n{name}: {value}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+    )
+    return connection
 
 
 def test_several_choices_count_as_several_requests(guarded: GuardedServer) -> None:

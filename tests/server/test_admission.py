@@ -8,7 +8,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.admission import Admission, AdmissionControl
 
@@ -117,6 +117,68 @@ async def test_a_failed_request_gives_its_place_back(work: Work, admission: Admi
     async with client(work, admission) as http:
         with pytest.raises(KeyError):
             await http.post("/broken")
+    assert admission.num_running == 0
+
+
+class Client:
+    """A connection over ASGI, whose request arrives piece by piece."""
+
+    def __init__(self, app: AdmissionControl) -> None:
+        self._pieces: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent: list[Message] = []
+        scope: Scope = {"type": "http", "path": "/whole", "headers": [], "method": "POST"}
+        self.task = asyncio.ensure_future(app(scope, self._pieces.get, self._send))
+
+    def bring(self, body: bytes, more_body: bool) -> None:
+        """A piece of the body arrives."""
+        self._pieces.put_nowait({"type": "http.request", "body": body, "more_body": more_body})
+
+    async def status(self) -> int:
+        """The answer's status, once it is there."""
+        await self.task
+        return int(self.sent[0]["status"])
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+
+@pytest.fixture
+def reading(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> AdmissionControl:
+    """An application that reads a body and then waits a while, two requests at once; a late body is one of 0.05 s."""
+    monkeypatch.setattr("server.admission.MIN_ARRIVAL_SECONDS", 0.05)
+
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        while (message := await receive()).get("more_body", False):
+            pass
+        if message["type"] == "http.request":
+            await asyncio.sleep(0.2)
+            await JSONResponse({})(scope, receive, send)
+
+    return AdmissionControl(read, admission, None)
+
+
+async def test_a_late_body_gives_its_place_to_the_next_request(reading: AdmissionControl) -> None:
+    before = rejections("slow_body"), rejections("queue_full")
+    first, second = Client(reading), Client(reading)
+    first.bring(b"{", more_body=True)
+    await asyncio.sleep(0.01)
+    assert await Client(reading).status() == 503, "nobody is late yet"
+    await asyncio.sleep(0.06)
+    third = Client(reading)
+    assert await first.status() == 503
+    third.bring(b"{}", more_body=False)
+    second.bring(b"{}", more_body=False)
+    assert [await second.status(), await third.status()] == [200, 200]
+    assert (rejections("slow_body"), rejections("queue_full")) == (before[0] + 1, before[1] + 1)
+
+
+async def test_a_request_that_has_arrived_keeps_its_place(reading: AdmissionControl, admission: Admission) -> None:
+    clients = [Client(reading), Client(reading)]
+    for each in clients:
+        each.bring(b"{}", more_body=False)
+    await asyncio.sleep(0.1)
+    assert await Client(reading).status() == 503
+    assert [await each.status() for each in clients] == [200, 200]
     assert admission.num_running == 0
 
 
