@@ -98,12 +98,14 @@ class RunningRequest:
         self._receive, self._send = receive, send
         self._end: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._is_started = self._is_stream = self._is_complete = False
-        self._late_at: float | None = None
+        self._waits_since: float | None = None  # when its body was first asked for; infinite once it is there
 
     @property
     def is_late(self) -> bool:
         """Whether its body has been waited for long, and is still not here."""
-        return self._late_at is not None and asyncio.get_running_loop().time() >= self._late_at and not self.is_ended
+        if self._waits_since is None or self.is_ended:
+            return False
+        return asyncio.get_running_loop().time() - self._waits_since >= MIN_ARRIVAL_SECONDS
 
     @property
     def is_ended(self) -> bool:
@@ -117,15 +119,15 @@ class RunningRequest:
 
     async def receive(self) -> Message:
         """The client's next message; that it has left, once the request was ended."""
-        if self._late_at is None:
-            self._late_at = asyncio.get_running_loop().time() + MIN_ARRIVAL_SECONDS
+        if self._waits_since is None:
+            self._waits_since = asyncio.get_running_loop().time()
         arrival = asyncio.ensure_future(self._receive())
         either: tuple[asyncio.Future[Any], ...] = (arrival, self._end)
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             message = arrival.result() if arrival.done() and not self.is_ended else _DISCONNECT
             if not message.get("more_body", False):
-                self._late_at = inf
+                self._waits_since = inf
             return message
         finally:
             arrival.cancel()

@@ -143,41 +143,53 @@ class Client:
 
 
 @pytest.fixture
-def reading(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> AdmissionControl:
-    """An application that reads a body and then waits a while, two requests at once; a late body is one of 0.05 s."""
-    monkeypatch.setattr("server.admission.MIN_ARRIVAL_SECONDS", 0.05)
+def reading(work: Work, admission: Admission) -> AdmissionControl:
+    """An application that reads a body before its work, two requests at once."""
 
     async def read(scope: Scope, receive: Receive, send: Send) -> None:
         while (message := await receive()).get("more_body", False):
             pass
         if message["type"] == "http.request":
-            await asyncio.sleep(0.2)
-            await JSONResponse({})(scope, receive, send)
+            await work(scope, receive, send)
 
     return AdmissionControl(read, admission, None)
 
 
-async def test_a_late_body_gives_its_place_to_the_next_request(reading: AdmissionControl) -> None:
+def become_late_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a body may take, also of the requests that are on their way."""
+    monkeypatch.setattr("server.admission.MIN_ARRIVAL_SECONDS", seconds)
+
+
+async def test_a_late_body_gives_its_place_to_the_next_request(
+    reading: AdmissionControl, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = rejections("slow_body"), rejections("queue_full")
+    become_late_after(600, monkeypatch)
     first, second = Client(reading), Client(reading)
     first.bring(b"{", more_body=True)
-    await asyncio.sleep(0.01)
     assert await Client(reading).status() == 503, "nobody is late yet"
-    await asyncio.sleep(0.06)
+    become_late_after(0, monkeypatch)
     third = Client(reading)
     assert await first.status() == 503
-    third.bring(b"{}", more_body=False)
-    second.bring(b"{}", more_body=False)
-    assert [await second.status(), await third.status()] == [200, 200]
+    work.go_on.set()
+    for each in (second, third):
+        each.bring(b"{}", more_body=False)
+        assert await each.status() == 200
     assert (rejections("slow_body"), rejections("queue_full")) == (before[0] + 1, before[1] + 1)
 
 
-async def test_a_request_that_has_arrived_keeps_its_place(reading: AdmissionControl, admission: Admission) -> None:
+async def test_a_request_that_has_arrived_keeps_its_place(
+    reading: AdmissionControl, work: Work, admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become_late_after(0, monkeypatch)
     clients = [Client(reading), Client(reading)]
     for each in clients:
         each.bring(b"{}", more_body=False)
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while work.num_started < 2:
+            await asyncio.sleep(0)
     assert await Client(reading).status() == 503
+    work.go_on.set()
     assert [await each.status() for each in clients] == [200, 200]
     assert admission.num_running == 0
 
