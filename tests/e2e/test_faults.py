@@ -148,7 +148,7 @@ def test_requests_to_a_stopped_engine_end_at_their_deadline(server: ServerProces
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "request_timeout"
         assert answer.headers["x-should-retry"] == "false"
-        assert REQUEST_SECONDS - 1 < time.monotonic() - start < REQUEST_SECONDS + 2
+        assert REQUEST_SECONDS - 1 < time.monotonic() - start < 2 * REQUEST_SECONDS
         assert listener.last_error() == "request_timeout"
         assert httpx.get(f"{server.url}/ready").status_code == 503  # though nothing is left to do
     finally:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.connections import MAX_HEADER_BYTES, GuardedProtocol, guarded_protocol
 
-LIMIT_SECONDS = 0.4
+LIMIT_SECONDS = 1.0
 HUGE_BYTES = 64 << 20
 SLOW_READERS = 20
 

@@ -10,7 +10,7 @@ from starlette.types import Message
 from server.api.response import EventStream
 
 INTERVAL_SECONDS = 0.05
-SILENCE_SECONDS = 5 * INTERVAL_SECONDS
+SILENCE_SECONDS = 20 * INTERVAL_SECONDS
 EVENTS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 
 

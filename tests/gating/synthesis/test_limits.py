@@ -14,24 +14,23 @@ async def test_calls_come_evenly_at_the_rate():
     limit = RateLimit(per_minute=60 * 50)
     start = time.monotonic()
     await asyncio.gather(*(limit.take(1) for _ in range(11)))
-    assert 0.19 < time.monotonic() - start < 1.0
+    assert time.monotonic() - start > 0.19
 
 
 async def test_what_was_not_used_can_be_used_by_others():
     limit = RateLimit(per_minute=60 * 100)
-    await limit.take(100)
-    limit.give_back(90)
+    await limit.take(3000)
+    limit.give_back(2990)
     start = time.monotonic()
     await limit.take(1)
-    assert 0.05 < time.monotonic() - start < 0.6
+    assert 0.05 < time.monotonic() - start < 20, "30 s if it were lost"
 
 
 async def test_without_a_rate_nobody_waits():
     limit = RateLimit(None)
-    start = time.monotonic()
-    for _ in range(1000):
-        await limit.take(1e9)
-    assert time.monotonic() - start < 0.5
+    async with asyncio.timeout(60):
+        for _ in range(1000):
+            await limit.take(1e9)
 
 
 def test_a_cost_is_prices_times_tokens():
