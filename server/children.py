@@ -2,23 +2,41 @@
 
 Ctrl-C in a terminal signals every process of the foreground group. The engine must not end then: this process lets
 running requests finish first. And vLLM's engine core does not notice that its parent was killed; it would hold its
-memory for ever. Knows processes, not what runs in them.
+memory for ever. It is told to end, and if it has not done so a while later, it and all below it are killed. Knows
+processes, not what runs in them.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import spawn
 
+KILL_SECONDS = 20.0
+"""How long children have for their end after this process has died."""
+
 # What a child runs before anything else. PR_SET_PDEATHSIG is 1 in Linux' prctl.h.
-_LEAVE_THE_TERMINALS_GROUP = "import os; os.setpgrp(); "
-_END_WITH_THE_PARENT = f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+_LEAVE_THE_TERMINALS_GROUP = "import os; os.setpgrp()\n"
+_END_WITH_THE_PARENT = f"""
+import ctypes, os, threading, time
+def outlive(parent, seconds):
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(seconds)
+    os.killpg(0, {int(signal.SIGKILL)})
+threading.Thread(target=outlive, args=({{parent}}, {{seconds}}), daemon=True).start()
+ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})
+del outlive
+"""
 
 
 @contextmanager
 def tied_children() -> Iterator[None]:
-    """Processes that are spawned within have a group of their own and get SIGTERM when this process dies (on Linux)."""
+    """Processes that are spawned within have a group of their own, and end when this process dies (on Linux).
+
+    They get SIGTERM at once, and their group is killed if they are still there `KILL_SECONDS` later.
+    """
     make_command = spawn.get_command_line
 
     def make_tied_command(**kwargs: object) -> list[str]:
@@ -27,7 +45,8 @@ def tied_children() -> Iterator[None]:
             command[command.index("-c") + 1] = prologue + command[command.index("-c") + 1]
         return command
 
-    prologue = (_END_WITH_THE_PARENT if sys.platform == "linux" else "") + _LEAVE_THE_TERMINALS_GROUP
+    tie = _END_WITH_THE_PARENT.format(parent=os.getpid(), seconds=KILL_SECONDS) if sys.platform == "linux" else ""
+    prologue = _LEAVE_THE_TERMINALS_GROUP + tie
     spawn.get_command_line = make_tied_command
     try:
         yield

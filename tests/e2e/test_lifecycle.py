@@ -82,7 +82,10 @@ def test_a_killed_server_takes_its_engine_along(start: Callable[..., ServerProce
     assert len(server.children()) >= 2
     server.process.kill()
     server.process.wait()
-    wait_for(lambda: not server.survivors(), "the engine's processes have noticed and ended", 60)
+    try:
+        wait_for(lambda: not server.survivors(), "the engine's processes have noticed and ended", 60)
+    except AssertionError as error:
+        raise AssertionError(f"{server.survivors()}\n{server.log}") from error
 
 
 def test_ctrl_c_while_weights_are_loaded_leaves_nothing_behind(start: Callable[..., ServerProcess]) -> None:

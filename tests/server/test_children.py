@@ -1,25 +1,44 @@
 """A spawned child leaves the terminal's process group and ends with its parent."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+
+import psutil  # type: ignore[import-untyped]
+import pytest
 
 from server.children import tied_children
 from tests.e2e.process import wait_for
 
 PARENT = """
-import time
+import sys, time
 from multiprocessing import get_context
-from server.children import tied_children
+from server import children
+from tests.server import test_children
 if __name__ == "__main__":
-    with tied_children():
-        child = get_context("spawn").Process(target=time.sleep, args=(600,))
+    children.KILL_SECONDS = 1
+    with children.tied_children():
+        child = get_context("spawn").Process(target=getattr(test_children, sys.argv[1]))
         child.start()
     print(child.pid, flush=True)
     time.sleep(600)
 """
+
+
+def sleep() -> None:
+    """End at the first signal."""
+    time.sleep(600)
+
+
+def hang() -> None:
+    """Have a child, and end at no signal that can be ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.run(["sleep", "600"], check=True)
 
 
 def report_group(connection: Connection) -> None:
@@ -44,13 +63,18 @@ def test_only_children_started_within_have_a_group_of_their_own() -> None:
     assert group_of_a_child() == os.getpgrp()
 
 
-def test_a_child_ends_when_its_parent_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+@pytest.mark.parametrize("work", [sleep, hang])
+def test_a_child_ends_when_its_parent_is_killed(work: Callable[[], None]) -> None:
+    command = [sys.executable, "-c", PARENT, work.__name__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        wait_for(lambda: os.getpgid(child) == child, "the child has run its first line")
+        child = psutil.Process(int(parent.stdout.readline()))
+        wait_for(lambda: os.getpgid(child.pid) == child.pid, "the child has run its first line")
+        family = [child]
+        if work is hang:
+            family += wait_for(child.children, "the child has a child")
         parent.kill()
-    wait_for(lambda: not _is_running(child), "the child ends, too")
+    wait_for(lambda: not any(_is_running(each.pid) for each in family), "the child ends, too, with all below it")
 
 
 def _is_running(pid: int) -> bool:
