@@ -16,18 +16,18 @@ from multiprocessing import spawn
 KILL_SECONDS = 20.0
 """How long children have for their end after this process has died."""
 
-# What a child runs before anything else. PR_SET_PDEATHSIG is 1 in Linux' prctl.h.
+# What a child runs before anything else: it is told of the parent's end, leaves the terminal's group, and only then may
+# kill its own. PR_SET_PDEATHSIG is 1 in Linux' prctl.h.
+_END_WITH_THE_PARENT = f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})\n"
 _LEAVE_THE_TERMINALS_GROUP = "import os; os.setpgrp()\n"
-_END_WITH_THE_PARENT = f"""
-import ctypes, os, threading, time
+_KILL_WHAT_OUTLIVES_THE_PARENT = f"""
+import threading, time
 def outlive(parent, seconds):
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(seconds)
     os.killpg(0, {int(signal.SIGKILL)})
 threading.Thread(target=outlive, args=({{parent}}, {{seconds}}), daemon=True).start()
-ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})
-del outlive
 """
 
 
@@ -45,8 +45,10 @@ def tied_children() -> Iterator[None]:
             command[command.index("-c") + 1] = prologue + command[command.index("-c") + 1]
         return command
 
-    tie = _END_WITH_THE_PARENT.format(parent=os.getpid(), seconds=KILL_SECONDS) if sys.platform == "linux" else ""
-    prologue = _LEAVE_THE_TERMINALS_GROUP + tie
+    prologue = _LEAVE_THE_TERMINALS_GROUP
+    if sys.platform == "linux":
+        kill = _KILL_WHAT_OUTLIVES_THE_PARENT.format(parent=os.getpid(), seconds=KILL_SECONDS)
+        prologue = _END_WITH_THE_PARENT + prologue + kill
     spawn.get_command_line = make_tied_command
     try:
         yield

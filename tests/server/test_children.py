@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from server import children
 from tests.server import test_children
 if __name__ == "__main__":
-    children.KILL_SECONDS = 1
+    children.KILL_SECONDS = float(sys.argv[2])
     with children.tied_children():
         child = get_context("spawn").Process(target=getattr(test_children, sys.argv[1]))
         child.start()
@@ -63,9 +63,9 @@ def test_only_children_started_within_have_a_group_of_their_own() -> None:
     assert group_of_a_child() == os.getpgrp()
 
 
-@pytest.mark.parametrize("work", [sleep, hang])
-def test_a_child_ends_when_its_parent_is_killed(work: Callable[[], None]) -> None:
-    command = [sys.executable, "-c", PARENT, work.__name__]
+@pytest.mark.parametrize(("work", "kill_seconds"), [(sleep, 600), (hang, 1)])
+def test_a_child_ends_when_its_parent_is_killed(work: Callable[[], None], kill_seconds: float) -> None:
+    command = [sys.executable, "-c", PARENT, work.__name__, str(kill_seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
