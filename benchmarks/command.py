@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from benchmarks.environment import describe_environment
 from benchmarks.measure import Comparison
 from benchmarks.result import RESULTS_FOLDER, Question, Result, today
-from gating.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
-from gating.materialize import materialize
+from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from gating.model.materialize import materialize
 from server.settings import vllm_environment
 
 ENVIRON: Mapping[str, str] = dict(os.environ)

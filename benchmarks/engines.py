@@ -18,7 +18,7 @@ from vllm.inputs import EngineInput, tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.workload import Prompts, Request
-from gating.fusion import FusedModelInfo, FusionConfig
+from gating.model.fusion import FusedModelInfo, FusionConfig
 from server.llm import FusedLLM, fused_input
 
 

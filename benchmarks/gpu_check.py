@@ -23,7 +23,7 @@ from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.result import Question
 from benchmarks.workload import Prompts, Request, conversations, random_requests, render
-from gating.fusion import FusedModelInfo, FusionConfig
+from gating.model.fusion import FusedModelInfo, FusionConfig
 
 QUESTION = Question(
     name="gpu_check",
@@ -102,7 +102,7 @@ def exactness(name: str, fusion: FusionConfig, prompts: Sequence[Prompts], num_t
     from vllm.compilation.counter import compilation_counter
 
     from benchmarks.engines import fused_engine
-    from gating.modeling import UltraFuserForCausalLM
+    from gating.model.reference import UltraFuserForCausalLM
 
     reference = UltraFuserForCausalLM.from_fusion(fusion)
     expected = [
@@ -151,7 +151,7 @@ def measure_fusing(options: Options) -> list[Comparison]:
 @contextmanager
 def timed_mixing() -> Iterator[list[float]]:
     """Collects the seconds that each step's gate and mixing take, from an idle device to an idle device."""
-    from server.engine.mixing import Mixer
+    from server.engine.worker.mixing import Mixer
 
     seconds: list[float] = []
     fuse = Mixer.fuse_into_leader

@@ -20,7 +20,7 @@ from benchmarks.result import Question
 from benchmarks.workload import Prompts, conversations, render
 
 if TYPE_CHECKING:
-    from server.engine.client import FusedAsyncLLM
+    from server.engine.client.async_llm import FusedAsyncLLM
 
 QUESTION = Question(
     name="serve_overhead",
@@ -128,7 +128,7 @@ class EngineSide:
 def measure(options: Options) -> list[Comparison]:
     """One comparison per number of concurrent streams."""
     from benchmarks.servers import fused_server, running
-    from server.engine.client import FusedAsyncLLM
+    from server.engine.client.async_llm import FusedAsyncLLM
 
     sizes = QUICK if options.is_quick else Sizes()
     fusion, _ = options.load()

@@ -16,7 +16,7 @@ import httpx
 from benchmarks.command import ENVIRON, Options
 from benchmarks.engines import plain_engine_options
 from benchmarks.environment import num_cores
-from gating.fusion import FusedModelInfo, FusionConfig
+from gating.model.fusion import FusedModelInfo, FusionConfig
 
 START_SECONDS = 600.0
 """How long a server may take until it can generate: several start at once on few cores."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from gating.fusion import FusedModelInfo, FusionConfig
+from gating.model.fusion import FusedModelInfo, FusionConfig
 from gating.templates import fold_messages
 
 Prompts = list[list[int]]

@@ -8,15 +8,15 @@ from contextlib import closing
 from importlib import import_module
 from types import FrameType
 
-from gating.commands import CommandError
-from gating.fusion import load_fusion
+from gating.commands.flags import CommandError
+from gating.model.fusion import load_fusion
 from server import __version__
+from server.access.keys import with_all_keys
 from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
-from server.keys import with_all_keys
-from server.listener import listen_on
 from server.log import LogStream, configure_logging
-from server.progress import StartupProgress
 from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
+from server.start.listener import listen_on
+from server.start.progress import StartupProgress
 
 NUM_STEPS = 4
 EXIT_FAILED = 1
@@ -76,7 +76,7 @@ def _import_serve() -> Callable[..., int]:
         SettingsError: vLLM is not installed, or not in the version that the engine works with.
     """
     try:
-        from server.launch import serve
+        from server.start.launch import serve
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
@@ -104,12 +104,12 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _is_expected(error: ValueError) -> bool:
     """Whether the message alone helps the user; of anything else, the traceback has to be seen."""
-    from gating.schema import FusionError
+    from gating.model.schema import FusionError
 
     if isinstance(error, SettingsError | FusionError | CommandError):
         return True
-    from gating.gate import GateError
-    from server.engine.options import EngineOptionError
+    from gating.model.gate import GateError
+    from server.engine.shared.options import EngineOptionError
 
     return isinstance(error, GateError | EngineOptionError)
 

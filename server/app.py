@@ -11,19 +11,21 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm.exceptions import VLLMError
 
 from server import __version__
-from server.admission import Admission, AdmissionControl
-from server.api import chat, completions, gate, health, models, tokenize
-from server.api.health import Readiness
+from server.access.admission import Admission, AdmissionControl
+from server.access.header_count import HeaderCount
+from server.access.keys import KeyRing
+from server.access.middleware import ApiKeys, RequestLog, TrustedHosts
+from server.access.quotas import Quota
+from server.api import analyze as gate
+from server.api import chat, completions, models, tokenize
+from server.api import probes as health
 from server.api.playground import playground_router
+from server.api.probes import Readiness
 from server.api.response import answer_error
 from server.errors import ApiError
-from server.heads import HeaderCount
-from server.keys import KeyRing
 from server.metrics import count_http_requests
-from server.middleware import ApiKeys, RequestLog, TrustedHosts
-from server.openapi import describe
-from server.quotas import Quota
-from server.serving import Serving
+from server.serving.openapi import describe
+from server.serving.serving import Serving
 from server.settings import ServerSettings
 
 ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))

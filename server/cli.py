@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from gating.schema import EngineSettings
+from gating.model.schema import EngineSettings
 from server import __version__
 from server.settings import PREFIX, SECTIONS, ServerSettings, SettingsError, read_environment, resolve_settings
 
@@ -95,16 +95,20 @@ class OfflineCommand:
 
 OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
     "train": OfflineCommand(
-        "gating.train", "train a gate, specialists, or both", "the same command with --resume goes on"
+        "gating.training.command", "train a gate, specialists, or both", "the same command with --resume goes on"
     ),
     "eval": OfflineCommand(
-        "gating.evaluate", "evaluate a fused model", "the same command goes on from what is in the cache"
+        "gating.evaluation.command", "evaluate a fused model", "the same command goes on from what is in the cache"
     ),
     "data": OfflineCommand(
-        "gating.synthesize", "make instruction data for new domains", "the same command goes on from what is there"
+        "gating.synthesis.command",
+        "make instruction data for new domains",
+        "the same command goes on from what is there",
     ),
     "analyze": OfflineCommand(
-        "gating.analysis", "show what a gate does, and training curves", "the same command uses what is in the cache"
+        "gating.analysis.command",
+        "show what a gate does, and training curves",
+        "the same command uses what is in the cache",
     ),
 }
 
@@ -263,7 +267,7 @@ def _refuse(argument: str) -> NoReturn:
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
         raise SettingsError(f"{flag}: there is no such option; did you mean --{near[0].replace('_', '-')}?")
     # Only now, on the way out, is it worth the seconds that importing vLLM takes.
-    from server.engine.options import EngineOptionError, check_engine_options
+    from server.engine.shared.options import EngineOptionError, check_engine_options
 
     try:
         check_engine_options({name: None})

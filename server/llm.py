@@ -8,14 +8,14 @@ from vllm import LLM
 from vllm.inputs import EngineInput, tokens_input
 from vllm.v1.engine.input_processor import InputProcessor
 
-from gating.fusion import FusionConfig, inspect_fusion, load_fusion
-from gating.materialize import materialize
-from server.engine.inputs import FusedInputProcessor
-from server.engine.options import engine_arguments
-from server.engine.prompts import SPECIALIST_PROMPTS
-from server.engine.report import StepFeed
-from server.engine.weights import Takeover
-from server.rendering import FusedRenderer
+from gating.model.fusion import FusionConfig, inspect_fusion, load_fusion
+from gating.model.materialize import materialize
+from server.engine.client.input_processor import FusedInputProcessor
+from server.engine.client.step_feed import StepFeed
+from server.engine.client.weight_stream import Takeover
+from server.engine.shared.options import engine_arguments
+from server.engine.shared.prompts import SPECIALIST_PROMPTS
+from server.serving.rendering import FusedRenderer
 
 
 class FusedLLM(LLM):

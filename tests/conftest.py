@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gating.fusion import load_fusion
-from gating.materialize import materialize
+from gating.model.fusion import load_fusion
+from gating.model.materialize import materialize
 
 
 @pytest.fixture(scope="session")

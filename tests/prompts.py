@@ -2,7 +2,7 @@
 
 from transformers import AutoTokenizer
 
-from gating.schema import FusionConfig
+from gating.model.schema import FusionConfig
 from gating.templates import fold_messages
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from gating.decoding import Generation, left_pad
-from gating.fusion import FusionConfig
-from gating.modeling import UltraFuserForCausalLM
+from gating.model.decoding import Generation, left_pad
+from gating.model.fusion import FusionConfig
+from gating.model.reference import UltraFuserForCausalLM
 from gating.templates import fold_messages
 
 

@@ -10,12 +10,15 @@ from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server import connections, errors, heads, metrics, step_metrics
+from server import errors, metrics
+from server.access import connections
+from server.access import header_count as heads
 from server.app import ROUTERS
-from server.bodies import MAX_DEPTH
-from server.engine.nonfinite import NONFINITE_OUTPUT
+from server.engine.core.nonfinite import NONFINITE_OUTPUT
+from server.requests.bodies import MAX_DEPTH
+from server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
+from server.serving import step_metrics
 from server.settings import Limits
-from server.unfused import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "api.md").read_text()

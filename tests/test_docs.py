@@ -10,12 +10,14 @@ import yaml
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from gating import analysis, evaluate, synthesize
-from gating.fusion import FusionConfig, preset_names
-from gating.schema import EngineSettings, SamplingDefaults, SpecialistConfig
-from gating.synthesis.domain import Domain, Limits
+from gating.analysis import command as analysis
+from gating.evaluation import command as evaluate
+from gating.model.fusion import FusionConfig, preset_names
+from gating.model.schema import EngineSettings, SamplingDefaults, SpecialistConfig
+from gating.synthesis import command as synthesize
+from gating.synthesis.stages.domain import Domain, Limits
 from gating.templates import template_names
-from gating.training_settings import TrainSettings, parse_settings
+from gating.training.settings import TrainSettings, parse_settings
 from server import __version__
 from server.cli import EngineFlags, parse_command
 from server.settings import PREFIX, ServerSettings

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gating.cache import file_digest
-from gating.fusion import load_fusion
-from gating.packaged import DISTRIBUTION, PACKAGE, packaged_model
-from gating.provenance import write_json
-from gating.results import MANIFEST_FILE
+from gating.commands.provenance import write_json
+from gating.model.cache import file_digest
+from gating.model.fusion import load_fusion
+from gating.model.packaged import DISTRIBUTION, PACKAGE, packaged_model
+from gating.training.results import MANIFEST_FILE
 
 STAGES = ("stage1", "stage2")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

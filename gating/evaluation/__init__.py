@@ -1,1 +1,1 @@
-"""Evaluation: losses on held-out data, and generation benchmarks through a running server. Knows no training."""
+"""`ultrafuser eval`: losses on held-out data, and generation benchmarks through a running server. Trains nothing."""

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gating.commands import CommandError
+from gating.commands.flags import CommandError
+from gating.evaluation.held_out import FUSED, UNIFORM, ReadingTask
 from gating.evaluation.merging import AVERAGE, BASE, TASK_ARITHMETIC, find_variants
 from gating.evaluation.passes import Reading
-from gating.evaluation.task import FUSED, UNIFORM, ReadingTask
 
 BASELINE_PREFIX = "baseline:"
 _NUM_RESAMPLES = 2000

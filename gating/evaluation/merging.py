@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.cache import Artifact, Report, Tick, build_once
-from gating.commands import CommandError
-from gating.materialize import materialize
-from gating.packaged import hidden_bars
-from gating.schema import FusionConfig, SpecialistConfig
-from gating.specialists import identify
+from gating.commands.flags import CommandError
+from gating.model.cache import Artifact, Report, Tick, build_once
+from gating.model.loading import identify
+from gating.model.materialize import materialize
+from gating.model.packaged import hidden_bars
+from gating.model.schema import FusionConfig, SpecialistConfig
 
 AVERAGE = "average"
 BASE = "base"

@@ -1,8 +1,8 @@
 """Teacher-forced passes: the loss of every response token under any mix of models, each model run once over the rows.
 
-The models' hidden states come from the cache (`gating/states.py`); here they become logits, a chunk of tokens at a
-time, and every mix (one model alone, all with equal weights, the gate) is read off the same logits. Knows tensors;
-does not know files or fusions.
+The models' hidden states come from the cache (`gating/data/hidden_states.py`); here they become logits, a chunk of
+tokens at a time, and every mix (one model alone, all with equal weights, the gate) is read off the same logits. Knows
+tensors; does not know files or fusions.
 
 Shape suffixes: S models, N response tokens of all rows, C of a chunk, D hidden size, V shared vocabulary.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gating.cache import Tick
-from gating.gate import fuse
-from gating.states import CachedStates
+from gating.data.hidden_states import CachedStates
+from gating.model.cache import Tick
+from gating.model.gate import fuse
 
 CHUNK_SIZE = 256
 

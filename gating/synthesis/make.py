@@ -14,18 +14,18 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from gating.endpoint import Endpoint
-from gating.provenance import write_json
-from gating.run_folder import keep_settings, sole_run
-from gating.synthesis.asking import Asker, Sampling
-from gating.synthesis.duplicates import find_duplicates
-from gating.synthesis.limits import Account, RateLimit
-from gating.synthesis.runner import Runner
+from gating.commands.endpoint import Endpoint
+from gating.commands.provenance import write_json
+from gating.commands.run_folder import keep_settings, sole_run
+from gating.synthesis.calls.asking import Asker, Sampling
+from gating.synthesis.calls.budget import Account, RateLimit
+from gating.synthesis.calls.runner import Runner
+from gating.synthesis.dataset.duplicates import find_duplicates
 from gating.synthesis.settings import MakeSettings
-from gating.synthesis.store import Store
-from gating.synthesis.structure import COMPLICATIONS, RELATED, Structure
-from gating.synthesis.task import Task
-from gating.synthesis.tasks import Tasks, all_instructions
+from gating.synthesis.stages.store import Store
+from gating.synthesis.stages.structure import COMPLICATIONS, RELATED, Structure
+from gating.synthesis.stages.task import Task
+from gating.synthesis.stages.tasks import Tasks, all_instructions
 
 REPORT_FILE = "report.json"
 

@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gating.commands import CommandError
-from gating.synthesis.domain import load_domain
-from gating.synthesis.limits import Prices
-from gating.synthesis.structure import Structure
-from gating.training_settings import Precision
+from gating.commands.flags import CommandError
+from gating.synthesis.calls.budget import Prices
+from gating.synthesis.stages.domain import load_domain
+from gating.synthesis.stages.structure import Structure
+from gating.training.settings import Precision
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]

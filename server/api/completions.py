@@ -6,11 +6,11 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest, Compl
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from server.api.response import BODY_ERRORS, to_response
-from server.bodies import JsonRoute
-from server.gate_weights import ask_for_weights
-from server.limits import check_limits
-from server.serving import Serving
-from server.unfused import notice_unknown_fields, refuse_foreign_ids, refuse_unfused_completion
+from server.requests.bodies import JsonRoute
+from server.requests.limits import check_limits
+from server.requests.unsupported import notice_unknown_fields, refuse_foreign_ids, refuse_unfused_completion
+from server.serving.gate_weights import ask_for_weights
+from server.serving.serving import Serving
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -5,7 +5,7 @@ from fastapi.responses import Response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 
 from server.api.response import READ_ERRORS, error_responses, to_response
-from server.serving import Serving
+from server.serving.serving import Serving
 
 router = APIRouter(responses=READ_ERRORS)
 

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from server.admission import DONE_EVENT
-from server.engine.nonfinite import NONFINITE_OUTPUT
+from server.access.admission import DONE_EVENT
+from server.engine.core.nonfinite import NONFINITE_OUTPUT
 from server.errors import ApiError, Rejection, as_api_error
 from server.metrics import REJECTIONS
 

@@ -12,9 +12,9 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from server.api.response import BODY_ERRORS, to_response
-from server.bodies import JsonRoute
-from server.serving import Serving
-from server.unfused import refuse_foreign_tokens, refuse_unfused_chat
+from server.requests.bodies import JsonRoute
+from server.requests.unsupported import refuse_foreign_tokens, refuse_unfused_chat
+from server.serving.serving import Serving
 
 router = APIRouter(route_class=JsonRoute, responses=BODY_ERRORS)
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.engines import ContinuousBatching, StepEngine, fused_engine
 from benchmarks.lockstep import CacheKind, LockstepLoop, StaticBatches
 from benchmarks.workload import Request, random_requests
-from gating.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
 from tests.fakes import write_tiny_fusion
 
 NUM_TOKENS = 24

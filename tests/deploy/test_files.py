@@ -20,7 +20,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 KUBERNETES = "\n".join(path.read_text() for path in (DEPLOY / "kubernetes").rglob("*.yml"))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 ENGINE_STOP_SECONDS = 3 + 8
-"""The server's own last words, and its engine's processes (server/launch.py)."""
+"""The server's own last words, and its engine's processes (server/start/launch.py)."""
 
 
 def variables(file: Path) -> dict[str, str]:

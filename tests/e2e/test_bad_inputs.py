@@ -12,7 +12,7 @@ import openai
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from server.connections import MAX_HEADER_BYTES
+from server.access.connections import MAX_HEADER_BYTES
 from server.settings import ServerSettings
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess, wait_for

@@ -18,8 +18,8 @@ from langchain_openai import ChatOpenAI
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from gating.fusion import load_fusion
-from gating.modeling import UltraFuserForCausalLM
+from gating.model.fusion import load_fusion
+from gating.model.reference import UltraFuserForCausalLM
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.fakes import EOS_ID

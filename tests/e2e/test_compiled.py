@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gating.fusion import load_fusion
+from gating.model.fusion import load_fusion
 from tests.e2e.process import ServerProcess
 from tests.fakes import write_tiny_fusion
 from tests.reference import answer

@@ -10,8 +10,8 @@ import openai
 import pytest
 import torch
 
-from gating.fusion import load_fusion
-from gating.modeling import UltraFuserForCausalLM
+from gating.model.fusion import load_fusion
+from gating.model.reference import UltraFuserForCausalLM
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.prompts import prompts_of

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.admission import MIN_ARRIVAL_SECONDS
+from server.access.admission import MIN_ARRIVAL_SECONDS
 from tests.e2e.clients import Listener
 from tests.e2e.process import STOP_SECONDS, ServerProcess, wait_for
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
-from gating.fusion import load_fusion
+from gating.model.fusion import load_fusion
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.fakes import EOS_ID

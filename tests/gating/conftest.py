@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from gating.fusion import load_fusion
-from gating.modeling import UltraFuserForCausalLM
-from gating.train import train
-from gating.training_settings import TrainSettings
+from gating.model.fusion import load_fusion
+from gating.model.reference import UltraFuserForCausalLM
+from gating.training.command import train
+from gating.training.settings import TrainSettings
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
 

@@ -4,18 +4,21 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-# Before vLLM is imported.
+# Before vLLM is imported, which remembers what it has read: engine core and worker live in the test's process, where
+# they can be looked at; two tensor-parallel ranks get a core each.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import httpx
 import pytest
 
-from gating.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
-from server.api.health import Readiness
+from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from server.api.probes import Readiness
 from server.app import create_app
-from server.engine.options import build_engine_args
-from server.rendering import FusedRenderer
-from server.serving import build_serving
+from server.engine.shared.options import build_engine_args
+from server.serving.rendering import FusedRenderer
+from server.serving.serving import build_serving
 from server.settings import ServerSettings
 from tests.fakes import write_tiny_fusion
 from tests.server.scripted import ScriptedEngine

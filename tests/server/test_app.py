@@ -8,8 +8,8 @@ import pytest
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from server.api.health import Readiness
-from server.engine.nonfinite import NonfiniteOutputError
+from server.api.probes import Readiness
+from server.engine.core.nonfinite import NonfiniteOutputError
 from server.errors import MAX_MESSAGE_CHARS
 from tests.server.scripted import SCRIPT, ScriptedEngine
 

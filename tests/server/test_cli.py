@@ -16,13 +16,13 @@ from unittest import mock
 import pytest
 
 import server
-from gating.schema import EngineSettings
+from gating.model.schema import EngineSettings
 from server.__main__ import main
 from server.cli import EngineFlags, build_parser, parse_command
-from server.engine.options import ALLOWED_ENGINE_OPTIONS
-from server.launch import _check_tool_parser
+from server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
 from server.log import CONFIGURED_LOGGERS
 from server.settings import ServerSettings, SettingsError
+from server.start.launch import _check_tool_parser
 
 NOT_FLAGS = {
     "shutdown_timeout",  # the server has its own: it waits for requests before it ends the engine
@@ -180,7 +180,7 @@ def test_a_missing_or_wrong_vllm_is_one_line_and_status_2(
     failure: Exception, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(name: str, *args: Any) -> Any:
-        if name == "server.launch":
+        if name == "server.start.launch":
             raise failure
         return real_import(name, *args)
 

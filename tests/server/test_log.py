@@ -18,7 +18,7 @@ from server.log import (
     configure_logging,
     request_id,
 )
-from server.progress import StartupProgress
+from server.start.progress import StartupProgress
 
 
 @pytest.fixture

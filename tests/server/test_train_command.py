@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gating.fusion import load_fusion
+from gating.model.fusion import load_fusion
 from server.__main__ import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, main
 from server.cli import build_parser
 from tests.fakes import write_tiny_fusion
@@ -57,6 +57,6 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gating.train.run", interrupted)
+    monkeypatch.setattr("gating.training.command.run", interrupted)
     assert main(["train"]) == EXIT_INTERRUPTED
     assert "with --resume goes on" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gating import endpoint
+from gating.commands import endpoint
 from tests.gating.evaluation.runner import Runner
 
 

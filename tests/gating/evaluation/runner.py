@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks import BenchmarkFile, BenchmarkOptions, run
+from gating.evaluation.benchmarks.benchmarks import BenchmarkFile, BenchmarkOptions, run
 from tests.gating.evaluation.endpoint import Endpoint, Script, serving
 from tests.gating.evaluation.examples import ROWS, write_rows
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 import yaml
 
-from gating.batches import collate_rows
-from gating.cache import Report
-from gating.commands import CommandError
-from gating.conversations import DataFile
+from gating.commands.flags import CommandError
+from gating.data.batches import collate_rows
+from gating.data.conversations import DataFile
 from gating.evaluation import loss
+from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
 from gating.evaluation.loss import LossTable, describe
-from gating.evaluation.task import ReadingOptions, ReadingTask, prepare_task
-from gating.gate import Gate, save_gate
-from gating.modeling import UltraFuserForCausalLM
-from gating.schema import FusionConfig
+from gating.model.cache import Report
+from gating.model.gate import Gate, save_gate
+from gating.model.reference import UltraFuserForCausalLM
+from gating.model.schema import FusionConfig
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gating import endpoint
+from gating.commands import endpoint
 
 
 @pytest.fixture(autouse=True)

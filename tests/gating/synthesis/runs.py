@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from gating.synthesis.domain import load_domain
 from gating.synthesis.make import Ending, make
-from gating.synthesis.records import Record
 from gating.synthesis.settings import MakeSettings
-from gating.synthesis.store import Store
+from gating.synthesis.stages.domain import load_domain
+from gating.synthesis.stages.records import Record
+from gating.synthesis.stages.store import Store
 from tests.gating.evaluation.endpoint import Endpoint
 
 

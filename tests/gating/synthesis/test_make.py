@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gating.commands import CommandError
-from gating.run_folder import sole_run
-from gating.synthesis.records import identify
-from gating.synthesis.runner import MOST_REFUSED
-from gating.wire import EndpointError
+from gating.commands.chat_completion import EndpointError
+from gating.commands.flags import CommandError
+from gating.commands.run_folder import sole_run
+from gating.synthesis.calls.runner import MOST_REFUSED
+from gating.synthesis.stages.records import identify
 from server.__main__ import EXIT_WRONG_INPUT, main
 from tests.gating.evaluation.endpoint import Reply
 from tests.gating.synthesis.model import answer, schema_of, serving_model
@@ -92,8 +92,9 @@ def test_a_run_that_was_killed_at_any_moment_goes_on_without_loss(tmp_path):
             kept = contents_of(tmp_path / "killed")
             command = ["make", str(tmp_path / "killed"), "--domain", "text", "code", "--base-url", endpoint.base_url]
             counts = ["--meta-topics", "2", "--sub-topics", "2", "--instructions", "2", "--strong", "1", "--weak", "1"]
+            counts += ["--turns", "1", "--concurrency", "8"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "gating.synthesize", *command, *counts, "--turns", "1", "--concurrency", "8"],
+                [sys.executable, "-m", "gating.synthesis.command", *command, *counts],
                 stderr=subprocess.DEVNULL,
             )
             goal = len(endpoint.asked) + 45

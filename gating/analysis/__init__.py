@@ -1,0 +1,1 @@
+"""`ultrafuser analyze`: what a gate does, as numbers, pictures and a page, and runs' curves. Trains nothing."""

@@ -1,0 +1,232 @@
+"""Shows what a gate does: `ultrafuser analyze`. Weights as tables and pictures, tokens in colour, training curves.
+
+Puts the parts of `gating/analyzing/` together. See docs/evaluation.md.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gating.commands.flags import CommandError, parse_command, require
+from gating.training.settings import Count, Precision
+
+if TYPE_CHECKING:
+    from gating.analysis.transcripts import ShownConversation
+    from gating.analysis.weights import GateReading
+    from gating.evaluation.held_out import ReadingTask
+    from gating.model.cache import Report
+
+
+class AnalysisSettings(BaseModel):
+    """One analysis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fusion: str | None = None
+    """Fusion file, folder or preset whose gate is shown on --data."""
+
+    data: tuple[str, ...] = ()
+    """Conversations: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
+
+    run: tuple[str, ...] = ()
+    """Output folders of `ultrafuser train` whose curves are drawn over each other: FOLDER, or LABEL=FOLDER; runs with
+    the same label look the same. Several may follow."""
+
+    output: Annotated[str, Field(min_length=1)]
+    """Folder for tables, pictures and the page; files of the same names are replaced."""
+
+    limit: Count = 50
+    """Most conversations of a domain that are read, drawn at random."""
+
+    samples: Count = 3
+    """Conversations of a domain that are shown token by token, drawn from those that are read."""
+
+    max_length: Count | None = None
+    """Most tokens of a conversation; longer ones lose their end. Default: the fusion's."""
+
+    precision: Precision = "auto"
+    """Type of the specialists' arithmetic. Auto: bfloat16 on a GPU, else float32."""
+
+    seed: int = 0
+    """Draws conversations, and resamples for intervals."""
+
+    cache: str | None = None
+    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AnalysisSettings":
+        if self.fusion is None and self.data:
+            raise CommandError("data: which fusion reads it? Name a fusion file, folder or preset first")
+        if self.fusion is None and not self.run:
+            raise CommandError("run: nothing to analyze; name a FUSION with --data, or folders of runs with --run")
+        if self.fusion is not None and not self.data:
+            raise CommandError("data: a gate is shown on conversations; add --data DOMAIN=FILE")
+        return self
+
+
+def parse_settings(argv: Sequence[str], cache: str | None = None) -> AnalysisSettings:
+    """Read the command line of `ultrafuser analyze`; prints and exits for `--help`. `cache` is as in `run`.
+
+    Raises:
+        CommandError: an unknown flag, or a value that does not fit.
+    """
+    return parse_command(
+        AnalysisSettings,
+        argv,
+        prog="ultrafuser analyze",
+        usage="[FUSION --data DOMAIN=FILE ...] [--run FOLDER ...] --output FOLDER",
+        description="Show what a fused model's gate does on conversations, and the curves of training runs.",
+        positional="fusion",
+        defaults={"cache": cache},
+    )
+
+
+def run(argv: Sequence[str], cache: str | None = None) -> int:
+    """The command; returns the exit status. `cache` is the default of `--cache`.
+
+    Raises:
+        CommandError, FusionError: one line for the user.
+    """
+    for path in analyze(parse_settings(argv, cache)):
+        print(f"written: {path}", file=sys.stderr, flush=True)
+    return 0
+
+
+def analyze(settings: AnalysisSettings) -> list[Path]:
+    """Write what the settings ask for; returns the files.
+
+    Raises:
+        CommandError, FusionError: what cannot be done, before any weight is loaded.
+    """
+    require("matplotlib", "eval")
+    output = _folder(settings.output)
+    contents: dict[str, bytes] = {}
+    if settings.run:
+        from gating.analysis.curves import draw_curves
+        from gating.analysis.pictures import png
+        from gating.analysis.runs import read_runs
+
+        contents["curves.png"] = png(draw_curves(read_runs(settings.run)))
+    if settings.fusion is not None:
+        contents |= _show_gate(settings, settings.fusion)
+    return [_write(output / name, content) for name, content in contents.items()]
+
+
+def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
+    """Read the conversations; contents of the files that show the gate, by name."""
+    require("datasets", "eval")
+    from gating.analysis.page import render_page
+    from gating.analysis.pictures import draw_entropy, draw_heatmap, png
+    from gating.analysis.tables import as_json, as_markdown
+    from gating.analysis.token_grid import draw_tokens
+    from gating.analysis.weights import summarize
+    from gating.commands.progress_bar import StepProgress
+    from gating.commands.provenance import PROVENANCE_FILE, collect_provenance
+    from gating.model.loading import identify
+    from gating.model.packaged import hidden_bars
+
+    with closing(StepProgress()) as progress, hidden_bars():
+        task = _prepare(settings, fusion, progress)
+        reading = read_gate(task)
+    print("\n".join(task.rows.summary()), file=sys.stderr, flush=True)
+    name, specialists = task.loaded.name, task.loaded.specialist_names
+    models = [{"name": item.name, **identify(item)} for item in task.prepared.specialists]
+    provenance = collect_provenance(settings.model_dump(mode="json"), task.rows.digests, models)
+    summaries = summarize(reading, settings.seed)
+    shown = _shown(settings, task, reading)
+    first = list({conversation.domain: conversation for conversation in reversed(shown)}.values())[::-1]
+    return {
+        "weights.json": _json(as_json(name, summaries)),
+        "weights.md": as_markdown(name, summaries).encode(),
+        PROVENANCE_FILE: _json(provenance),
+        "heatmap.png": png(draw_heatmap(reading)),
+        "entropy.png": png(draw_entropy(reading)),
+        "tokens.html": render_page(name, specialists, shown).encode(),
+        "tokens.png": png(draw_tokens(specialists, first)),
+    }
+
+
+def _prepare(settings: AnalysisSettings, fusion: str, on_progress: "Report") -> "ReadingTask":
+    """Models and rows; what cannot be analysed is refused before they are prepared.
+
+    Raises:
+        CommandError: a fusion without a gate.
+    """
+    from gating.data.conversations import DataFile
+    from gating.evaluation.held_out import ReadingOptions, prepare_task
+    from gating.model.fusion import load_fusion
+    from gating.model.materialize import DEFAULT_CACHE_DIR
+
+    files = [DataFile.parse(file) for file in settings.data]
+    loaded = load_fusion(fusion)
+    if loaded.gate is None or len(loaded.specialists) < 2:
+        raise CommandError(f"{fusion}: has no gate to analyze; name a fusion of two or more specialists with a gate")
+    cache_dir = (Path(settings.cache) if settings.cache else DEFAULT_CACHE_DIR).expanduser()
+    options = ReadingOptions(cache_dir, settings.limit, settings.seed, settings.max_length, settings.precision)
+    return prepare_task(fusion, files, options, on_progress)
+
+
+def read_gate(task: "ReadingTask") -> "GateReading":
+    """The gate's weights on every response token of the task's conversations."""
+    import numpy as np
+
+    from gating.analysis.transcripts import positions_in_responses
+    from gating.analysis.weights import GateReading
+    from gating.evaluation.held_out import FUSED
+
+    reading = task.read_fusion()
+    masks = (row["response_mask"][0] for row in task.rows.dataset)
+    return GateReading(
+        specialists=tuple(task.loaded.specialist_names),
+        weights_SN=reading.weights[FUSED].double().numpy(),
+        losses_N=reading.losses[FUSED].double().numpy(),
+        offsets=tuple(reading.offsets),
+        positions_N=np.array([position for mask in masks for position in positions_in_responses(mask)]),
+        domains=task.places,
+    )
+
+
+def _shown(settings: AnalysisSettings, task: "ReadingTask", reading: "GateReading") -> list["ShownConversation"]:
+    from transformers import AutoTokenizer
+
+    from gating.analysis.transcripts import choose, show
+
+    leader = task.prepared.specialists[0]
+    tokenizer = AutoTokenizer.from_pretrained(leader.model, revision=leader.revision)
+    rows = task.rows.dataset
+    return [
+        show(reading, domain, number, place, rows[place], tokenizer)
+        for domain, number, place in choose(reading, settings.samples, settings.seed)
+    ]
+
+
+def _folder(output: str) -> Path:
+    """Made at once: that it cannot be is better known before minutes of work."""
+    folder = Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--output: {output}: cannot be a folder ({error.strerror}); name another") from error
+    return folder
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """The file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+    return path
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""What training runs logged, read from their folders.
+
+Knows what `ultrafuser train` writes (`gating/training/trainer.py`); needs no model and draws nothing.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gating.commands.flags import CommandError
+from gating.training.settings import RUN_FOLDER
+
+MANIFEST_FILE = "manifest.json"
+_LOSS, _GATE = "eval_loss_", "eval_gate_"
+
+
+@dataclass
+class Series:
+    """One number over a run."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, step: int, value: float) -> None:
+        """Append a point."""
+        self.steps.append(step)
+        self.values.append(value)
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """What one run logged."""
+
+    label: str
+    """Runs with the same label are drawn alike."""
+
+    loss: Series
+    """Training loss, nats per response token."""
+
+    eval_loss: Series
+    """Mean of the domains' losses."""
+
+    domains: Mapping[str, Series]
+    """Loss on the evaluation data, by domain."""
+
+    gate: Mapping[str, Mapping[str, Series]]
+    """Mean weight on the evaluation data, by domain and specialist."""
+
+
+def read_runs(arguments: Sequence[str]) -> list[RunCurves]:
+    """Curves of runs; one that is not done gives what it has saved.
+
+    Args:
+        arguments: output folders of `ultrafuser train`: FOLDER, or LABEL=FOLDER.
+
+    Raises:
+        CommandError: a folder without a run, or with one that has logged no loss.
+    """
+    pairs = [_split(argument) for argument in arguments]
+    names = Counter(Path(folder).resolve().name for _, folder in pairs)
+    runs = []
+    for label, folder in pairs:
+        name = Path(folder).resolve().name
+        # Runs are often told apart by an outer folder: then the whole path is the label.
+        run = _curves(label or (name if names[name] == 1 else folder), _history(folder))
+        if not run.loss.steps and not run.eval_loss.steps:
+            raise CommandError(f"--run: {folder} has logged no loss; look at it again after its first checkpoint")
+        runs.append(run)
+    return runs
+
+
+def _split(argument: str) -> tuple[str, str]:
+    """Label and folder; no label if the whole is a folder's name."""
+    label, equals, folder = argument.partition("=")
+    return ("", argument) if not equals or Path(argument).is_dir() else (label, folder)
+
+
+def _history(folder: str) -> list[dict[str, Any]]:
+    """The log of the whole run, or up to the newest checkpoint of one that is not done."""
+    root = Path(folder).expanduser()
+    manifest = root / MANIFEST_FILE
+    states = root.glob(f"{RUN_FOLDER}/checkpoint-*/trainer_state.json")
+    newest = max(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
+    for path, key in ((manifest, "history"), (newest, "log_history")):
+        if path is not None and path.is_file():
+            history = json.loads(path.read_text(encoding="utf-8")).get(key)
+            if history is not None:
+                return list(history)
+    raise CommandError(f"--run: {folder} has no run of `ultrafuser train`; name its --output folder")
+
+
+def _curves(label: str, history: Sequence[Mapping[str, Any]]) -> RunCurves:
+    loss, eval_loss = Series(), Series()
+    domains: defaultdict[str, Series] = defaultdict(Series)
+    gate: defaultdict[str, defaultdict[str, Series]] = defaultdict(lambda: defaultdict(Series))
+    for entry in history:
+        step = int(entry.get("step", 0))
+        if "loss" in entry:
+            loss.add(step, float(entry["loss"]))
+        if "eval_loss" in entry:
+            eval_loss.add(step, float(entry["eval_loss"]))
+        for domain in (key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS)):
+            domains[domain].add(step, float(entry[_LOSS + domain]))
+            for name in _gate_names(entry, domain):
+                gate[domain][name].add(step, float(entry[f"{_GATE}{domain}_{name}"]))
+    return RunCurves(label, loss, eval_loss, domains, gate)
+
+
+def _gate_names(entry: Mapping[str, Any], domain: str) -> list[str]:
+    """Specialists whose weight on a domain is in a log entry. `math` must not take the numbers of `math_easy`."""
+    prefix = f"{_GATE}{domain}_"
+    longer = [
+        f"{_GATE}{other}_"
+        for other in (key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS))
+        if other.startswith(f"{domain}_")
+    ]
+    keys = [key for key in entry if key.startswith(prefix) and not key.startswith(tuple(longer))]
+    return [key.removeprefix(prefix) for key in keys]

@@ -1,0 +1,80 @@
+"""The folder of a run that may be stopped and started again: who writes to it, with what settings, line by line.
+
+Knows files, and nothing of what is in them.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gating.commands.flags import CommandError
+from gating.commands.provenance import write_json
+
+SETTINGS_FILE = "settings.json"
+
+
+@contextmanager
+def sole_run(output: Path) -> Iterator[None]:
+    """Keep other runs out of a folder.
+
+    Raises:
+        CommandError: one is in it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CommandError(f"output: another run writes to {output}; wait for it, or name another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note the settings of a folder's content, or hold them against those that are noted there.
+
+    Raises:
+        CommandError: the folder is of a run with other settings; names the first that differs.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"{path}: not JSON ({error}); name another output folder") from error
+    for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+            raise CommandError(
+                f"output: {folder} was made with {name} {before.get(name)!r}, now it is {settings.get(name)!r};"
+                " name another folder, or give what it had"
+            )
+
+
+def append_line(file: int, text: str) -> int:
+    """Add a line to an open file (by its descriptor); returns its bytes. It outlives this process from then on."""
+    line = f"{text}\n".encode()
+    rest = line
+    while rest:  # all at once, but for a full disk or a signal
+        rest = rest[os.write(file, rest) :]
+    return len(line)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file; a last line without its end was being written when a run was killed, and is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return whole.splitlines()

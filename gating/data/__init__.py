@@ -1,0 +1,1 @@
+"""Conversations to tensors: files, encoding for every specialist, batches, cached hidden states. Knows no loss."""

@@ -1,0 +1,1 @@
+"""Generation benchmarks through a running server: items, answers, verdicts, scores. Knows no weights of a model."""

@@ -1,0 +1,131 @@
+"""A fused model and some conversations, ready to be read teacher-forced: what evaluation and analysis start from.
+
+Knows fusions, files of conversations and the cache; does not know what is made of the losses.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from gating.data.conversations import DataFile
+from gating.data.encoded_rows import Rows, load_rows, select
+from gating.data.hidden_states import StateSource, cache_states, state_sources
+from gating.evaluation.passes import Mix, Reading, alone, read, uniform
+from gating.model.cache import Report
+from gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
+from gating.model.gate import load_gate
+from gating.model.materialize import materialize
+from gating.model.schema import FusionConfig, SpecialistConfig
+from gating.training.inputs import make_encoder, resolve_dtype, resolve_max_length
+from gating.training.settings import Precision
+
+FUSED = "fused"
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Which conversations are read, and how."""
+
+    cache_dir: Path
+    """For prepared models, encoded rows and hidden states."""
+
+    limit: int | None = None
+    """Most rows of a domain, drawn at random but the same for the same seed."""
+
+    seed: int = 0
+    """Draws them."""
+
+    max_length: int | None = None
+    """Most tokens of a conversation; default: the fusion's limit."""
+
+    precision: Precision = "auto"
+    """Type of the models' arithmetic."""
+
+    batch_size: int = 4
+    """Rows that a model computes at a time; rows of like length go together."""
+
+
+@dataclass(frozen=True)
+class ReadingTask:
+    """Models are prepared and rows encoded; no weight is loaded yet."""
+
+    loaded: FusionConfig
+    """As its file has it."""
+
+    prepared: FusionConfig
+    """With plain model folders."""
+
+    info: FusedModelInfo
+    """Of `prepared`."""
+
+    rows: Rows
+    """The chosen conversations of all domains."""
+
+    device: torch.device
+    """Where models run."""
+
+    options: ReadingOptions
+    """As asked for."""
+
+    on_progress: Report
+    """Told what is being done."""
+
+    @property
+    def places(self) -> dict[str, list[int]]:
+        """Where each domain's rows are; domains that are named as specialists come first, in their order."""
+        names = self.loaded.specialist_names
+        order = sorted(self.rows.domains, key=lambda domain: names.index(domain) if domain in names else len(names))
+        return {domain: self.rows.indices(domain) for domain in order}
+
+    def read_fusion(self) -> Reading:
+        """Each specialist alone, all with equal weights, and as the gate mixes them, from one pass over the rows."""
+        names = self.loaded.specialist_names
+        mixes: dict[str, Mix] = {name: alone(index, len(names)) for index, name in enumerate(names)}
+        if self.prepared.gate is not None:
+            gate = load_gate(self.prepared.gate, names, self.info.hidden_sizes)
+            mixes |= {UNIFORM: uniform(len(names)), FUSED: gate.to(self.device)}
+        sources = state_sources(self.prepared, self.info.hidden_sizes, self._dtype)
+        return self._read(sources, mixes, self.loaded.name)
+
+    def read_alone(self, model: SpecialistConfig) -> Reading:
+        """A prepared model in the leader's place; its losses are under its name."""
+        single = self.prepared.model_copy(update={"specialists": (model,), "gate": None})
+        sources = state_sources(single, inspect_fusion(single).hidden_sizes, self._dtype)
+        return self._read(sources, {model.name: alone(0, 1)}, model.name)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return resolve_dtype(self.options.precision, self.device)
+
+    def _read(self, sources: Sequence[StateSource], mixes: Mapping[str, Mix], label: str) -> Reading:
+        states, output_weights = cache_states(
+            self.rows.dataset,
+            sources,
+            num_shared_ids=self.info.num_shared_ids,
+            batch_size=self.options.batch_size,
+            device=self.device,
+            cache_dir=self.options.cache_dir,
+            on_progress=self.on_progress,
+        )
+        tick = partial(self.on_progress, f"losses of {label}")
+        return read(states, output_weights, mixes, device=self.device, tick=tick)
+
+
+def prepare_task(fusion: str, files: Sequence[DataFile], options: ReadingOptions, on_progress: Report) -> ReadingTask:
+    """Load and check a fusion, prepare its models, encode the rows.
+
+    Raises:
+        FusionError, DataError, TrainError: one line for the user.
+    """
+    loaded = load_fusion(fusion)
+    prepared = materialize(loaded, options.cache_dir, on_progress)
+    info = inspect_fusion(prepared)
+    encoder, key = make_encoder(prepared, info, resolve_max_length(options.max_length, info))
+    rows = load_rows(files, encoder, key=key, cache_dir=options.cache_dir, on_progress=on_progress)
+    chosen = select(rows, rows.domains, options.limit, options.seed)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ReadingTask(loaded, prepared, info, chosen, device or torch.device("cpu"), options, on_progress)

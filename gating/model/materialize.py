@@ -1,0 +1,181 @@
+"""Makes every specialist of a fusion a plain model folder: dequantises the packaged model, merges adapters, once.
+
+What it makes stays in a cache (`gating/model/cache.py`) and is shared by all fusions that use it. Knows models and
+adapters; does not know engines, and reads no environment: the caller names the cache's folder.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from gating.model.cache import Artifact, Report, Tick, build_once, fingerprint
+from gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
+from gating.model.schema import FusionConfig, FusionError, SpecialistConfig
+
+DEFAULT_CACHE_DIR = Path("~/.cache/ultrafuser")
+PACKAGE_SCHEME = "package:"
+
+# Part of the cache key: raise it when the same model and adapter are to give another folder.
+_MERGE_RECIPE = 1
+
+
+def materialize(config: FusionConfig, cache_dir: Path | None = None, on_progress: Report | None = None) -> FusionConfig:
+    """The same fusion with nothing left to prepare: each model a folder or a hub id, and no adapters.
+
+    Args:
+        config: a loaded fusion; it is not changed.
+        cache_dir: where prepared models are kept; default ~/.cache/ultrafuser.
+        on_progress: called with the step under way and the share of all steps done (0 to 1). Default: a progress bar
+            on stderr. Not called when everything is in the cache.
+
+    Raises:
+        FusionError: a package that is missing, an adapter that is missing or does not fit its model, a cache that
+            cannot be written.
+    """
+    cache_dir = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    recipes = [_recipe(item, f"specialists.{index}", cache_dir) for index, item in enumerate(config.specialists)]
+    _build_missing([artifact for recipe in recipes for artifact in recipe], cache_dir, on_progress)
+    specialists = [
+        item.model_copy(update=_prepared(recipe[-1].folder(cache_dir))) if recipe else item
+        for item, recipe in zip(config.specialists, recipes, strict=True)
+    ]
+    return config.model_copy(update={"specialists": tuple(specialists)})
+
+
+def _prepared(folder: Path) -> dict[str, str | None]:
+    return {"model": str(folder), "revision": None, "adapter": None}
+
+
+def _recipe(specialist: SpecialistConfig, key: str, cache_dir: Path) -> list[Artifact]:
+    """What has to be built for one specialist, in order; the last one is what it becomes. Nothing for a plain model."""
+    recipe = []
+    if specialist.model.startswith(PACKAGE_SCHEME):
+        try:
+            recipe.append(packaged_model(specialist.model.removeprefix(PACKAGE_SCHEME)))
+        except PackagedModelError as error:
+            raise FusionError(f"{key}.model: {error}") from error
+    if specialist.adapter is not None:
+        recipe.append(_merged(specialist, key, recipe[0] if recipe else None, cache_dir))
+    return recipe
+
+
+def _merged(specialist: SpecialistConfig, key: str, base: Artifact | None, cache_dir: Path) -> Artifact:
+    adapter = _adapter_folder(specialist, f"{key}.adapter")
+    if base is not None:
+        identity: object = base.key
+        prepared = specialist.model_copy(update=_prepared(base.folder(cache_dir)))
+    else:
+        identity = _model_identity(specialist, key)
+        prepared = specialist
+    return Artifact(
+        name=f"{base.name if base else Path(specialist.model).name}-{adapter.name}",
+        label=f"merging adapter {adapter.name} of {specialist.name}",
+        parts={"recipe": _MERGE_RECIPE, "model": identity, "adapter": fingerprint(adapter)},
+        build=partial(_merge, prepared, adapter, f"{key}.adapter"),
+    )
+
+
+def _adapter_folder(specialist: SpecialistConfig, key: str) -> Path:
+    assert specialist.adapter is not None
+    folder = Path(specialist.adapter)
+    if not folder.is_dir():
+        # Imported late, here and below: these take seconds that a start with a filled cache should not.
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(specialist.adapter))
+        except (OSError, ValueError) as error:
+            raise FusionError(f"{key}: no adapter at {specialist.adapter!r}; correct the folder or id") from error
+    if not (folder / "adapter_config.json").is_file():
+        raise FusionError(f"{key}: {folder} has no adapter_config.json; name the folder that peft saved")
+    return folder
+
+
+def _model_identity(specialist: SpecialistConfig, key: str) -> object:
+    """What the model's content depends on: its files, or the commit on the hub."""
+    from transformers import AutoConfig
+
+    try:
+        model_config = AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise FusionError(
+            f"{key}.model: no model at {specialist.model!r}; correct the folder, id or revision"
+        ) from error
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise FusionError(f"{key}.adapter: {specialist.model} is quantised; name the model it was quantised from")
+    folder = Path(specialist.model)
+    return fingerprint(folder) if folder.is_dir() else [specialist.model, model_config._commit_hash]
+
+
+def _merge(specialist: SpecialistConfig, adapter: Path, key: str, folder: Path, tick: Tick) -> None:
+    """Write model plus adapter, in the model's own type, as a plain model folder."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with hidden_bars():
+        model = AutoModelForCausalLM.from_pretrained(specialist.model, revision=specialist.revision, dtype="auto")
+        tick(0.3)
+        try:
+            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FusionError(
+                f"{key}: does not fit {specialist.model} ({reason}); name an adapter made for it"
+            ) from error
+        tick(0.7)
+        merged.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(specialist.model, revision=specialist.revision).save_pretrained(folder)
+
+
+def _build_missing(artifacts: Sequence[Artifact], cache_dir: Path, on_progress: Report | None) -> None:
+    # By folder: specialists with the same model and no adapter share one.
+    missing = {item.folder(cache_dir): item for item in artifacts if not item.folder(cache_dir).is_dir()}
+    if not missing:
+        return
+    with closing(_Display()) if on_progress is None else nullcontext(on_progress) as report:
+        for index, artifact in enumerate(missing.values()):
+            with _told_if_unwritable(artifact, cache_dir):
+                build_once(artifact, cache_dir, partial(_report_part, report, index, len(missing)))
+        report("models ready", 1.0)
+
+
+@contextmanager
+def _told_if_unwritable(artifact: Artifact, cache_dir: Path) -> Iterator[None]:
+    """A full disk, a folder without the right to write: one line instead of a traceback."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        is_of_the_disk = isinstance(error, SafetensorError) or error.errno is not None
+        if not is_of_the_disk:
+            raise
+        way_out = f"make room in {cache_dir}, or name another folder with --cache"
+        raise FusionError(f"{artifact.label}: cannot be written ({error}); {way_out}") from error
+
+
+def _report_part(report: Report, index: int, count: int, label: str, share: float) -> None:
+    report(label, (index + share) / count)
+
+
+class _Display:
+    """A progress bar on stderr; where there is no terminal, a line for each step, for a log."""
+
+    def __init__(self) -> None:
+        self._label = ""
+        self._bar = tqdm(total=1.0, disable=None, bar_format="{desc} |{bar:30}| {percentage:3.0f}% {elapsed}")
+
+    def __call__(self, label: str, share: float) -> None:
+        if not self._bar.disable:
+            self._bar.set_description_str(label, refresh=False)
+            self._bar.update(share - self._bar.n)
+        elif label != self._label:
+            print(label, file=sys.stderr, flush=True)
+        self._label = label
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self._bar.close()

@@ -1,0 +1,249 @@
+"""The reference: the fused model as a plain Transformers model. It trains, evaluates offline, and judges the engine.
+
+Slow and obvious on purpose. It shares the gate's module with the engine, but neither its mixing nor its schedule, and
+it knows no chat templates: callers bring token ids, one sequence per specialist.
+
+Shape suffixes: S specialists, B requests, T positions (left-padded, per specialist), R response tokens (right-padded),
+D hidden size of one specialist, V shared vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from gating.model.decoding import DecodingRules, Generation, decode
+from gating.model.fusion import FusionConfig, FusionError, inspect_fusion
+from gating.model.gate import DEFAULT_WIDTH, Gate, load_gate
+from gating.model.responses import IGNORED_LABEL, gather_responses
+
+# Models that change the logits after the output layer: the reference would have to know each one's formula.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class UltraFuserConfig(PreTrainedConfig):
+    """Shape of a fused model: the configurations of its specialists, and what they share."""
+
+    model_type = "ultrafuser"
+
+    specialist_names: list[str] | None = None
+    """Names in the fusion file's order; the first one leads."""
+
+    specialist_configs: list[dict[str, Any]] | None = None
+    """Each specialist's own configuration, as `to_dict` gives it."""
+
+    num_shared_ids: int = 0
+    """Width V of the fused logits."""
+
+    gate_width: int = DEFAULT_WIDTH
+    """Hidden width of the gate."""
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """What `UltraFuserForCausalLM.forward` returns."""
+
+    loss: Tensor | None = None
+    """Cross-entropy of the fused logits, mean over all labelled response tokens of the batch."""
+
+    logits: Tensor | None = None
+    """float32 [B, R, V]: entry r predicts the r-th response token; rows beyond a request's last one are garbage."""
+
+    gate_weights: Tensor | None = None
+    """float32 [S, B, R], summing to one over S."""
+
+    labels: Tensor | None = None
+    """The response tokens [B, R] that the loss was taken on; -100 where there is none."""
+
+
+class UltraFuserForCausalLM(PreTrainedModel):
+    """n specialists, kept whole, and a gate that mixes their logits token by token (paper: "The model")."""
+
+    config_class = UltraFuserConfig
+    config: UltraFuserConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: UltraFuserConfig) -> None:
+        super().__init__(config)
+        # The gate's arithmetic is float32 in every precision; no specialist has a module of this name.
+        self._keep_in_fp32_modules_strict = {"fusion_gate"}
+        specialist_configs = [AutoConfig.for_model(**fields) for fields in config.specialist_configs or []]
+        # from_pretrained states the wanted type as torch's default; a specialist's own configuration must not undo it.
+        options = {"attn_implementation": config._attn_implementation, "dtype": torch.get_default_dtype()}
+        self.specialists = nn.ModuleList(
+            AutoModelForCausalLM.from_config(specialist, **options) for specialist in specialist_configs
+        )
+        sizes = [specialist.hidden_size for specialist in specialist_configs]
+        self.fusion_gate = Gate(sizes, config.gate_width) if len(sizes) > 1 else None
+        self.post_init()
+        # post_init asks direct children only; the specialists, one list deeper, may tie their output layers.
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+
+    @classmethod
+    def from_fusion(
+        cls, fusion: FusionConfig, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    ) -> "UltraFuserForCausalLM":
+        """Load the specialists and the gate of a materialized fusion, in eval mode, on the CPU.
+
+        Raises:
+            FusionError: as `inspect_fusion`; an unmerged adapter; a model that changes its logits at the end.
+        """
+        info = inspect_fusion(fusion)
+        specialists = []
+        for index, specialist in enumerate(fusion.specialists):
+            if specialist.adapter is not None:
+                raise FusionError(f"specialists.{index}.adapter: not merged yet; materialize the fusion first")
+            model = AutoModelForCausalLM.from_pretrained(
+                specialist.model, revision=specialist.revision, dtype=dtype, attn_implementation=attn_implementation
+            )
+            _refuse_changed_logits(model.config, f"specialists.{index}.model")
+            specialists.append(model)
+        gate = None
+        if fusion.gate is not None and len(specialists) > 1:
+            gate = load_gate(fusion.gate, fusion.specialist_names, info.hidden_sizes)
+        config = UltraFuserConfig(
+            specialist_names=list(fusion.specialist_names),
+            specialist_configs=[model.config.to_dict() for model in specialists],
+            num_shared_ids=info.num_shared_ids,
+            gate_width=gate.width if gate else DEFAULT_WIDTH,
+            dtype=dtype,
+        )
+        # Built without memory, then filled: a second copy of every specialist would not fit where one does.
+        with torch.device("meta"):
+            fused = cls._from_config(config, attn_implementation=attn_implementation)
+        fused.specialists = nn.ModuleList(specialists)
+        fused.fusion_gate = gate
+        return fused.eval()
+
+    def forward(
+        self,
+        input_ids: Sequence[Tensor],
+        attention_mask: Sequence[Tensor],
+        response_mask: Sequence[Tensor],
+        labels: Tensor | None = None,
+    ) -> FusedOutput:
+        """Fused logits and loss at the response tokens, each specialist read at its own positions of them.
+
+        The r-th response token of a request is the same token in every specialist's sequence, though what surrounds
+        it differs; the hidden state one position before it predicts it (paper: "Training").
+
+        Args:
+            input_ids: S tensors [B, T_s], left-padded: the conversation in each specialist's own template.
+            attention_mask: S tensors [B, T_s], zero at the padding.
+            response_mask: S bool tensors [B, T_s], true at every response token of every turn.
+            labels: [B, R], to leave tokens out of the loss (-100); by default all response tokens count.
+
+        Raises:
+            ValueError: no response tokens, a response at the first position, responses that differ between
+                specialists, or a response token outside the shared vocabulary.
+        """
+        responses = [gather_responses(ids, mask) for ids, mask in zip(input_ids, response_mask, strict=True)]
+        tokens_BR = responses[0].tokens_BR
+        for name, other in zip(self._names, responses, strict=True):
+            if not torch.equal(other.tokens_BR, tokens_BR):
+                raise ValueError(f"response_mask: the response tokens of {name!r} differ from the leader's")
+        labels_BR = tokens_BR if labels is None else labels
+        if int(labels_BR.max()) >= self.config.num_shared_ids:
+            raise ValueError(f"labels: {int(labels_BR.max())} is outside the shared vocabulary; it cannot be predicted")
+        hidden_states = []
+        for specialist, ids_BT, mask_BT, response in zip(
+            self.specialists, input_ids, attention_mask, responses, strict=True
+        ):
+            hidden_BTD = _hidden_states(specialist, ids_BT, mask_BT)
+            index_BRD = response.predictors_BR.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+            hidden_states.append(hidden_BTD.gather(1, index_BRD))
+        logits_BRV, weights_SBR = self._mix(hidden_states)
+        loss = nn.functional.cross_entropy(logits_BRV.flatten(0, 1), labels_BR.flatten(), ignore_index=IGNORED_LABEL)
+        return FusedOutput(loss=loss, logits=logits_BRV, gate_weights=weights_SBR, labels=labels_BR)
+
+    def next_token(
+        self, input_ids: Sequence[Tensor], attention_mask: Sequence[Tensor], caches: Sequence[Cache] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Fused logits [B, V] and gate weights [S, B] of the token after the last position.
+
+        With `caches` (one per specialist) `input_ids` are only the positions that are not cached yet, while
+        `attention_mask` covers all; the caches are extended in place.
+        """
+        hidden_states = [
+            _hidden_states(specialist, ids_BT, mask_BT, caches[index] if caches else None)[:, -1]
+            for index, (specialist, ids_BT, mask_BT) in enumerate(
+                zip(self.specialists, input_ids, attention_mask, strict=True)
+            )
+        ]
+        return self._mix(hidden_states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        *,
+        generator: torch.Generator | None = None,
+        use_cache: bool = False,
+        **rules: Any,
+    ) -> list[Generation]:
+        """Continue a batch of requests in lockstep.
+
+        Args:
+            prompts: prompts[b][s] are request b's token ids in specialist s's template.
+            generator: draws the tokens if `do_sample`.
+            use_cache: keep KV caches instead of computing every step anew; same tokens, less time.
+            rules: fields of `DecodingRules`: max_new_tokens, eos_token_ids, do_sample, temperature, penalties, ...
+
+        Raises:
+            ValueError: a prompt is missing or empty, or the rules do not fit the model.
+        """
+        return decode(self, prompts, DecodingRules(**rules), generator=generator, use_cache=use_cache)
+
+    def _mix(self, hidden_states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum over specialists of weight times logits, in float32, on the shared vocabulary."""
+        logits_SV = torch.stack(
+            [
+                _logits(specialist, hidden)[..., : self.config.num_shared_ids].float()
+                for specialist, hidden in zip(self.specialists, hidden_states, strict=True)
+            ]
+        )
+        weights_S = torch.ones_like(logits_SV[..., 0])
+        if self.fusion_gate is not None:
+            weights_S = self.fusion_gate([hidden.float() for hidden in hidden_states])
+        return (weights_S.unsqueeze(-1) * logits_SV).sum(dim=0), weights_S
+
+    @property
+    def _names(self) -> list[str]:
+        assert self.config.specialist_names is not None
+        return self.config.specialist_names
+
+
+def _hidden_states(specialist: nn.Module, ids_BT: Tensor, mask_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    """[B, T, D] after the final norm; positions count the real tokens of a row, whatever padding is before them."""
+    positions_BT = (mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+    assert isinstance(specialist, PreTrainedModel)
+    decoder: Any = specialist.base_model
+    return decoder(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def _logits(specialist: nn.Module, hidden: Tensor) -> Tensor:
+    assert isinstance(specialist, PreTrainedModel)
+    output_layer: Any = specialist.get_output_embeddings()
+    return output_layer(hidden)
+
+
+def _refuse_changed_logits(config: PreTrainedConfig, key: str) -> None:
+    for name in _LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise FusionError(f"{key}: {name} changes the logits after the output layer; use another model")
+
+
+AutoConfig.register(UltraFuserConfig.model_type, UltraFuserConfig)
+AutoModelForCausalLM.register(UltraFuserConfig, UltraFuserForCausalLM)

@@ -1,0 +1,134 @@
+"""Makes instruction data: `ultrafuser data make`, `export` and `map`. See docs/data.md.
+
+Puts the parts of `gating/synthesis/` together.
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from gating.commands.flags import CommandError, parse_command, require
+from gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
+
+if TYPE_CHECKING:
+    from gating.synthesis.make import Ending
+    from gating.synthesis.stages.structure import Structure
+
+_USAGE = """\
+usage: ultrafuser data COMMAND FOLDER [options]
+
+Make instruction data for the domains of a fusion by calls to a model behind an OpenAI API.
+
+  make     make topics, instructions and responses into a folder; the same command goes on where it was stopped
+  export   write what was made as a data set: the training format, with statistics and a data card
+  map      draw the data set as a specialist sees it
+
+`ultrafuser data COMMAND --help` lists the options.
+"""
+
+
+def parse_settings(argv: Sequence[str], cache: str | None = None) -> BaseModel:
+    """Read the command line of `ultrafuser data`; prints and exits for `--help`. `cache` is as in `run`.
+
+    Raises:
+        CommandError: an unknown command or flag, or a value that does not fit.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        raise SystemExit(0)
+    if argv[0] not in _COMMANDS:
+        raise CommandError(f"{argv[0]}: no such command; one of {', '.join(_COMMANDS)}, see `ultrafuser data --help`")
+    model, _, description = _COMMANDS[argv[0]]
+    defaults = {"cache": cache} if "cache" in model.model_fields else {}
+    return parse_command(
+        model,
+        argv[1:],
+        prog=f"ultrafuser data {argv[0]}",
+        usage="FOLDER [options]",
+        description=description,
+        positional="output",
+        defaults=defaults,
+    )
+
+
+def run(argv: Sequence[str], cache: str | None = None) -> int:
+    """The command; returns the exit status: 0, or 1 if something is still missing. `cache` is the default of `--cache`.
+
+    Raises:
+        CommandError, FusionError: one line for the user.
+    """
+    settings = parse_settings(argv, cache)
+    return _COMMANDS[argv[0]][1](settings)
+
+
+def _make(settings: BaseModel) -> int:
+    assert isinstance(settings, MakeSettings)
+    structure = settings.structure()
+    if settings.dry_run:
+        return _estimate(settings, structure)
+    for package in ("datasketch", "py3langid"):
+        require(package, "data")
+    from gating.synthesis.make import make
+
+    ending = asyncio.run(make(settings, structure))
+    print(_describe(ending), file=sys.stderr, flush=True)
+    return int(ending.is_stopped or bool(ending.num_failed))
+
+
+def _estimate(settings: MakeSettings, structure: "Structure") -> int:
+    from gating.commands.run_folder import SETTINGS_FILE, keep_settings, sole_run
+    from gating.synthesis.calls.estimate import describe, estimate
+    from gating.synthesis.stages.store import Store
+
+    folder = Path(settings.output).expanduser()
+    if not (folder / SETTINGS_FILE).exists():
+        print("\n".join(describe(estimate(structure, None), settings.prices)))
+        return 0
+    with sole_run(folder), Store(folder) as store:
+        keep_settings(folder, structure.as_json())
+        print("\n".join(describe(estimate(structure, store), settings.prices)))
+    return 0
+
+
+def _export(settings: BaseModel) -> int:
+    assert isinstance(settings, ExportSettings)
+    from gating.synthesis.dataset.export import export
+
+    print(f"written: {export(settings)}", file=sys.stderr, flush=True)
+    return 0
+
+
+def _map(settings: BaseModel) -> int:
+    assert isinstance(settings, MapSettings)
+    from gating.synthesis.dataset.map import draw_map
+
+    print(f"written: {draw_map(settings)}", file=sys.stderr, flush=True)
+    return 0
+
+
+def _describe(ending: "Ending") -> str:
+    lines = []
+    for stage, counts in ending.report["stages"].items():
+        reasons = {**counts["rejected"], **counts["missed"]}
+        why = ", ".join(f"{number:,} {reason}" for reason, number in sorted(reasons.items()))
+        lines.append(f"{stage}: {counts['items']:,} made" + (f"; without {why}" if why else ""))
+    lines.append(f"cost: {ending.report['cost']:g}")
+    if ending.is_stopped:
+        lines.append("stopped: the budget is spent; the same command with a larger --budget goes on")
+    if ending.num_failed:
+        lines.append(f"{ending.num_failed:,} calls failed; the same command tries them again")
+    return "\n".join(lines)
+
+
+_COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[BaseModel], int], str]] = {
+    "make": (MakeSettings, _make, "Make instruction data by calls to a model."),
+    "export": (ExportSettings, _export, "Write what was made as a data set."),
+    "map": (MapSettings, _map, "Draw a data set as a specialist sees it."),
+}
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

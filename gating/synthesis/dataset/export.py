@@ -1,0 +1,169 @@
+"""From a run's folder to a data set: duplicates and test questions left out, files, a report and a data card.
+
+The folder is one that Hugging Face `datasets` loads as it is, and its files are the training format. Knows the store's
+conversations; asks nobody.
+"""
+
+import gzip
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from gating.commands.flags import CommandError
+from gating.commands.provenance import PROVENANCE_FILE, collect_provenance, write_json
+from gating.commands.run_folder import SETTINGS_FILE, sole_run
+from gating.model.cache import file_digest
+from gating.synthesis.dataset.card import render_card
+from gating.synthesis.dataset.decontamination import Hit, Index, TestSet
+from gating.synthesis.dataset.duplicates import find_duplicates
+from gating.synthesis.dataset.statistics import Statistics, load_counter
+from gating.synthesis.dataset.training_rows import Row, conversations
+from gating.synthesis.make import progress_bar
+from gating.synthesis.settings import ExportSettings
+from gating.synthesis.stages.records import draw, identify
+from gating.synthesis.stages.store import Store
+
+DATASET_FOLDER = "dataset"
+TRAIN, VALIDATION = "train", "validation"
+DECONTAMINATION_FILE = "decontamination.json"
+STATISTICS_FILE = "statistics.json"
+
+
+@dataclass
+class Left:
+    """What became of the rows."""
+
+    dropped: dict[str, Counter[str]] = field(default_factory=dict)
+    """Numbers by domain and reason."""
+
+    hits: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that share a run with a test set."""
+
+    def drop(self, row: Row, reason: str) -> None:
+        """Count a row."""
+        self.dropped.setdefault(row.domain, Counter())[reason] += 1
+
+    def drop_hit(self, row: Row, hit: Hit) -> None:
+        """Count a contaminated row, and keep what it shares."""
+        self.drop(row, f"contaminated by {hit.test_set}")
+        self.hits.append({"id": row.id, "domain": row.domain, **asdict(hit)})
+
+
+def export(settings: ExportSettings) -> Path:
+    """Write the data set; returns its folder, which replaces an older one file by file.
+
+    Raises:
+        CommandError: a folder without conversations, or in use; a test set that cannot be read.
+    """
+    folder = Path(settings.output).expanduser()
+    structure = _structure(folder)
+    index = Index([TestSet.parse(text) for text in settings.test_set])
+    count = load_counter(settings.tokenizer)
+    target = folder / DATASET_FOLDER
+    (target / "data").mkdir(parents=True, exist_ok=True)
+    left = Left()
+    statistics = {split: Statistics(count) for split in (TRAIN, VALIDATION)}
+    with sole_run(folder), Store(folder) as store, ExitStack() as stack:
+        duplicates = _duplicates(store, structure["turns"], settings.duplicate_threshold)
+        files = {split: stack.enter_context(_Split(target, split)) for split in statistics}
+        total = len(store.ids("responses"))
+        bar = stack.enter_context(progress_bar("export", total, "conversation"))
+        for row in conversations(store, structure["turns"]):
+            bar.update()
+            if row.id in duplicates:
+                left.drop(row, duplicates[row.id])
+            elif hit := next(filter(None, (index.find(message.content) for message in row.messages)), None):
+                left.drop_hit(row, hit)
+            else:
+                split = _split_of(row, settings.validation_share)
+                files[split].write(row)
+                statistics[split].add(row)
+    if not statistics[TRAIN].num_rows:
+        raise CommandError(f"{folder}: no conversation is left for training; see {folder / 'report.json'}")
+    _write_reports(target, settings, structure, left, statistics)
+    return target
+
+
+class _Split:
+    """One gzipped file of rows, which takes its place when it is whole; no file where there are no rows."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._path = folder / "data" / f"{split}.jsonl.gz"
+        self._partial = self._path.with_name(f".{self._path.name}.partial")
+        self._num_rows = 0
+
+    def __enter__(self) -> "_Split":
+        # No name and no time in the file: equal rows are equal bytes.
+        self._raw: IO[bytes] = self._partial.open("wb")
+        self._file = gzip.GzipFile(filename="", mode="wb", fileobj=self._raw, mtime=0)
+        return self
+
+    def write(self, row: Row) -> None:
+        """Add a row."""
+        self._file.write(f"{json.dumps(row.as_json(), ensure_ascii=False)}\n".encode())
+        self._num_rows += 1
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._file.close()
+        self._raw.close()
+        if kind is None and self._num_rows:
+            os.replace(self._partial, self._path)
+            return
+        self._partial.unlink()
+        if kind is None:
+            self._path.unlink(missing_ok=True)
+
+
+def _structure(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise CommandError(f"{folder}: no folder of `ultrafuser data make`; name the one it wrote")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _duplicates(store: Store, num_turns: int, threshold: float) -> dict[str, str]:
+    """Conversations that begin as another does; of those, related instructions go first."""
+    rows = sorted((bool(row.relation), row.id, row.messages[0].content) for row in conversations(store, num_turns))
+    with progress_bar("duplicates", len(rows), "conversation") as bar:
+        return find_duplicates(((identity, text) for _, identity, text in rows), threshold, bar.update)
+
+
+def _split_of(row: Row, validation_share: float) -> str:
+    """Whole sub-topics, so that no instruction is near to one of the other split."""
+    drawn = draw(identify(row.domain, row.meta_topic, row.sub_topic), VALIDATION)
+    return VALIDATION if drawn < validation_share else TRAIN
+
+
+def _write_reports(
+    target: Path,
+    settings: ExportSettings,
+    structure: dict[str, Any],
+    left: Left,
+    statistics: dict[str, Statistics],
+) -> None:
+    test_sets = [TestSet.parse(text) for text in settings.test_set]
+    digests = {test_set.name: file_digest(test_set.path) for test_set in test_sets}
+    files = {path.name: file_digest(path) for path in sorted((target / "data").glob("*.jsonl.gz"))}
+    dropped = {domain: dict(reasons) for domain, reasons in sorted(left.dropped.items())}
+    write_json(
+        target / DECONTAMINATION_FILE,
+        {"run_words": 13, "test_sets_sha256": digests, "num_dropped": len(left.hits), "dropped": left.hits},
+    )
+    provenance = collect_provenance(settings.model_dump(mode="json"), {**digests, **files}, None)
+    write_json(target / PROVENANCE_FILE, {**provenance, "structure": structure})
+    tables = {split: own.table() for split, own in statistics.items() if own.num_rows}
+    splits = {split: own.as_json() for split, own in statistics.items()}
+    write_json(target / STATISTICS_FILE, {"splits": splits, "dropped": dropped})
+    card = render_card(settings.license, structure, tables, dropped, list(_described(test_sets)))
+    (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def _described(test_sets: list[TestSet]) -> Iterator[str]:
+    for test_set in test_sets:
+        yield f"{test_set.name} (SHA-256 {file_digest(test_set.path)[:16]})"

@@ -1,0 +1,1 @@
+"""`ultrafuser train`: learners, losses, balanced sampling, sharding, results. Knows no evaluation but its own loss."""

@@ -1,0 +1,187 @@
+"""What a run would train, hold in memory and take in steps, worked out from configurations before a weight is loaded.
+
+Numbers are computed, not measured. Knows configurations of models and settings; loads no weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gating.model.gate import DEFAULT_WIDTH, Gate
+from gating.model.inspection import FusedModelInfo
+from gating.model.loading import LoraSettings, add_adapter
+from gating.model.schema import FusionConfig
+from gating.training.settings import TrainSettings
+
+_GIB = 1024**3
+# float32 master, its gradient, and AdamW's two moments.
+_BYTES_PER_TRAINED = 4 + 4 + 8
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """One specialist."""
+
+    name: str
+    num_parameters: int
+    num_trained: int
+    num_output: int
+    """Parameters of the output layer."""
+
+    num_outside_layers: int
+    """Parameters of no decoder layer: embeddings, final norm, output layer."""
+
+    num_layers: int
+    hidden_size: int
+
+
+def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -> list[ModelSize]:
+    """Parameters of every specialist, counted on models without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = []
+    for specialist in fusion.specialists:
+        config = AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+            num_parameters = sum(parameter.numel() for parameter in model.parameters())
+            num_output = model.get_output_embeddings().weight.numel()
+            num_outside = num_parameters - _num_in_layers(model)
+            if settings.uses_adapters:
+                add_adapter(model, None, lora)
+            elif settings.trains_specialists:
+                model.requires_grad_(True)
+        num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        sizes.append(
+            ModelSize(
+                specialist.name,
+                num_parameters,
+                num_trained,
+                num_output,
+                num_outside,
+                config.num_hidden_layers,
+                config.hidden_size,
+            )
+        )
+    return sizes
+
+
+def describe(
+    settings: TrainSettings,
+    info: FusedModelInfo,
+    sizes: Sequence[ModelSize],
+    *,
+    dtype: torch.dtype,
+    rows: Mapping[str, int],
+    longest: int,
+    response_tokens: int,
+    num_processes: int,
+) -> list[str]:
+    """The plan as lines of text.
+
+    Args:
+        rows: rows of each domain.
+        longest: tokens of the longest sequence of any specialist.
+        response_tokens: of all rows together.
+        num_processes: devices that share a step.
+    """
+    per_step = settings.num_rows_per_domain
+    micro = settings.micro_rows_per_domain or max(1, per_step // num_processes)
+    lines = [f"{size.name}: {size.num_parameters:,} parameters, {size.num_trained:,} learn" for size in sizes]
+    num_gate = _num_gate(info) if len(sizes) > 1 else 0
+    if num_gate:
+        lines.append(f"gate: {num_gate:,} parameters, all learn")
+    lines += [
+        *_steps(settings, rows, micro, num_processes),
+        "memory of one process, computed, not measured (FSDP2 divides the first two by the number of processes, but"
+        f" gathers {_gib(_gathered(settings, sizes, dtype))} for a step):",
+    ]
+    return (
+        lines
+        + [
+            f"  {name}: {_gib(size)}"
+            for name, size in _memory(settings, info, sizes, dtype, num_gate, micro * len(rows) * longest).items()
+        ]
+        + _disk(settings, info, dtype, response_tokens)
+    )
+
+
+def _steps(settings: TrainSettings, rows: Mapping[str, int], micro: int, num_processes: int) -> list[str]:
+    per_step = settings.num_rows_per_domain
+    epochs = {name: settings.num_steps * per_step / count for name, count in rows.items()}
+    shares = f"{per_step} rows x {len(rows)} domains, {micro} rows of each"
+    if settings.sampling == "proportional":
+        epochs = dict.fromkeys(rows, settings.num_steps * per_step * len(rows) / sum(rows.values()))
+        shares = f"{per_step * len(rows)} rows of all {len(rows)} domains together, {micro * len(rows)} rows"
+    return [
+        f"steps: {settings.num_steps:,} of {shares} at a time on {num_processes} process(es)",
+        *(f"  {name}: {count:,} rows, {epochs[name]:.2f} epochs" for name, count in rows.items()),
+    ]
+
+
+def _memory(
+    settings: TrainSettings,
+    info: FusedModelInfo,
+    sizes: Sequence[ModelSize],
+    dtype: torch.dtype,
+    num_gate: int,
+    tokens: int,
+) -> dict[str, int]:
+    num_trained = sum(size.num_trained for size in sizes) + num_gate
+    all_parameters = sum(size.num_parameters for size in sizes)
+    frozen = sum(size.num_output for size in sizes) if settings.cache_states else all_parameters
+    if settings.trains_specialists and not settings.uses_adapters:
+        frozen = 0
+    logits = 3 * len(sizes) * settings.chunk_size * info.num_shared_ids * 4
+    return {
+        "frozen weights": frozen * dtype.itemsize,
+        "trained weights, gradients and AdamW's moments": num_trained * _BYTES_PER_TRAINED,
+        "logits of a chunk of the loss": logits,
+        f"activations of {tokens:,} tokens, at most": _activations(settings, sizes, dtype, tokens),
+    }
+
+
+def _gathered(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: torch.dtype) -> int:
+    """What is whole in every process during a step although it is sharded: all but the decoder layers, and its
+    gradients if it learns. Decoder layers are gathered one after the other."""
+    count = sum(size.num_output if settings.cache_states else size.num_outside_layers for size in sizes)
+    learns = settings.trains_specialists and not settings.uses_adapters
+    return count * dtype.itemsize * (2 if learns else 1)
+
+
+def _num_in_layers(model: Any) -> int:
+    names = model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+
+
+def _activations(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: torch.dtype, tokens: int) -> int:
+    """About 16 hidden-sized values a token and layer are kept for the backward pass (attention by SDPA keeps no
+    matrix of scores); one with gradient checkpointing, and those of one layer; without a graph one layer's."""
+    per_layer = 16
+    if not settings.trains_specialists:
+        layers = [per_layer for _ in sizes]
+    elif settings.gradient_checkpointing:
+        layers = [size.num_layers + per_layer for size in sizes]
+    else:
+        layers = [size.num_layers * per_layer for size in sizes]
+    values = [count * size.hidden_size for count, size in zip(layers, sizes, strict=True)]
+    return tokens * dtype.itemsize * (sum(values) if settings.trains_specialists else max(values))
+
+
+def _disk(settings: TrainSettings, info: FusedModelInfo, dtype: torch.dtype, response_tokens: int) -> list[str]:
+    if not settings.cache_states:
+        return []
+    num_bytes = response_tokens * sum(info.hidden_sizes) * dtype.itemsize
+    return [f"disk for cached hidden states: {_gib(num_bytes)} (one specialist is in memory while they are computed)"]
+
+
+def _num_gate(info: FusedModelInfo) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Gate(info.hidden_sizes, DEFAULT_WIDTH).parameters())
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"

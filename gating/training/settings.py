@@ -1,0 +1,205 @@
+"""Settings of a training run: one frozen model, from which the command line is laid out.
+
+Knows names, types, texts and what excludes what. Imports no torch, so that `--help` answers at once.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gating.commands.flags import CommandError, parse_command
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+# The paper's, for three 13B models on 16 GPUs: steps and rows per domain of each stage.
+PAPER_STEPS = {1: 400, 2: 5000}
+PAPER_ROWS_PER_DOMAIN = {1: 64, 2: 32}
+
+# In the output folder: checkpoints and the TensorBoard log.
+RUN_FOLDER = "run"
+
+# Settings that do not change what is learned: a resumed run may have others.
+_FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
+
+
+class TrainError(CommandError):
+    """A training run cannot be started or go on. One line that names the setting and the way out."""
+
+
+class TrainSettings(BaseModel):
+    """One training run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fusion: Annotated[str, Field(min_length=1)]
+    """Fusion file, or the name of a preset, to start from."""
+
+    data: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Conversations to train on: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
+
+    output: Annotated[str, Field(min_length=1)]
+    """Folder for the trained fusion, its checkpoints and its TensorBoard log."""
+
+    stage: Literal[1, 2] | None = None
+    """1: the gate learns, specialists are frozen. 2: gate and specialists learn together."""
+
+    specialist: str | None = None
+    """Instead of a stage: train this specialist alone, in its own template, by a low-rank adapter."""
+
+    eval_data: tuple[str, ...] = ()
+    """Conversations to evaluate on during training; as data."""
+
+    eval_every: Count | None = None
+    """Steps between evaluations; default: a tenth of the run. Evaluation also opens and closes a run."""
+
+    learn: Literal["lora", "full"] = "lora"
+    """How specialists learn in stage 2: a low-rank adapter each, or all of their parameters."""
+
+    steps: Count | None = None
+    """Optimizer steps; default: the paper's (400 in stage 1, 5000 in stage 2)."""
+
+    rows_per_domain: Count | None = None
+    """Rows of every domain in one optimizer step, over all devices; default: the paper's (64, 32)."""
+
+    sampling: Literal["balanced", "proportional"] = "balanced"
+    """Rows of a step: as many of every domain, or (an ablation) as many in all, each row of the data equally likely."""
+
+    micro_rows_per_domain: Count | None = None
+    """Rows of every domain in one forward pass of one device; default: all at once. Lower it to save memory."""
+
+    learning_rate: Rate = 2e-5
+    """Highest learning rate, from which a cosine falls to zero. The default is the paper's, for 13B models."""
+
+    gate_learning_rate: Rate | None = None
+    """The gate's own learning rate in stage 2; default: the same."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises from zero."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
+
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+    lora_rank: Count = 8
+    """Rank of new adapters; one that the fusion already names keeps its own."""
+
+    lora_alpha: Count | None = None
+    """Scale of new adapters is alpha over rank; default: twice the rank."""
+
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped while it learns."""
+
+    max_length: Count | None = None
+    """Most tokens of a conversation; longer ones lose their end, never a response's start. Default: the fusion's."""
+
+    limit: Count | None = None
+    """Most rows of a domain to train on, drawn at random; default: all."""
+
+    eval_limit: Count | None = None
+    """Most rows of a domain to evaluate on, drawn at random but the same for every seed; default: all."""
+
+    domains: tuple[str, ...] = ()
+    """Domains to train on, each of which must have rows; default: all that the data names."""
+
+    precision: Precision = "auto"
+    """Type of the specialists' arithmetic; what learns is kept in float32. Auto: bfloat16 on a GPU, else float32."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+
+    cache_states: bool = False
+    """Stage 1: compute the frozen specialists' hidden states once and keep them on disk."""
+
+    fresh_gate: bool = False
+    """Start from an untrained gate although the fusion names one."""
+
+    chunk_size: Count = 256
+    """Response tokens whose logits exist at the same time in the loss."""
+
+    seed: int = 0
+    """Shuffles, initialises, drops out."""
+
+    save_every: Count | None = None
+    """Steps between checkpoints; default: a tenth of the run. The end is always saved."""
+
+    keep_checkpoints: Count = 2
+    """How many checkpoints stay on disk."""
+
+    log_every: Count = 10
+    """Steps between log lines."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint in the output folder, if there is one."""
+
+    plan: bool = False
+    """Say what would be trained, the memory and the steps, and end before any weight is loaded."""
+
+    cache: str | None = None
+    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainSettings":
+        if (self.stage is None) == (self.specialist is None):
+            raise TrainError("stage: name either a stage (--stage 1, --stage 2) or one specialist (--specialist NAME)")
+        if self.cache_states and self.stage != 1:
+            raise TrainError("cache_states: only stage 1 can cache, as specialists that learn change; leave it out")
+        if self.specialist is not None and self.learn == "full":
+            raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.steps or PAPER_STEPS[self.stage or 2]
+
+    @property
+    def num_rows_per_domain(self) -> int:
+        """Rows of every domain in a step."""
+        return self.rows_per_domain or PAPER_ROWS_PER_DOMAIN[self.stage or 2]
+
+    @property
+    def trains_specialists(self) -> bool:
+        """Whether anything but the gate learns."""
+        return self.stage != 1
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether specialists learn by adapters."""
+        return self.trains_specialists and self.learn == "lora"
+
+    @property
+    def steps_between_saves(self) -> int:
+        """Of checkpoints."""
+        return self.save_every or max(1, self.num_steps // 10)
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """Of the evaluation data."""
+        return self.eval_every or max(1, self.num_steps // 10)
+
+    def lasting(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the one it continues, as JSON values."""
+        content = self.model_dump(mode="json")
+        return {name: value for name, value in content.items() if name not in _FREE_ON_RESUME}
+
+
+def parse_settings(argv: Sequence[str], cache: str | None = None) -> TrainSettings:
+    """Read the command line of `ultrafuser train`; prints and exits for `--help`. `cache` is the default of `--cache`.
+
+    Raises:
+        CommandError: an unknown flag, or a value that does not fit.
+    """
+    return parse_command(
+        TrainSettings,
+        argv,
+        prog="ultrafuser train",
+        usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
+        description="Train a fused model's gate, its gate and specialists together, or one specialist alone.",
+        positional="fusion",
+        defaults={"cache": cache},
+    )

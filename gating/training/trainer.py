@@ -1,0 +1,271 @@
+"""The training loop: Transformers' Trainer, with what fusing needs changed and nothing else.
+
+Changed: balanced batches; checkpoints that hold only what learns, written whole or not at all, with their provenance;
+evaluation by domain with the gate's mean weights; a stop before the optimizer moves on a loss that is not finite.
+Knows learners and rows of any kind; does not know fusions or files of data.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from gating.commands.provenance import PROVENANCE_FILE, write_json
+from gating.training.learner import FusedLearner, Learner, trainable_parameters
+from gating.training.sampler import BalancedBatches
+from gating.training.settings import TrainError
+from gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
+
+TRAINED_FILE = "trained.safetensors"
+_STAGING = ".partial"
+
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
+
+
+class NonFiniteLossError(TrainError):
+    """The loss or its gradient is not a number; the parameters are those of the step before."""
+
+
+class FusedTrainer(Trainer):
+    """Trains a `Learner` on balanced batches.
+
+    Args:
+        learner: what learns; its parameters that require a gradient are the checkpoint.
+        arguments: Transformers' own settings of the loop.
+        rows: the training rows, by number.
+        batches: which rows each micro-batch holds.
+        collate: rows to a batch.
+        eval_rows: rows to evaluate on, by domain; may be empty.
+        specialists: names, for the metrics.
+        gate_learning_rate: the gate's own, or None for the same.
+        provenance: goes into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        arguments: TrainingArguments,
+        *,
+        rows: Dataset[Any],
+        batches: BalancedBatches,
+        collate: Collate,
+        eval_rows: Mapping[str, Dataset[Any]],
+        specialists: Sequence[str],
+        gate_learning_rate: float | None,
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self._learner = learner
+        self._rows = rows
+        self._batches = batches
+        self._eval_rows = dict(eval_rows)
+        self._specialists = tuple(specialists)
+        self._gate_learning_rate = gate_learning_rate
+        self._provenance = dict(provenance)
+        self._step_loss: Tensor | None = None
+        self._evaluation: tuple[int, dict[str, float]] | None = None
+        super().__init__(
+            learner, arguments, data_collator=collate, train_dataset=rows, eval_dataset=dict(eval_rows) or None
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, and what sharding needs, if accelerate's configuration asks for it."""
+        super().create_accelerator_and_postprocess()
+        configure_sharding(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+        if self.is_fsdp_enabled and isinstance(self._learner, FusedLearner):
+            # Every forward pass gathers parameters from all processes: they must make the same number of them.
+            self._learner.reads_rows_alone = False
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Not prepared by accelerate: the sampler already knows this process's share."""
+        return DataLoader(self._rows, batch_sampler=self._batches, collate_fn=self.data_collator)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds how often each domain has been seen; Transformers' own `epoch` is the share of the run."""
+        if "loss" in logs:
+            seen = self._batches.epochs(self.state.global_step)
+            logs |= {f"epochs_{domain}": round(count, 4) for domain, count in seen.items()}
+        super().log(logs, start_time)
+
+    # Optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW in two groups, specialists and gate, so that the gate may learn faster."""
+        if self.optimizer is None:
+            parameters = trainable_parameters(self._learner)
+            gate = [tensor for name, tensor in parameters.items() if name.startswith("fusion_gate.")]
+            others = [tensor for name, tensor in parameters.items() if not name.startswith("fusion_gate.")]
+            rate = self.args.learning_rate
+            groups = [{"params": others, "lr": rate}, {"params": gate, "lr": self._gate_learning_rate or rate}]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], lr=rate, weight_decay=self.args.weight_decay
+            )
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; keeps the sum of the step's losses until the optimizer is asked to move."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients and self._learner.fusion_gate is not None:
+            average_gradients(self._learner.fusion_gate.parameters())
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last call before the optimizer moves, by all processes: where a run that has gone wrong ends."""
+        norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm)))
+        assert self._step_loss is not None
+        # One process's loss may be wrong while its neighbour's is right; summed, all processes see the same.
+        seen = self.accelerator.reduce(self._step_loss.detach().float(), reduction="sum")
+        self._step_loss = None
+        if not bool(torch.isfinite(seen)) or not bool(torch.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the loss is {float(seen)} and its gradient's norm {float(norm)};"
+                " nothing was changed by this step. Lower --learning-rate, or look at the rows of this step"
+            )
+        return norm
+
+    # Checkpoints
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What learns, by name, on the CPU; all processes must call it, the first one gets it."""
+        state = {}
+        for name, parameter in trainable_parameters(self._learner).items():
+            tensor = whole(parameter.detach())
+            if self.args.should_save:
+                state[name] = tensor.cpu().contiguous()
+        return state
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what learns, and where it comes from; in whole tensors, however they were sharded."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        state = self.trained_state()
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / TRAINED_FILE, metadata={"format": "pt"})
+            write_json(folder / PROVENANCE_FILE, {**self._provenance, "step": self.state.global_step})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled == (Path(resume_from_checkpoint) / "optimizer.pt").is_file():
+            raise TrainError(
+                f"{resume_from_checkpoint}: was written {'without' if self.is_fsdp_enabled else 'with'} sharding, which"
+                " its optimizer's state cannot change; resume it with the same accelerate configuration"
+            )
+        saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
+        wanted = trainable_parameters(self._learner)
+        if saved.keys() != wanted.keys():
+            odd = sorted(saved.keys() ^ wanted.keys())[0]
+            raise TrainError(
+                f"{resume_from_checkpoint}: does not hold what learns here ({odd}); start in a new --output"
+            )
+        for name, parameter in wanted.items():
+            fill(parameter, saved[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """With sharded parameters the Trainer would save the frozen ones here too."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return os.path.join(super()._get_output_dir(trial), _STAGING)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside its place and renamed: a checkpoint that has its name is whole."""
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            shutil.rmtree(folder / _STAGING, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(folder / _STAGING / name, folder / name)
+            shutil.rmtree(folder / _STAGING)
+            rotate_checkpoints(str(folder), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss in nats per response token and mean gate weights, of every domain; `eval_loss` is their mean.
+
+        Weighted by tokens, whatever the batches: Transformers' own loop means over batches.
+        """
+        metrics: dict[str, float] = {}
+        losses = []
+        own = [self._shares(_length(rows)) for rows in self._eval_rows.values()]
+        self.callback_handler.eval_dataloader = range(sum(len(shares) for shares in own))  # the progress bar's length
+        for (domain, rows), shares in zip(self._eval_rows.items(), own, strict=True):
+            loss, weights_S = self._evaluate_domain(rows, shares)
+            losses.append(loss)
+            metrics[f"{metric_key_prefix}_loss_{domain}"] = loss
+            for name, weight in zip(self._specialists, weights_S, strict=True):
+                metrics[f"{metric_key_prefix}_gate_{domain}_{name}"] = weight
+        metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        self._evaluation = (self.state.global_step, dict(metrics))
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def final_evaluation(self) -> dict[str, float]:
+        """Metrics of the model as it is now; empty without evaluation rows."""
+        if not self._eval_rows:
+            return {}
+        step, metrics = self._evaluation or (None, {})
+        return metrics if step == self.state.global_step else self.evaluate()
+
+    @torch.no_grad()
+    def _evaluate_domain(self, rows: Dataset[Any], shares: list[list[int]]) -> tuple[float, list[float]]:
+        """Sums over this process's share of the rows, then over all processes."""
+        model = self.model
+        assert model is not None
+        model.eval()
+        sums = torch.zeros(2 + len(self._specialists), dtype=torch.float64, device=self.args.device)
+        loader = DataLoader(rows, batch_sampler=[share or [0] for share in shares], collate_fn=self.data_collator)
+        for share, batch in zip(shares, loader, strict=True):
+            batch = self._prepare_inputs(batch)
+            outputs = model(**batch)
+            if not share:
+                continue
+            sums[0] += outputs["tokens_N"].double().sum()
+            sums[1] += len(outputs["tokens_N"])
+            sums[2:] += outputs["weights_SN"].double().sum(dim=1)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        drop_gathered(model)
+        total, count, *weights = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return total / count, [weight / count for weight in weights]
+
+    def _shares(self, num_rows: int) -> list[list[int]]:
+        """This process's rows in batches, as many as the first process has; the last may be empty."""
+        own = range(self.args.process_index, num_rows, self.args.world_size)
+        size = self.args.per_device_eval_batch_size
+        most = len(range(0, num_rows, self.args.world_size))
+        return [list(own[begin : begin + size]) for begin in range(0, most, size)]
+
+
+def _length(rows: Any) -> int:
+    return len(rows)

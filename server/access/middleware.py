@@ -1,0 +1,167 @@
+"""What every request passes before a route sees it: an id and a log line, its host's name, its key. Reads no bodies."""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.access.keys import CACHE_SALT, KeyRing
+from server.access.quotas import Quota
+from server.api.playground import FILES as PLAYGROUND_FILES
+from server.errors import InvalidApiKey, RateLimited, Rejection, UntrustedHost, as_api_error
+from server.log import request_id
+from server.metrics import DISCONNECTS, REJECTIONS
+
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", *PLAYGROUND_FILES})
+"""Paths that need no key. Everything else does, so that a new route is closed until somebody opens it."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_QUIET_PATHS = PUBLIC_PATHS | {"/version"}
+_CLIENT_LEFT = 499
+
+logger = logging.getLogger(__name__)
+
+
+class RequestLog:
+    """Gives each request an id, says how it ended, and answers 500 when nothing further in did.
+
+    A client's own X-Request-Id is kept if it is short and plain, else replaced: it ends up in log lines and in the id
+    of the response. vLLM reads it from the headers, so `chatcmpl-ID` and a request's log lines name the same id.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        token = request_id.set(exchange.id)
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        except Exception as error:
+            logger.exception("the request failed")
+            if exchange.status is not None:
+                raise
+            await as_api_error(error).response()(scope, exchange.receive, exchange.send)
+        finally:
+            exchange.log()
+            request_id.reset(token)
+
+
+class _Exchange:
+    """One request and its response, as seen from outside."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._start = time.monotonic()
+        self._is_complete = False
+        self._client_left = False
+        self.status: int | None = None
+        headers = MutableHeaders(scope=scope)
+        given = headers.get("x-request-id", "")
+        self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        headers["x-request-id"] = self.id
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._is_complete:
+            self._client_left = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = int(message["status"])
+            MutableHeaders(scope=message)["x-request-id"] = self.id
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._is_complete = True
+
+    def log(self) -> None:
+        if self._client_left:
+            DISCONNECTS.inc()
+        status = _CLIENT_LEFT if self._client_left else self.status
+        level = logging.DEBUG if self._scope["path"] in _QUIET_PATHS else logging.INFO
+        duration_ms = 1000 * (time.monotonic() - self._start)
+        # %r: a path is the client's, and must not be able to begin a line of its own.
+        logger.log(level, "%s %r %s %.0f ms", self._scope["method"], self._scope["path"], status, duration_ms)
+
+
+class ApiKeys:
+    """Answers 401 to a request without one of the keys, and 429 to one whose key has used up its share.
+
+    Every path is guarded but the public ones. The decision rests on the path that is routed, never on what a Host
+    header makes of it.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, quotas: Sequence[Quota], salts_cache: bool) -> None:
+        """`quotas`: one for each key, in their order; `salts_cache`: give every key a prefix cache of its own."""
+        self.app = app
+        self._keys = keys
+        self._quotas = quotas
+        self._salts_cache = salts_cache
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or is_public(scope):
+            await self.app(scope, receive, send)
+            return
+        number = self._keys.find(scope["headers"])
+        if number is None:
+            error = InvalidApiKey("Missing or wrong API key: send it as `Authorization: Bearer KEY`.")
+            await refuse(error, scope, receive, send)
+            return
+        if self._salts_cache:
+            scope.setdefault("state", {})[CACHE_SALT] = self._keys.salt(number)
+        with ExitStack() as share:
+            try:
+                share.enter_context(self._quotas[number].use())
+            except RateLimited as error:
+                await refuse(error, scope, receive, send)
+                return
+            await self.app(scope, receive, send)
+
+
+class TrustedHosts:
+    """Starlette's check of the Host header, with our error; probes and metrics pass under every name."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app = app
+        self._check = TrustedHostMiddleware(_pass_on, hosts, www_redirect=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        verdict: list[str] = []
+
+        async def note(message: Message) -> None:
+            verdict.append(message["type"])
+
+        if not is_public(scope):
+            await self._check(scope, receive, note)
+        if verdict:
+            await refuse(UntrustedHost("The Host header is not one of this server's names."), scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def is_public(scope: Scope) -> bool:
+    """Whether a request's path needs no key and is never turned away."""
+    return scope.get("path", "").removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS
+
+
+async def refuse(error: Rejection, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with a rejection and count it."""
+    REJECTIONS.labels(error.reason).inc()
+    await error.response()(scope, receive, send)
+
+
+async def _pass_on(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """The application behind Starlette's check, which says nothing."""

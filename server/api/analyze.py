@@ -1,0 +1,148 @@
+"""POST /v1/gate/analyze: how much each specialist counts for every token of a given text."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.exceptions import VLLMError
+
+from server.api.response import BODY_ERRORS
+from server.errors import ContextTooLong, InvalidRequest, as_api_error
+from server.requests.bodies import JsonRoute
+from server.requests.unsupported import refuse_unfused_chat
+from server.serving.gate_weights import FIELD
+from server.serving.serving import Serving
+
+router = APIRouter(route_class=JsonRoute)
+Response = TypeVar("Response", ChatCompletionResponse, CompletionResponse)
+
+
+class GateAnalysisRequest(BaseModel):
+    """A raw text, or a conversation and an answer to it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str | None = None
+    """The served name; null takes it."""
+
+    text: Annotated[str, Field(min_length=1)] | None = None
+    """Read by every specialist as it is, without a template."""
+
+    messages: list[dict[str, Any]] | None = None
+    """A conversation that ends before the answer; each specialist reads it in its own template."""
+
+    answer: Annotated[str, Field(min_length=1)] | None = None
+    """The answer to it, whose tokens are weighed."""
+
+
+@router.post("/v1/gate/analyze", responses=BODY_ERRORS)
+@with_cancellation
+async def analyze(request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
+    """Every token of the text or the answer with its fused log probability and the gate's weights, teacher-forced."""
+    serving: Serving = raw_request.app.state.serving
+    if (request.text is None) == (request.messages is None):
+        raise InvalidRequest("text: send either a text, or messages and an answer.", "text")
+    if (request.messages is None) != (request.answer is None):
+        raise InvalidRequest("answer: messages and an answer go together.", "answer")
+    if request.text is not None:
+        return await _analyze_text(serving, request, raw_request)
+    return await _analyze_answer(serving, request, raw_request)
+
+
+async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
+    """The first token is the prompt: nothing predicts it."""
+    first, *rest = await _token_ids(serving, request.text or "", "text", add_special_tokens=True)
+    if not rest:
+        raise InvalidRequest("text: has one token only, which nothing predicts; send more.", "text")
+    own: dict[str, Any] = {"prompt": [first], "logprobs": 0}
+    asked = CompletionRequest(**_common(request, rest), **own)
+    response = await _answered(serving.completion.create_completion(asked, raw_request), CompletionResponse, "text")
+    (choice,) = response.choices
+    tokens = _tokens(serving, rest, choice, choice.logprobs.token_logprobs, "text")
+    start = {"token": serving.tokenizer.decode([first]), "token_id": first, "logprob": None, FIELD: None}
+    return _body(serving, response, [start, *tokens])
+
+
+async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
+    answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
+    asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
+    given, asked.vllm_xargs = asked.vllm_xargs, None  # the server's own; what the user sent is looked at
+    refuse_unfused_chat(asked)
+    asked.vllm_xargs = given
+    response = await _answered(
+        serving.chat.create_chat_completion(asked, raw_request), ChatCompletionResponse, "answer"
+    )
+    (choice,) = response.choices
+    logprobs = [entry.logprob for entry in choice.logprobs.content]
+    return _body(serving, response, _tokens(serving, answer, choice, logprobs, "answer"))
+
+
+async def _answered(asking: Awaitable[Any], kind: type[Response], param: str) -> Response:
+    """What the serving class gave; a text that is too long for the context is no matter of `max_tokens` here.
+
+    Raises:
+        ApiError: as the serving class says.
+    """
+    try:
+        response = await asking
+    except (ValueError, VLLMError) as error:
+        response = error
+    if isinstance(response, kind):
+        return response
+    told = as_api_error(response)
+    if told.param == "max_tokens":
+        raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param)
+    raise told
+
+
+def _common(request: GateAnalysisRequest, given: list[int]) -> dict[str, Any]:
+    return {
+        "model": request.model,
+        "max_tokens": len(given),
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "vllm_xargs": {"forced_token_ids": given, FIELD: True},
+        FIELD: True,
+    }
+
+
+async def _token_ids(serving: Serving, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    max_length: int = serving.engine.vllm_config.model_config.max_model_len
+    if len(text) > max_length * serving.tokenizer.max_chars_per_token:
+        raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param)
+    ids: list[int] = await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    foreign = next((token_id for token_id in ids if token_id >= serving.num_shared_ids), None)
+    if foreign is not None:
+        raise InvalidRequest(f"{param}: token id {foreign} is not shared by all specialists; change the text.", param)
+    return ids
+
+
+def _tokens(
+    serving: Serving, given: list[int], choice: Any, logprobs: list[float | None], param: str
+) -> list[dict[str, Any]]:
+    if list(choice.token_ids) != given:
+        raise ContextTooLong(f"{param}: of {len(given)} tokens only {len(choice.token_ids)} fit; shorten it.", param)
+    rows = zip(given, logprobs, choice.gate_weights["content"], strict=True)
+    return [
+        {"token": serving.tokenizer.decode([token_id]), "token_id": token_id, "logprob": logprob, FIELD: weights}
+        for token_id, logprob, weights in rows
+    ]
+
+
+def _body(serving: Serving, response: Any, tokens: list[dict[str, Any]]) -> JSONResponse:
+    return JSONResponse(
+        {
+            "object": "gate.analysis",
+            "model": response.model,
+            "specialists": list(serving.specialists),
+            "tokens": tokens,
+            "mean": response.choices[0].gate_weights["mean"],
+        }
+    )

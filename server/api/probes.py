@@ -1,0 +1,89 @@
+"""GET /health (alive), /ready (can generate), /version and /metrics: what machines ask."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+from vllm.version import __version__ as vllm_version
+
+from server import __version__
+from server.api.response import READ_ERRORS
+from server.metrics import scrape, show_state
+from server.serving.serving import Serving
+
+router = APIRouter(responses=READ_ERRORS)
+
+
+class Status(BaseModel):
+    """What a probe is told."""
+
+    status: str
+
+
+_STATUSES: dict[int | str, dict[str, Any]] = {200: {"model": Status}, 503: {"model": Status}}
+
+
+@dataclass
+class Readiness:
+    """What the start and the end of the server have to say about its being ready."""
+
+    is_warm: bool = False
+    """A token was produced since the start."""
+
+    is_ending: bool = False
+    """A signal has asked the server to end."""
+
+    is_stalled: bool = False
+    """The engine has work and makes no steps."""
+
+    def obstacle(self, engine_errored: bool) -> str | None:
+        """Why the server cannot take requests; None if it can."""
+        if engine_errored:
+            return "the engine has stopped"
+        if self.is_ending:
+            return "shutting down"
+        if self.is_stalled:
+            return "the engine has work, but makes no steps"
+        return None if self.is_warm else "warming up: no token produced yet"
+
+
+@router.get("/health", responses=_STATUSES)
+async def health(raw_request: Request) -> Response:
+    """200 while the engine lives, else 503: a liveness probe, which restarts a server whose engine has stopped."""
+    serving: Serving = raw_request.app.state.serving
+    alive = not serving.engine.errored
+    return JSONResponse({"status": "alive" if alive else "engine stopped"}, 200 if alive else 503)
+
+
+@router.get("/ready", responses=_STATUSES)
+async def ready(raw_request: Request) -> Response:
+    """200 once a token was produced and until the server ends, else 503: a readiness probe, which routes traffic."""
+    obstacle = _obstacle(raw_request)
+    return JSONResponse({"status": obstacle or "ready"}, 503 if obstacle else 200)
+
+
+@router.get("/version")
+async def version() -> Response:
+    """Versions of UltraFuser and of the vLLM it runs on."""
+    return JSONResponse({"version": __version__, "vllm_version": vllm_version})
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(raw_request: Request) -> Response:
+    """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`."""
+    state = raw_request.app.state
+    show_state(
+        is_ready=_obstacle(raw_request) is None,
+        is_up=not state.serving.engine.errored,
+        is_draining=state.readiness.is_ending,
+        num_unfinished=state.serving.engine.get_num_unfinished_requests(),
+    )
+    return scrape()
+
+
+def _obstacle(raw_request: Request) -> str | None:
+    serving: Serving = raw_request.app.state.serving
+    readiness: Readiness = raw_request.app.state.readiness
+    return readiness.obstacle(serving.engine.errored)

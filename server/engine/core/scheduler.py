@@ -1,0 +1,188 @@
+"""vLLM's scheduler with exact prefix caching for n specialists.
+
+A block may be shared only if every specialist has the same tokens in it, and may be announced as cached
+only when every specialist has computed it. The rest of the schedule is vLLM's: it sees one canonical
+prompt per request and knows nothing of specialists.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys, hash_block_tokens
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from server.engine.client.step_feed import add_report
+from server.engine.client.weight_stream import attach, wants_weights
+from server.engine.core.nonfinite import nonfinite_end
+from server.engine.shared.prompts import all_prompts, conceal_tokens
+from server.engine.shared.step import StepRecord
+
+
+def lag(num_canonical_prompt: int, num_shortest_prompt: int) -> int:
+    """How many tokens behind the canonical length a block may be announced: L - min(l) + 1.
+
+    Up to that many tokens before the end of the canonical sequence, every specialist has computed its own.
+    """
+    return num_canonical_prompt - num_shortest_prompt + 1
+
+
+def fused_block_hasher(
+    prompts: list[list[int]], num_canonical_prompt: int, block_size: int, hash_fn: Callable[[Any], bytes]
+) -> Callable[[Request], list[BlockHash]]:
+    """Hashes of a request's new full blocks, over all specialists' own tokens, chained.
+
+    The hash of block j covers the own tokens [j*B, (j+1)*B) of every specialist, so a block is found again
+    only by a request for which every specialist has the same tokens in it and before it.
+    """
+    request_lag = lag(num_canonical_prompt, min(len(prompt) for prompt in prompts))
+
+    def new_hashes(request: Request) -> list[BlockHash]:
+        hashes: list[BlockHash] = []
+        parent = request.block_hashes[-1] if request.block_hashes else None
+        start = len(request.block_hashes) * block_size
+        while start + block_size <= request.num_tokens - request_lag:
+            end = start + block_size
+            extra_keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+            tokens = [token for prompt in prompts for token in _own_tokens(prompt, request, start, end)]
+            parent = hash_block_tokens(hash_fn, parent, tokens, extra_keys)
+            hashes.append(parent)
+            start = end
+        return hashes
+
+    return new_hashes
+
+
+def _own_tokens(prompt: list[int], request: Request, start: int, end: int) -> list[int]:
+    """One specialist's tokens [start, end): its own prompt, then the outputs."""
+    if end <= len(prompt):
+        return prompt[start:end]
+    outputs = request.output_token_ids[max(start - len(prompt), 0) : end - len(prompt)]
+    return [*prompt[start:], *outputs]
+
+
+class FusedSchedulerMixin(Scheduler):
+    """Replaces how block hashes are made and when blocks are announced as cached; ends requests that went wrong."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
+        self._lags: dict[str, int] = {}
+        self._wanting: set[str] = set()
+        self._num_found: dict[str, int] = {}
+        """Tokens whose blocks were found in the prefix cache, by request."""
+        self._soiled_block_ids: set[int] = set()
+        coordinator = self.kv_cache_manager.coordinator
+        announce = coordinator.cache_blocks
+        coordinator.cache_blocks = lambda request, num_computed_tokens: announce(
+            request, min(num_computed_tokens, request.num_tokens - self._lags[request.request_id])
+        )
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request, its blocks hashed over the prompts of all specialists."""
+        assert request.prompt_token_ids is not None
+        assert request.sampling_params is not None
+        conceal_tokens(request.sampling_params)
+        prompts = all_prompts(request.sampling_params, request.prompt_token_ids)
+        num_canonical = len(request.prompt_token_ids)
+        self._lags[request.request_id] = lag(num_canonical, min(len(prompt) for prompt in prompts))
+        if self.cache_config.enable_prefix_caching:
+            request._block_hasher = fused_block_hasher(prompts, num_canonical, self.hash_block_size, self._hash_fn)
+            request.block_hashes = []
+            request.update_block_hashes()
+        if wants_weights(request.sampling_params):
+            self._wanting.add(request.request_id)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """As vLLM's; notes what new requests find in the prefix cache."""
+        output = super().schedule(*args, **kwargs)
+        for request in output.scheduled_new_reqs:
+            self._num_found[request.req_id] = request.num_computed_tokens
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """As vLLM's; requests that asked get the gate's weights, requests that went wrong end, the step is reported."""
+        step: StepRecord | None = getattr(model_runner_output, "step", None)
+        if step is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        wanting = set(self._wanting)  # a request that ends with this token is forgotten in the next lines
+        nonfinite = step.nonfinite
+        ended = self._end_nonfinite(nonfinite) if nonfinite else []
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for own in outputs.values() if wanting else ():
+            attach(own.outputs, step, wanting)
+        for request in ended:
+            own = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            own.outputs.append(nonfinite_end(request))
+        add_report(outputs, step, [nonfinite[request.request_id] for request in ended])
+        return outputs
+
+    def _end_nonfinite(self, request_ids: Iterable[str]) -> list[Request]:
+        """End requests before their tokens are handed out, as if they were aborted; those that still ran."""
+        block_ids = {
+            block_id
+            for request in request_ids
+            for group in self.kv_cache_manager.get_block_ids(request)
+            for block_id in group
+        }
+        ended: list[Request] = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
+        self._clean(block_ids)
+        return ended
+
+    def _clean(self, block_ids: set[int]) -> None:
+        """Have freed blocks zeroed before they are used again, and not found again by their content."""
+        self.kv_cache_manager.evict_blocks(block_ids)
+        blocks = self.kv_cache_manager.block_pool.blocks
+        self._soiled_block_ids |= {block_id for block_id in block_ids if blocks[block_id].ref_cnt == 0}
+
+    def _get_new_block_ids_to_zero(self) -> list[int] | None:
+        soiled, self._soiled_block_ids = self._soiled_block_ids, set()
+        return [*(super()._get_new_block_ids_to_zero() or ()), *soiled] or None
+
+    def _free_request_blocks(self, request: Request) -> None:
+        unseen = self._unseen_blocks(request)
+        super()._free_request_blocks(request)
+        self._clean(unseen)
+
+    def _unseen_blocks(self, request: Request) -> set[int]:
+        """Blocks of which no row has shown yet that all in them is finite: the last ones, or of a prompt that is not
+        read to its end all that were computed. A step that is under way may still write to them."""
+        if request.num_output_tokens:
+            start = max(request.num_tokens - self._lags[request.request_id], 0)
+        else:
+            start = self._num_found.get(request.request_id, 0)
+        groups = self.kv_cache_manager.get_block_ids(request.request_id)
+        return {block_id for group in groups for block_id in group[start // self.block_size :]}
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self._lags.pop(request.request_id, None)
+        self._num_found.pop(request.request_id, None)
+        self._wanting.discard(request.request_id)
+
+
+class FusedScheduler(FusedSchedulerMixin, Scheduler):
+    """Fused prefix caching over vLLM's synchronous scheduler."""
+
+
+class FusedAsyncScheduler(FusedSchedulerMixin, AsyncScheduler):
+    """Fused prefix caching over vLLM's asynchronous scheduler."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> FusedSchedulerMixin:
+    """The fused scheduler for what vLLM made of async scheduling; vLLM calls this in the place of a class."""
+    scheduler = FusedAsyncScheduler if vllm_config.scheduler_config.async_scheduling else FusedScheduler
+    return scheduler(vllm_config, **kwargs)
+
+
+SCHEDULER = f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
+"""What `scheduler_cls` takes."""

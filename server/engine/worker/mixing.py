@@ -1,0 +1,93 @@
+"""From n forward passes to one row of logits per request: match rows, gate, mix.
+
+This is the one small interface between the specialists' forward passes and the leader's sampler, so that
+another placement (specialists on separate groups of GPUs) replaces this module and nothing else. It knows
+tensors and row numbers, not the schedule.
+
+Shapes: S specialists, B rows that end in a token, R rows of the leader's batch, D hidden size, V vocabulary,
+X marks of a row (`server.engine.worker.observing`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tp_group
+
+from gating.model.gate import Gate, fuse
+from server.engine.worker.observing import neutralize, observe
+from server.engine.worker.timing import StepClock
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One runner's rows that end in a token, and what the forward pass left for them."""
+
+    indices: list[int]
+    """Row of each ending request in this runner's batch; the same requests in the same order for all runners."""
+    hidden_RD: Tensor
+    """Last hidden states (after the final norm) of every row of the batch."""
+    logits_RV: Tensor
+    """Logits of every row of the batch."""
+
+
+class Mixer:
+    """The paper's gate and sum: fused logits = sum_s softmax_s(g(h_s)) * o_s, in float32 (paper, The model)."""
+
+    def __init__(self, gate: Gate | None, num_shared_ids: int) -> None:
+        """`gate` is None for a single specialist, whose weight is 1."""
+        self._gate = gate
+        self._num_shared_ids = num_shared_ids
+
+    def fuse_into_leader(self, rows: Sequence[Rows], clock: StepClock) -> tuple[Tensor, Tensor]:
+        """The leader's logits [R, V] in float32 with the fused logits in the rows that end in a token; marks [X, B].
+
+        `rows[0]` is the leader's. Ids outside the shared vocabulary are -inf: V stays the leader's width,
+        which penalties, masks and top-k depend on. Rows of unfinished prefills keep the leader's own logits;
+        they are garbage and nobody reads them. A row that is not finite gets equal logits; its marks say so.
+        """
+        hidden_SBD = [_take(r.hidden_RD, r.indices) for r in rows]
+        with clock.measure("gate"):
+            weights_SB = self._weights(hidden_SBD)
+        with clock.measure("mix"):
+            logits_SBV = [_take(r.logits_RV, r.indices)[:, : self._num_shared_ids] for r in rows]
+            mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids)
+            marks_XB, is_nonfinite_B = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
+            neutralize(mixed_BV, is_nonfinite_B)
+            return self._into_leader(mixed_BV, rows[0]), marks_XB
+
+    def _into_leader(self, mixed_BV: Tensor, leader: Rows) -> Tensor:
+        num_rows, width = leader.logits_RV.shape
+        if _is_everything(leader.indices, num_rows):
+            return nn.functional.pad(mixed_BV, (0, width - self._num_shared_ids), value=float("-inf"))
+        fused_RV = leader.logits_RV.to(torch.float32, copy=True)
+        fused_RV[:, self._num_shared_ids :] = float("-inf")
+        fused_RV[leader.indices, : self._num_shared_ids] = mixed_BV
+        return fused_RV
+
+    def mix(self, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor]) -> Tensor:
+        """Fused logits [B, V] of rows that all specialists have in the same order; V and -inf as above."""
+        mixed_BV = fuse(self._weights(hidden_SBD), logits_SBV, self._num_shared_ids)
+        return nn.functional.pad(mixed_BV, (0, logits_SBV[0].shape[1] - self._num_shared_ids), value=float("-inf"))
+
+    def _weights(self, hidden_SBD: Sequence[Tensor]) -> Tensor:
+        """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""
+        if self._gate is None:
+            return torch.ones(1, hidden_SBD[0].shape[0], device=hidden_SBD[0].device)
+        weights_SB: Tensor = self._gate(hidden_SBD)
+        group = get_tp_group()
+        if group.world_size > 1:
+            weights_SB = group.broadcast(weights_SB.contiguous(), src=0)
+        return weights_SB
+
+
+def _take(tensor_RX: Tensor, indices: list[int]) -> Tensor:
+    """The rows `indices`; without a copy when they are all rows in order, the common case of a decode step."""
+    if _is_everything(indices, tensor_RX.shape[0]):
+        return tensor_RX
+    return tensor_RX[torch.tensor(indices, device=tensor_RX.device)]
+
+
+def _is_everything(indices: list[int], num_rows: int) -> bool:
+    return len(indices) == num_rows and indices == list(range(num_rows))

@@ -1,0 +1,104 @@
+"""vLLM workers that hold n specialists: one mix-in over the CPU worker and the GPU worker.
+
+Everything a worker does (device, memory, profiling, CUDA graphs, tensor parallelism) stays vLLM's; the
+mix-in only replaces the worker's model runner by n of them. `VllmConfig.additional_config` says which.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from gating.model.gate import load_gate
+from server.engine.shared.spec import EngineSpec, SpecialistSpec
+from server.engine.worker.fused_step import FusedModelRunner
+from server.engine.worker.mixing import Mixer
+
+
+class FusedWorkerMixin(Worker):
+    """Builds the followers' runners beside the leader's, which vLLM's worker has built itself."""
+
+    runner_cls: type[GPUModelRunner]
+    """The platform's model runner."""
+    model_runner: Any
+    """vLLM's own until `init_device` has run, then the fused one."""
+
+    def init_device(self) -> None:
+        """Set up the device as vLLM does, then put n model runners in the place of one."""
+        super().init_device()
+        spec = EngineSpec.from_vllm_config(self.vllm_config)
+        runners = [self.model_runner]
+        for specialist in spec.specialists[1:]:
+            config = follower_config(self.vllm_config, specialist)
+            with set_current_vllm_config(config):
+                runners.append(self.runner_cls(config, self.device))
+        self.model_runner = FusedModelRunner(runners, spec.names, lambda: self._load_mixer(spec))
+
+    def _load_mixer(self, spec: EngineSpec) -> Mixer:
+        if spec.gate is None:
+            return Mixer(None, spec.num_shared_ids)
+        gate = load_gate(Path(spec.gate), spec.names, spec.hidden_sizes)
+        return Mixer(gate.to(self.device).eval(), spec.num_shared_ids)
+
+
+class FusedCPUWorker(FusedWorkerMixin, CPUWorker):
+    """n specialists on the CPU."""
+
+    runner_cls = CPUModelRunner
+
+
+class FusedGPUWorker(FusedWorkerMixin, Worker):
+    """n specialists on a GPU; with tensor parallelism every rank holds a shard of each."""
+
+    runner_cls = GPUModelRunner
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """As vLLM's; blocks must be zeroed when a request went wrong, which vLLM prepares for other caches only."""
+        super().initialize_from_config(kv_cache_config)
+        self.model_runner._init_kv_zero_meta()
+
+
+def worker_qualname() -> str:
+    """Qualified name of the worker class for the platform vLLM runs on, as `worker_cls` takes it."""
+    worker = FusedCPUWorker if current_platform.is_cpu() else FusedGPUWorker
+    return f"{worker.__module__}.{worker.__qualname__}"
+
+
+def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfig:
+    """A whole configuration for one follower, inside the leader's parallel group, cache and schedule.
+
+    The shared configurations are assigned by attribute: `dataclasses.replace` would run `__post_init__`
+    again, reset the shared scheduler configuration and carry the leader's quantization over.
+    """
+    parallel = leader.parallel_config
+    args = EngineArgs(
+        model=specialist.model,
+        revision=specialist.revision,
+        dtype=specialist.dtype,
+        quantization=specialist.quantization,
+        max_model_len=leader.model_config.max_model_len,
+        enforce_eager=leader.model_config.enforce_eager,
+        seed=leader.model_config.seed,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        distributed_executor_backend=parallel.distributed_executor_backend,
+        block_size=leader.cache_config.block_size,
+        max_num_seqs=leader.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=leader.scheduler_config.max_num_batched_tokens,
+        generation_config="vllm",
+    )
+    config = args.create_engine_config()
+    config.parallel_config = parallel
+    config.cache_config = leader.cache_config
+    config.scheduler_config = leader.scheduler_config
+    config.device_config = leader.device_config
+    config.load_config = leader.load_config
+    config.additional_config = copy.copy(leader.additional_config)
+    return config

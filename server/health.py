@@ -1,0 +1,84 @@
+"""Whether the engine gets on with its work: the age of its last step, and what to make of it.
+
+An engine that hangs still looks alive to everything that only asks whether its process is there. Knows that there are
+steps and unfinished requests, not what they are.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from server.api.probes import Readiness
+
+MAX_CHECK_SECONDS = 1.0
+"""Longest time between two looks at the engine."""
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What has to be known of an engine."""
+
+    def get_num_unfinished_requests(self) -> int:
+        """Requests that wait or run."""
+
+    async def is_paused(self) -> bool:
+        """Any question that only a living engine answers."""
+
+
+class Heartbeat:
+    """When the engine last had something to show for its work, or nothing to do."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = clock()
+
+    def step(self, _report: object = None) -> None:
+        """The report of a step has arrived."""
+        self._last = self._clock()
+
+    def rest(self) -> None:
+        """There is nothing to do."""
+        self._last = self._clock()
+
+    @property
+    def age_seconds(self) -> float:
+        """Time since the last step or rest."""
+        return self._clock() - self._last
+
+
+class StallWatch:
+    """Keeps `Readiness.is_stalled` up to date: the engine has work, and for too long no step has come."""
+
+    def __init__(self, engine: Engine, heartbeat: Heartbeat, readiness: Readiness, stall_seconds: float) -> None:
+        self._engine = engine
+        self._heartbeat = heartbeat
+        self._readiness = readiness
+        self._stall_seconds = stall_seconds
+
+    async def run(self) -> None:
+        """Watch for as long as the engine lives."""
+        with suppress(EngineDeadError):
+            await self._watch()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(MAX_CHECK_SECONDS, self._stall_seconds / 4))
+            if self._is_late() and not self._readiness.is_stalled:
+                self._readiness.is_stalled = True
+                logger.error("no step of the engine for %.1f s", self._heartbeat.age_seconds)
+                # Its requests may end by their deadlines meanwhile: only an answer shows that it lives again.
+                await self._engine.is_paused()
+            if self._readiness.is_stalled and not self._is_late():
+                self._readiness.is_stalled = False
+                logger.warning("the engine makes steps again")
+
+    def _is_late(self) -> bool:
+        if self._engine.get_num_unfinished_requests() == 0:
+            self._heartbeat.rest()
+        return self._heartbeat.age_seconds > self._stall_seconds

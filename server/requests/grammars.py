@@ -1,0 +1,137 @@
+"""Constraints on a response (schemas, expressions, grammars) are tried out before the engine meets them.
+
+xgrammar compiles in the engine's own process, where nothing can stop it: a schema of a few words can keep it busy for
+ever, and an ambiguous grammar makes every step of every request wait for its mask. So each new constraint is compiled
+and walked some tokens far in a process of its own (`grammar_worker.py`), which is ended when it takes too long.
+Knows constraints and that process, neither requests nor the engine.
+"""
+
+import asyncio
+import json
+import sys
+from collections import OrderedDict
+from hashlib import sha256
+
+from vllm.config import VllmConfig
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+from vllm.v1.structured_output.request import get_structured_output_key
+from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
+
+from server.errors import InvalidRequest
+
+START_SECONDS = 120.0
+"""How long the process may take to start: it imports torch."""
+
+MAX_REMEMBERED = 1024
+"""How many constraints that have passed are not tried again."""
+
+_LINE_BYTES = 2**24
+
+
+class GrammarCheck:
+    """Tries constraints out, one at a time; the process starts with the first."""
+
+    def __init__(self, config: VllmConfig, seconds: float) -> None:
+        """`config` is the engine's; `seconds` is the time one constraint may take."""
+        model = config.model_config
+        self._arguments = {
+            "tokenizer": model.tokenizer,
+            "revision": model.tokenizer_revision,
+            "vocab_size": model.get_vocab_size(),
+            "any_whitespace": not config.structured_outputs_config.disable_any_whitespace,
+        }
+        self._seconds = seconds
+        self._lock = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self._passed: OrderedDict[bytes, None] = OrderedDict()
+        self._trials: set[asyncio.Task[None]] = set()
+
+    async def check(self, constraint: StructuredOutputsParams | None) -> None:
+        """Let a constraint pass, or not; what the process does not understand is left to vLLM.
+
+        Raises:
+            InvalidRequest: it takes too long to compile or to apply, or more memory than it may.
+        """
+        if constraint is None or constraint.json_object or constraint.all_constraints_none():
+            return
+        line = json.dumps(_described(constraint)).encode() + b"\n"
+        digest = sha256(line).digest()
+        # A client that leaves meanwhile does not end the process, which others wait for.
+        trial = asyncio.ensure_future(self._check(line, digest))
+        self._trials.add(trial)
+        trial.add_done_callback(self._forget)
+        await asyncio.shield(trial)
+
+    async def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def _check(self, line: bytes, digest: bytes) -> None:
+        async with self._lock:
+            if digest not in self._passed:
+                await self._try(line)
+            self._passed[digest] = None
+            self._passed.move_to_end(digest)
+            if len(self._passed) > MAX_REMEMBERED:
+                self._passed.popitem(last=False)
+
+    def _forget(self, trial: "asyncio.Task[None]") -> None:
+        self._trials.discard(trial)
+        if not trial.cancelled():
+            trial.exception()  # looked at, also when nobody waits for it any more
+
+    async def _try(self, line: bytes) -> None:
+        if self._process is not None and self._process.returncode is not None:
+            await self.close()  # it was ended by somebody else
+        process = self._process or await self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        verdict = b""
+        try:
+            process.stdin.write(line)
+            verdict = await asyncio.wait_for(process.stdout.readline(), self._seconds)
+        except TimeoutError:
+            raise _refused(f"takes more than {self._seconds:g} s to compile") from None
+        except ConnectionError:
+            pass
+        finally:
+            if not verdict:  # the answer would be the next one's
+                await self.close()
+        if verdict.strip() in (b"", b"large"):
+            raise _refused("needs too much memory")
+        if verdict.strip() == b"slow":
+            raise _refused("is too ambiguous to be applied to every token")
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        command = (sys.executable, "-m", "server.requests.grammar_worker", json.dumps(self._arguments))
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_BYTES)
+        self._process = process
+        assert process.stdout is not None
+        ready = b""
+        try:
+            ready = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
+        finally:
+            if not ready:
+                await self.close()
+        if not ready:
+            raise RuntimeError("the process that tries constraints out did not start; its last words are above")
+        return process
+
+
+def _described(constraint: StructuredOutputsParams) -> dict[str, str]:
+    if constraint.choice is not None:
+        return {"kind": StructuredOutputOptions.GRAMMAR.name, "text": choice_as_grammar(constraint.choice)}
+    kind, text = get_structured_output_key(constraint)
+    if kind == StructuredOutputOptions.GRAMMAR and grammar_is_likely_lark(text):
+        return {"kind": "LARK", "text": text}
+    return {"kind": kind.name, "text": text}
+
+
+def _refused(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"structured_outputs: the constraint {reason}; simplify it.", "structured_outputs")

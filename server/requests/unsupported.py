@@ -1,0 +1,239 @@
+"""What a request may not ask for because it is not fused: found and refused before anything is rendered.
+
+Four reasons: the feature reads one model's logits outside the fused step (beam search, prompt logprobs where the
+specialists' prompts differ); it is not text (media, embeddings); it lets the specialists read different things (a
+template, documents in the request); or nothing here acts on it, and a response without it would not be what was asked
+for (watermarks, `functions`).
+One table per request type names field and way out. Knows requests, not engines.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest
+from vllm.renderers.chat_utils import TEXT_PART_TYPES
+
+from server.errors import InvalidRequest, NotFused
+from server.metrics import REFUSED
+from server.serving.gate_weights import FIELD as GATE_WEIGHTS_FIELD
+
+RESERVED_TEMPLATE_KEYS = frozenset(
+    {"chat_template", "conversation", "eos_token", "model_config", "return_dict", "tokenize", "tokenizer", "tools"}
+)
+"""Keys of `chat_template_kwargs` that belong to the server: they would change how, not what, is rendered."""
+
+RESERVED_EXTRA_ARGS = frozenset(
+    {"specialist_prompts", "forced_token_ids", "kv_transfer_params", "ec_transfer_params", GATE_WEIGHTS_FIELD}
+)
+"""Keys of `vllm_xargs` that belong to the server."""
+
+
+MAX_NOTICED_FIELDS = 64
+"""How many unknown fields are logged before nothing more is said about them."""
+
+_noticed: set[str] = set()
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A field, when it counts as asked for, and what to do instead."""
+
+    param: str
+    is_asked: Callable[[Any], bool]
+    instead: str
+
+
+def _value(request: BaseModel, name: str) -> Any:
+    """A field's value; as an attribute a deprecated one would warn."""
+    own = request.__dict__
+    return own[name] if name in own else (request.model_extra or {}).get(name)
+
+
+def _given(name: str) -> Callable[[Any], bool]:
+    # By type: 0 equals False, but "no logprobs" is a wish where "false" is none.
+    return lambda request: (value := _value(request, name)) is not None and value is not False and value != {}
+
+
+def _echoes_logprobs(request: Any) -> bool:
+    return bool(request.echo) and request.logprobs not in (None, False)
+
+
+def _several(name: str) -> Callable[[Any], bool]:
+    return lambda request: isinstance(value := _value(request, name), int) and value > 1
+
+
+def _reserved(name: str, keys: frozenset[str]) -> Callable[[Any], bool]:
+    return lambda request: not keys.isdisjoint(_value(request, name) or {})
+
+
+def _other_than(name: str, *harmless: Any) -> Callable[[Any], bool]:
+    return lambda request: _value(request, name) not in (None, *harmless)
+
+
+def _set(name: str) -> Callable[[Any], bool]:
+    return lambda request: name in request.model_fields_set
+
+
+_EVERYWHERE = (
+    Refusal("specialist_prompts", _given("specialist_prompts"), "the server renders the prompts; send messages"),
+    Refusal("extra_args", _reserved("extra_args", RESERVED_EXTRA_ARGS), "leave it out"),
+    Refusal("vllm_xargs", _reserved("vllm_xargs", RESERVED_EXTRA_ARGS), "leave the server's own keys out of it"),
+    Refusal("kv_transfer_params", _given("kv_transfer_params"), "leave it out"),
+    Refusal("ec_transfer_params", _given("ec_transfer_params"), "leave it out"),
+)
+
+_GENERATION = (
+    *_EVERYWHERE,
+    Refusal("use_beam_search", _given("use_beam_search"), "sample instead, with n for several responses"),
+    Refusal("best_of", _several("best_of"), "use n and choose yourself"),
+    Refusal("length_penalty", _other_than("length_penalty", 1.0), "it belongs to beam search; leave it out"),
+    Refusal("watermarking", _given("watermarking"), "leave it out"),
+    Refusal("thinking_token_budget", _given("thinking_token_budget"), "nothing is told apart as thinking"),
+    Refusal("routed_experts_prompt_start", _other_than("routed_experts_prompt_start", 0), "leave it out"),
+    Refusal("return_token_offsets", _given("return_token_offsets"), "leave it out"),
+    Refusal("return_mm_kwargs", _given("return_mm_kwargs"), "only text is fused"),
+    Refusal("mm_payload", _other_than("mm_payload", "tensors"), "only text is fused"),
+    Refusal("request_id", _set("request_id"), "send the header X-Request-Id; it names the response, too"),
+    *(
+        Refusal(name, _given(name), "use structured_outputs or response_format")
+        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    ),
+)
+
+_TEMPLATES = (
+    Refusal("chat_template", _given("chat_template"), "each specialist has its own, in the fusion file"),
+    Refusal(
+        "chat_template_kwargs",
+        _reserved("chat_template_kwargs", RESERVED_TEMPLATE_KEYS),
+        f"leave out {', '.join(sorted(RESERVED_TEMPLATE_KEYS))}",
+    ),
+    Refusal("documents", _given("documents"), "not every template shows them; put their text into a message"),
+    Refusal("mm_processor_kwargs", _given("mm_processor_kwargs"), "only text is fused"),
+    Refusal("media_io_kwargs", _given("media_io_kwargs"), "only text is fused"),
+)
+
+CHAT_REFUSALS = (
+    *_GENERATION,
+    *_TEMPLATES,
+    Refusal("prompt_logprobs", _given("prompt_logprobs"), "specialists' prompts differ; send a raw one to completions"),
+    Refusal("echo", _echoes_logprobs, "echo together with logprobs needs a raw prompt; send it to completions"),
+    Refusal("truncate_prompt_tokens", _given("truncate_prompt_tokens"), "prompts differ in length; shorten messages"),
+    Refusal("truncation_side", _given("truncation_side"), "prompts differ in length; shorten messages"),
+    Refusal("functions", _given("functions"), "use tools"),
+    Refusal("function_call", _given("function_call"), "use tool_choice"),
+    Refusal("audio", _given("audio"), "only text is fused"),
+    Refusal("modalities", _other_than("modalities", ["text"]), "only text is fused"),
+    Refusal("prediction", _given("prediction"), "leave it out"),
+    Refusal("web_search_options", _given("web_search_options"), "offer a search of your own as a tool"),
+)
+"""What `/v1/chat/completions` refuses, beside content that is not text."""
+
+COMPLETION_REFUSALS = (
+    *_GENERATION,
+    Refusal("prompt_embeds", _given("prompt_embeds"), "send text or token ids"),
+    Refusal("suffix", _given("suffix"), "not every specialist can fill in; leave it out"),
+)
+"""What `/v1/completions` refuses."""
+
+TOKENIZE_REFUSALS = (*_EVERYWHERE, *_TEMPLATES)
+"""What `/tokenize` of messages refuses, beside content that is not text."""
+
+
+def refuse_unfused_chat(request: ChatCompletionRequest | TokenizeChatRequest) -> None:
+    """Check a chat request; its content parts become plain lists.
+
+    Raises:
+        NotFused: naming the field and what to do instead.
+    """
+    _apply(CHAT_REFUSALS if isinstance(request, ChatCompletionRequest) else TOKENIZE_REFUSALS, request)
+    for index, message in enumerate(request.messages):
+        _check_content(message, f"messages.{index}")
+    if isinstance(request, ChatCompletionRequest):
+        # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
+        request.include_reasoning = True
+        if request.echo:
+            # vLLM turns echo's default top_logprobs of 0 into a wish for prompt logprobs; None is no wish.
+            request.top_logprobs = None
+
+
+def refuse_unfused_completion(request: CompletionRequest) -> None:
+    """Check a completion request.
+
+    Raises:
+        NotFused: naming the field and what to do instead.
+    """
+    _apply(COMPLETION_REFUSALS, request)
+
+
+def notice_unknown_fields(request: BaseModel) -> None:
+    """Log, once per name, fields that the API does not know: they are accepted and have no effect."""
+    for name in (request.model_extra or {}).keys() - {GATE_WEIGHTS_FIELD} - _noticed:
+        # A client can invent names for ever; neither the log nor this set is to grow with them.
+        if len(_noticed) < MAX_NOTICED_FIELDS:
+            _noticed.add(name)
+            logger.info("requests have the unknown field %.64r, which has no effect", name)
+
+
+def refuse_foreign_ids(request: ChatCompletionRequest | CompletionRequest, num_shared_ids: int) -> None:
+    """Check the token ids in a request's sampling fields: only ids that all specialists share have fused logits.
+
+    `server.requests.limits` has seen that the keys of `logit_bias` are numbers.
+
+    Raises:
+        InvalidRequest: naming the field and the first id outside of the shared vocabulary.
+    """
+    fields: Mapping[str, Iterable[int]] = {
+        "logit_bias": map(int, request.logit_bias or ()),
+        "stop_token_ids": request.stop_token_ids or (),
+        "allowed_token_ids": request.allowed_token_ids or (),
+        "logprob_token_ids": request.logprob_token_ids or (),
+    }
+    for param, ids in fields.items():
+        _refuse_foreign(param, ids, num_shared_ids)
+
+
+def refuse_foreign_tokens(request: DetokenizeRequest, num_shared_ids: int) -> None:
+    """Check token ids that are to become text.
+
+    Raises:
+        InvalidRequest: naming the first id outside of the shared vocabulary.
+    """
+    _refuse_foreign("tokens", request.tokens, num_shared_ids)
+
+
+def _refuse_foreign(param: str, ids: Iterable[int], num_shared_ids: int) -> None:
+    foreign = next((token_id for token_id in ids if not 0 <= token_id < num_shared_ids), None)
+    if foreign is not None:
+        shared = f"the vocabulary that all specialists share, 0 to {num_shared_ids - 1}"
+        raise InvalidRequest(f"{param}: token id {foreign} is outside of {shared}.", param)
+
+
+def _apply(refusals: Iterable[Refusal], request: Any) -> None:
+    for refusal in refusals:
+        if refusal.is_asked(request):
+            raise _refused(refusal.param, f"{refusal.param} is not supported by a fused model: {refusal.instead}.")
+
+
+def _check_content(message: Any, param: str) -> None:
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    # The request's own model may leave a one-shot iterator here, which looking at it would use up.
+    message["content"] = list(content)
+    for index, part in enumerate(message["content"]):
+        kind = "text" if isinstance(part, str) else part.get("type")
+        if kind not in TEXT_PART_TYPES:
+            raise _refused(
+                f"{param}.content.{index}", f"{param}.content.{index}: {kind!r} is not fused; send text.", "messages"
+            )
+
+
+def _refused(param: str, message: str, label: str | None = None) -> NotFused:
+    REFUSED.labels(label or param).inc()
+    return NotFused(message, param)

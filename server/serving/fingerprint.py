@@ -1,0 +1,33 @@
+"""`system_fingerprint`: a name for what is served, the same on every machine that serves the same."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from vllm.version import __version__ as vllm_version
+
+from gating.model.fusion import FusionConfig
+from server import __version__
+
+_HEX_DIGITS = 12
+
+
+def fingerprint(fusion: FusionConfig) -> str:
+    """`fused-VERSION-HASH`; the hash is over this release, vLLM's, the specialists, the gate and what shapes tokens.
+
+    Folders count by name: those of prepared weights are named by their content, wherever the cache is. The served
+    name and the engine's sizes do not count.
+    """
+    described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
+    for specialist in described["specialists"]:
+        specialist["model"] = Path(specialist["model"]).name
+    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, vllm_version], "gate": _gate(fusion)}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return f"fused-{__version__}-{digest[:_HEX_DIGITS]}"
+
+
+def _gate(fusion: FusionConfig) -> str | None:
+    if fusion.gate is None:
+        return None
+    path = Path(fusion.gate)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(fusion.gate)

@@ -1,0 +1,223 @@
+"""vLLM's serving classes, wired for a fused model: our renderer, our errors, our names. Knows no routes.
+
+They are used as they are, but for three things: they put their own error object into a stream, where ours must be, they
+do not know the gate's weights, and they would give the engine constraints that hold it up.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+from fastapi import Request
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.exceptions import GenerationError
+from vllm.outputs import RequestOutput
+from vllm.parser.metrics import init_parser_metrics
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from gating.model.fusion import FusedModelInfo, FusionConfig
+from server.access.keys import salt_cache
+from server.errors import ApiError, as_api_error
+from server.requests.grammars import GrammarCheck
+from server.requests.limits import EngineBounds
+from server.serving.fingerprint import fingerprint
+from server.serving.gate_weights import WeightsInEvents, add_to_choices, is_asked
+from server.serving.rendering import FusedRenderer
+from server.settings import ServerSettings
+
+
+class _OwnErrors:
+    """Raises what vLLM's stream generators would write into the stream; `server.api.response` decides where it goes."""
+
+    def create_streaming_error_response(
+        self,
+        message: str | Exception,
+        err_type: str = "BadRequestError",
+        status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        param: str | None = None,
+    ) -> NoReturn:
+        if isinstance(message, Exception):
+            raise as_api_error(message) from message
+        raise as_api_error(self.create_error_response(message, err_type, status_code, param))  # type: ignore[attr-defined]
+
+    def _convert_generation_error_to_streaming_response(self, e: GenerationError) -> NoReturn:
+        raise as_api_error(e) from e
+
+
+class FusedServingChat(_OwnErrors, OpenAIServingChat):
+    """vLLM's chat completions, with the gate's weights for those who ask."""
+
+    specialists: Sequence[str] = ()
+    grammars: GrammarCheck
+
+    async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
+        rendered = await super().render_chat_request(request)
+        # Only now: rendering turns a demand for a tool into a constraint.
+        await self.grammars.check(request.extract_structured_outputs())
+        return rendered
+
+    async def create_chat_completion(
+        self, request: ChatCompletionRequest, raw_request: Request | None = None
+    ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
+        if raw_request is not None:
+            salt_cache(request, raw_request.state)
+        return await super().create_chat_completion(request, raw_request)
+
+    async def chat_completion_stream_generator(
+        self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        base = super().chat_completion_stream_generator
+        if not is_asked(request):
+            async for event in base(request, result_generator, *args, **kwargs):
+                yield event
+            return
+        weights = WeightsInEvents(request, self.specialists)
+        async for event in base(request, weights.watch(result_generator), *args, **kwargs):
+            yield weights.decorate(event)
+
+    async def chat_completion_full_generator(
+        self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> ErrorResponse | ChatCompletionResponse:
+        base = super().chat_completion_full_generator
+        if not is_asked(request):
+            return await base(request, result_generator, *args, **kwargs)
+        last: list[RequestOutput] = []
+
+        async def watched() -> AsyncGenerator[RequestOutput, None]:
+            async for output in result_generator:
+                last[:] = [output]
+                yield output
+
+        response = await base(request, watched(), *args, **kwargs)
+        if isinstance(response, ChatCompletionResponse):
+            add_to_choices(response, self.specialists, last[0].outputs)
+        return response
+
+
+class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
+    """vLLM's completions, with the gate's weights for those who ask."""
+
+    specialists: Sequence[str] = ()
+    grammars: GrammarCheck
+
+    async def render_completion_request(self, request: CompletionRequest) -> Any:
+        rendered = await super().render_completion_request(request)
+        await self.grammars.check(request.extract_structured_outputs())
+        return rendered
+
+    async def create_completion(
+        self, request: CompletionRequest, raw_request: Request | None = None
+    ) -> AsyncGenerator[str, None] | CompletionResponse | ErrorResponse:
+        if raw_request is not None:
+            salt_cache(request, raw_request.state)
+        return await super().create_completion(request, raw_request)
+
+    async def completion_stream_generator(
+        self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        base = super().completion_stream_generator
+        if not is_asked(request):
+            async for event in base(request, engine_inputs, result_generator, *args, **kwargs):
+                yield event
+            return
+        prompts = [self._extract_prompt_text(engine_input) for engine_input in engine_inputs]
+        weights = WeightsInEvents(request, self.specialists, prompts)
+        async for event in base(request, engine_inputs, weights.watch_several(result_generator), *args, **kwargs):
+            yield weights.decorate(event)
+
+    def request_output_to_completion_response(
+        self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
+    ) -> CompletionResponse:
+        response = super().request_output_to_completion_response(final_res_batch, request, *args, **kwargs)
+        if is_asked(request):
+            add_to_choices(response, self.specialists, [own for output in final_res_batch for own in output.outputs])
+        return response
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Everything the routes call."""
+
+    engine: EngineClient
+    models: OpenAIServingModels
+    chat: FusedServingChat
+    completion: FusedServingCompletion
+    tokenization: ServingTokenization
+    tokenizer: Any
+    """The leader's; it gives text the ids that all specialists share."""
+    specialists: tuple[str, ...]
+    num_shared_ids: int
+    grammars: GrammarCheck
+    bounds: EngineBounds
+
+
+def build_serving(
+    engine: EngineClient, fusion: FusionConfig, info: FusedModelInfo, settings: ServerSettings
+) -> Serving:
+    """Wire vLLM's serving classes over a running engine; `fusion` is the materialized one."""
+    names = settings.served_model_name or (fusion.name,)
+    # The second name is shown to clients as `root`; vLLM puts a path of the server's disk there.
+    models = OpenAIServingModels(engine, [BaseModelPath(name, fusion.name) for name in names])
+    parser = settings.tool_call_parser or fusion.tool_call_parser
+    if parser:
+        init_parser_metrics(model_name=names[0])
+    is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
+    tools: dict[str, Any] = {"tool_parser": parser, "enable_auto_tools": is_auto}
+    template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
+    fused_renderer = FusedRenderer(engine.vllm_config, fusion, info)
+    renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
+    chat = FusedServingChat(
+        engine,
+        models,
+        "assistant",
+        online_renderer=renderer,
+        enable_prompt_tokens_details=True,
+        **template,
+        **tools,
+    )
+    completion = FusedServingCompletion(
+        engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
+    )
+    grammars = GrammarCheck(engine.vllm_config, settings.grammar_timeout)
+    for serving in (chat, completion):
+        serving.grammars = grammars
+        serving.specialists = fusion.specialist_names
+        serving.system_fingerprint = fingerprint(fusion)
+        # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
+        serving.override_max_tokens = None
+    tokenization = ServingTokenization(models, renderer, **template)
+    return Serving(
+        engine,
+        models,
+        chat,
+        completion,
+        tokenization,
+        fused_renderer.tokenizer,
+        fusion.specialist_names,
+        info.num_shared_ids,
+        grammars,
+        EngineBounds.of(engine.vllm_config),
+    )
+
+
+async def warm_up(serving: Serving) -> None:
+    """Have one token generated, from messages to text.
+
+    Raises:
+        ApiError: the engine failed.
+    """
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
+    result = await serving.chat.create_chat_completion(request)
+    if not isinstance(result, ChatCompletionResponse):
+        raise as_api_error(result)
+    if result.usage.completion_tokens != 1:
+        raise ApiError("the engine produced no token")

@@ -1,0 +1,250 @@
+"""From settings to a serving process and back: prepare, load, warm up, and end without leaving a process behind.
+
+Importing this module imports vLLM. Everything that can be wrong without it was checked before (`server/__main__.py`).
+"""
+
+import asyncio
+import logging
+import platform
+import signal
+import socket
+from collections.abc import Coroutine, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from pydantic import ValidationError
+from vllm.platforms import current_platform
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.system_utils import set_ulimit
+from vllm.version import __version__ as vllm_version
+
+from gating.model.fusion import EngineSettings, FusionConfig, FusionError, inspect_fusion
+from gating.model.gate import GateError, gate_digest
+from gating.model.materialize import materialize
+from server.access.admission import DEFAULT_MAX_REQUESTS, Admission
+from server.access.connections import guarded_protocol
+from server.api.probes import Readiness
+from server.app import create_app
+from server.engine.client.async_llm import FusedAsyncLLM
+from server.engine.shared.options import EngineOptionError, check_engine_options
+from server.health import Heartbeat, StallWatch
+from server.log import adopt_vllm_logging
+from server.metrics import describe_build
+from server.serving.serving import Serving, build_serving, warm_up
+from server.serving.step_metrics import StepMetrics
+from server.settings import EngineStartError, ServerSettings, SettingsError
+from server.start.children import tied_children
+from server.start.listener import base_url
+from server.start.progress import StartupProgress
+
+ENGINE_CHECK_SECONDS = 1.0
+"""How often it is looked whether the engine still lives."""
+
+ENGINE_FAILED_SECONDS = 1.0
+"""How long a server whose engine has stopped still answers: running requests and probes learn why."""
+
+LAST_WORDS_SECONDS = 3
+"""How long it may take to tell the clients of requests that were ended."""
+
+ENGINE_STOP_SECONDS = 8.0
+"""How long the engine's processes may take to end by themselves; then they are killed."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, an orchestrator's wish, a closed terminal."""
+
+logger = logging.getLogger(__name__)
+
+
+def serve(
+    settings: ServerSettings,
+    engine_options: Mapping[str, Any],
+    fusion: FusionConfig,
+    listener: socket.socket,
+    progress: StartupProgress,
+) -> int:
+    """Serve until a signal comes; returns the process's exit status: 0 after a signal, 1 after an engine failure.
+
+    Raises:
+        SettingsError, FusionError, GateError, EngineOptionError: the user can put it right; no weights are loaded yet.
+        EngineStartError: the engine's processes have said why.
+        Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
+    """
+    progress.say(_versions())
+    set_ulimit()  # every connection is an open file
+    check_engine_options(engine_options)
+    _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
+    fusion = _override_engine(fusion, engine_options)
+    with progress.step("prepare weights"):
+        fusion = materialize(fusion, Path(settings.cache) if settings.cache else None, progress.report)
+        info = inspect_fusion(fusion)
+    _log_configuration(settings, fusion, engine_options)
+    # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
+    with progress.step("load all specialists into one engine"), tied_children():
+        engine = _start_engine(fusion, engine_options)
+    adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
+    try:
+        engine.steps.listen(StepMetrics(fusion.specialist_names).record)
+        serving = build_serving(engine, fusion, info, settings)
+        name = serving.models.model_name()
+        describe_build(name, len(fusion.specialists), vllm_version, gate_digest(fusion.gate))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_Service(serving, settings, listener, progress).run())
+    finally:
+        engine.shutdown(timeout=ENGINE_STOP_SECONDS)
+
+
+def _override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusionConfig:
+    """The fusion with the options in place of its file's engine settings, so that they are checked like these."""
+    known = {name: value for name, value in engine_options.items() if name in EngineSettings.model_fields}
+    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update=known)})
+
+
+def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusedAsyncLLM:
+    try:
+        return FusedAsyncLLM.from_fusion(fusion, engine_options)
+    except (FusionError, GateError, EngineOptionError):
+        raise
+    except ValueError as error:
+        reason = (
+            error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+        )
+        raise EngineStartError(f"vLLM refuses the engine's configuration: {' '.join(reason.split())}") from error
+    except RuntimeError as error:
+        if "initialization failed" not in str(error):
+            raise
+        raise EngineStartError("the engine could not start; the first error above says why") from error
+
+
+def _log_configuration(settings: ServerSettings, fusion: FusionConfig, engine_options: Mapping[str, Any]) -> None:
+    """What is served and how; keys are secret and templates long."""
+    logger.info("settings: %s", settings.model_dump(exclude={"api_key"}, exclude_defaults=True))
+    logger.info("engine: %s", fusion.engine.model_dump(exclude_none=True) | dict(engine_options))
+    logger.info("sampling defaults: %s", fusion.sampling_defaults.model_dump(exclude_none=True))
+    for specialist in fusion.specialists:
+        logger.info("specialist: %s", specialist.model_dump(exclude_none=True, exclude={"chat_template"}))
+
+
+class _Service:
+    """A loaded engine while it is served: warm-up, watching the engine, the end."""
+
+    def __init__(
+        self, serving: Serving, settings: ServerSettings, listener: socket.socket, progress: StartupProgress
+    ) -> None:
+        engine = serving.engine
+        self._serving = serving
+        self._settings = settings
+        self._listener = listener
+        self._progress = progress
+        self._readiness = Readiness()
+        self._engine_failed = False
+        limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
+        self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
+        heartbeat = Heartbeat()
+        engine.steps.listen(heartbeat.step)
+        self._stall_watch = StallWatch(engine, heartbeat, self._readiness, settings.stall_timeout)
+        app = create_app(serving, settings, self._readiness, self._admission)
+        self._server = _Server(_uvicorn_config(app, settings))
+        self._companions: list[asyncio.Task[None]] = []
+
+    async def run(self) -> int:
+        """Serve until asked to end; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._stop)
+        self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
+        try:
+            await self._server.serve(sockets=[self._listener])
+        finally:
+            for task in self._companions:
+                task.cancel()
+        results = await asyncio.gather(*self._companions, return_exceptions=True)
+        failures = [result for result in results if isinstance(result, Exception)]
+        for failure in failures:
+            logger.error("the server ended because of", exc_info=failure)
+        return 1 if failures or self._engine_failed else 0
+
+    async def _become_ready(self) -> None:
+        try:
+            with self._progress.step("generate a first token"):
+                await warm_up(self._serving)
+        except Exception:
+            self._stop()
+            raise
+        self._readiness.is_warm = True
+        name = self._serving.models.model_name()
+        self._progress.say(f"ready: {base_url(self._settings, self._listener)}/v1  model {name}")
+
+    async def _watch_engine(self) -> None:
+        """An engine that has stopped answers nothing more: end, so that whoever runs the server starts a new one."""
+        while not self._serving.engine.errored:
+            await asyncio.sleep(ENGINE_CHECK_SECONDS)
+        logger.error("the engine has stopped; the server ends")
+        self._engine_failed = True
+        await asyncio.sleep(ENGINE_FAILED_SECONDS)
+        await self._end_after(0)
+
+    def _stop(self) -> None:
+        """End when the running requests have ended; asked again, at once."""
+        if self._readiness.is_ending:
+            self._admission.end_all()
+            self._server.should_exit = self._server.force_exit = True
+            return
+        self._readiness.is_ending = True
+        self._accompany(self._end_after(self._settings.shutdown_timeout))
+
+    async def _end_after(self, seconds: float) -> None:
+        """Take no more requests, give the running ones so long, then tell their clients, and end."""
+        logger.info("the server ends; %d running requests get %g s", self._admission.num_running, seconds)
+        if not await self._admission.drain(seconds):
+            self._admission.end_all()
+            await self._admission.drain(LAST_WORDS_SECONDS)
+        self._server.should_exit = True
+
+    def _accompany(self, *tasks: Coroutine[Any, Any, None]) -> None:
+        self._companions += [asyncio.create_task(task) for task in tasks]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: it would raise the signal again at its end and decide the exit status."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Nothing: the service's own handlers are on the loop."""
+        return nullcontext()
+
+
+def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        http=guarded_protocol(settings.read_timeout, settings.write_timeout),
+        timeout_graceful_shutdown=LAST_WORDS_SECONDS,  # of responses that are complete already
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
+
+
+def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
+    parsers = ToolParserManager.list_registered()
+    if name is not None and name not in parsers:
+        raise SettingsError(f"tool_call_parser: vLLM has no parser {name!r}; it has {', '.join(parsers)}")
+    if enable_auto and name is None:
+        raise SettingsError("--enable-auto-tool-choice: there is no parser; name one with --tool-call-parser")
+
+
+def _versions() -> str:
+    device = current_platform.get_device_name() if current_platform.is_cuda() else current_platform.device_type
+    return f"vLLM {vllm_version}, torch {torch.__version__}, Python {platform.python_version()}, device {device}"
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

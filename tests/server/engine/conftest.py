@@ -1,0 +1,63 @@
+"""Engines and references shared by the engine tests: one engine per configuration, started when first asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import StructuredOutputsConfig
+
+from gating.model.fusion import load_fusion
+from gating.model.reference import UltraFuserForCausalLM
+from tests.fakes import write_tiny_fusion
+from tests.server.engine.harness import InProcessEngine
+from tests.server.engine.judge import Judge
+
+BUDGET_16 = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+"""A prefill budget that cuts every prompt into chunks."""
+PRESSURE = {"num_gpu_blocks_override": 13, "max_model_len": 256}
+"""13 blocks of 32 tokens: too few for the batches of these tests, so requests are preempted."""
+
+GRAMMAR = {"structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)}
+"""A random model that may put white space between JSON tokens never comes to an end."""
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "async": {"force_async": True},
+    "sync-budget-16": BUDGET_16,
+    "async-budget-16": {"force_async": True, **BUDGET_16},
+    "sync-pressure": PRESSURE,
+    "async-pressure": {"force_async": True, **PRESSURE},
+    "async-pressure-budget-16": {"force_async": True, **PRESSURE, **BUDGET_16},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three random specialists of different depth and vocabulary, with a random gate."""
+    return write_tiny_fusion(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def judge(tiny_fusion: Path) -> Judge:
+    """The Transformers reference of the tiny fusion, in float32."""
+    return Judge(UltraFuserForCausalLM.from_fusion(load_fusion(tiny_fusion)))
+
+
+@pytest.fixture(scope="session")
+def engine_of(tiny_fusion: Path) -> Callable[[str], InProcessEngine]:
+    """The tiny fusion's engine in a configuration of the table above."""
+    engines: dict[str, InProcessEngine] = {}
+
+    def get(configuration: str) -> InProcessEngine:
+        if configuration not in engines:
+            engines[configuration] = InProcessEngine(tiny_fusion, **CONFIGURATIONS[configuration], **GRAMMAR)
+        return engines[configuration]
+
+    return get
+
+
+@pytest.fixture
+def engine(engine_of: Callable[[str], InProcessEngine]) -> InProcessEngine:
+    """The tiny fusion's engine as vLLM would run it here."""
+    return engine_of("sync")

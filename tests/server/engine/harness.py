@@ -1,0 +1,127 @@
+"""An in-process fused engine whose inside can be looked at, and requests that arrive when a test says."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vllm import RequestOutput, SamplingParams
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from gating.model.fusion import inspect_fusion, load_fusion
+from server.engine.client.input_processor import FusedInputProcessor
+from server.engine.client.step_feed import StepFeed, StepReport
+from server.engine.shared.options import build_engine_args
+from server.engine.shared.prompts import SPECIALIST_PROMPTS
+from server.engine.worker.fused_step import FusedModelRunner
+from tests.server.engine.async_cpu import AsyncOnCPUEngineArgs
+
+_ALIVE: list[Any] = []
+
+Prompts = list[list[int]]
+"""A request's own prompts, one per specialist."""
+
+
+@dataclass
+class Arrival:
+    """A request and the engine step before which it arrives."""
+
+    prompts: Prompts
+    params: SamplingParams
+    step: int = 0
+    abort_after: int | None = None
+    """Engine steps after arrival at which the client leaves."""
+    cache_salt: str | None = None
+    """Separates this request's cached blocks from those of other salts."""
+
+
+class InProcessEngine:
+    """vLLM's synchronous engine with our worker, scheduler and input processor in this process.
+
+    Never shut down, and kept alive to the end: vLLM takes the process's communication groups away from every
+    other engine in it when one is shut down or collected.
+    """
+
+    def __init__(self, fusion_path: Path, *, force_async: bool = False, **options: Any) -> None:
+        fusion = load_fusion(fusion_path)
+        args = build_engine_args(fusion, inspect_fusion(fusion), options)
+        if force_async:
+            args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
+        self.llm = keep_alive(LLMEngine.from_engine_args(args))
+        self.llm.input_processor = FusedInputProcessor(self.llm.input_processor)
+        self.steps = StepFeed(self.llm.output_processor, fusion.specialist_names)
+        self.reports: list[StepReport] = []
+        self.steps.listen(self.reports.append)
+        self._count = 0
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The engine's scheduler."""
+        return self.llm.engine_core.engine_core.scheduler
+
+    @property
+    def runner(self) -> FusedModelRunner:
+        """The fused model runner of the only worker."""
+        return self.llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+    def generate(self, arrivals: Sequence[Arrival]) -> list[RequestOutput]:
+        """Serve the requests, each arriving at its step; the last output of each, in the order given."""
+        names = self.next_ids(len(arrivals))
+        self._count += len(arrivals)
+        waiting = sorted(zip(names, arrivals, strict=True), key=lambda pair: pair[1].step)
+        aborts: dict[int, list[str]] = {}
+        last: dict[str, RequestOutput] = {}
+        step = 0
+        while waiting or self.llm.has_unfinished_requests():
+            while waiting and waiting[0][1].step <= step:
+                name, arrival = waiting.pop(0)
+                self._add(name, arrival)
+                if arrival.abort_after is not None:
+                    aborts.setdefault(step + arrival.abort_after, []).append(name)
+            self.llm.abort_request(aborts.pop(step, []))
+            for output in self.llm.step():
+                last[output.request_id] = output
+            step += 1
+            assert step < 5000, "the engine does not come to an end"
+        return [last.get(name) for name in names]
+
+    def next_ids(self, count: int) -> list[str]:
+        """The ids that the next so many requests will have."""
+        return [f"r{self._count + i}" for i in range(count)]
+
+    def tokens(self, arrivals: Sequence[Arrival]) -> list[list[int]]:
+        """The generated token ids of each request."""
+        return [list(output.outputs[0].token_ids) for output in self.generate(arrivals)]
+
+    def _add(self, name: str, arrival: Arrival) -> None:
+        extras = {} if arrival.cache_salt is None else {"cache_salt": arrival.cache_salt}
+        params = arrival.params.clone()
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        self.llm.add_request(name, engine_input(arrival.prompts, **extras), params)
+
+
+def keep_alive(engine: Any) -> Any:
+    """Hold an engine of vLLM until the process ends."""
+    _ALIVE.append(engine)
+    return engine
+
+
+def engine_input(prompts: Prompts, **extras: Any) -> Any:
+    """An engine input as rendering makes it: the longest prompt is canonical."""
+    return {**tokens_input(max(prompts, key=len)), SPECIALIST_PROMPTS: prompts, **extras}
+
+
+def random_prompts(lengths: Sequence[int], seed: int, num_ids: int = 256) -> Prompts:
+    """One random prompt of each length."""
+    rng = random.Random(seed)
+    return [[rng.randrange(num_ids) for _ in range(length)] for length in lengths]
+
+
+def greedy(max_tokens: int, **kwargs: Any) -> SamplingParams:
+    """Greedy decoding that does not stop at EOS."""
+    options: Mapping[str, Any] = {"ignore_eos": True, "max_tokens": max_tokens} | kwargs
+    return SamplingParams(temperature=0.0, **options)

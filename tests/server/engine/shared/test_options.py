@@ -1,0 +1,125 @@
+"""What is not fused is refused by name, before it can break lockstep without a sound."""
+
+from pathlib import Path
+
+import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
+
+import server.engine
+from gating.model.fusion import FusionError, inspect_fusion, load_fusion
+from server.engine.shared.options import (
+    ALLOWED_ENGINE_OPTIONS,
+    EngineOptionError,
+    build_engine_args,
+    check_engine_options,
+)
+from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
+
+PROMPTS = random_prompts((5, 6, 7), seed=0)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.32.1+cpu"])
+def test_another_vllm_release_is_refused_by_name(version: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"vllm {version.replace('+', '.')} is installed.*install vllm==0.32.0"):
+        server.engine.check_vllm_version(version)
+
+
+def test_a_local_build_of_the_supported_release_is_accepted() -> None:
+    server.engine.check_vllm_version("0.32.0+cpu")
+    with pytest.raises(RuntimeError):
+        server.engine.check_vllm_version("0.31.0+cpu")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "speculative_config",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "decode_context_parallel_size",
+        "kv_transfer_config",
+        "enable_sleep_mode",
+        "enable_lora",
+        "runner",
+        "model",
+        "enable_prompt_embeds",
+        "quantization",
+    ],
+)
+def test_an_engine_option_off_the_list_stops_the_start(option: str) -> None:
+    with pytest.raises(EngineOptionError, match=f"^{option}: [a-zA-Z].+"):
+        check_engine_options({option: 2})
+
+
+def test_an_unknown_engine_option_stops_the_start() -> None:
+    with pytest.raises(EngineOptionError, match=r"^max_len: vLLM has no such engine option"):
+        check_engine_options({"max_len": 5})
+
+
+def test_traces_without_the_statistics_they_are_made_of_stop_the_start() -> None:
+    """vLLM would fail at the end of the first request, and with it every other request."""
+    with pytest.raises(EngineOptionError, match=r"^otlp_traces_endpoint: .*omit disable_log_stats"):
+        check_engine_options({"otlp_traces_endpoint": "http://127.0.0.1:4317", "disable_log_stats": True})
+
+
+def test_every_allowed_option_exists_in_vllm() -> None:
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert {field.name for field in fields(AsyncEngineArgs)} >= ALLOWED_ENGINE_OPTIONS
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_model_len", 2048), ("tensor_parallel_size", 3)])
+def test_an_engine_option_that_does_not_fit_the_models_stops_the_start(
+    tiny_fusion: Path, option: str, value: int
+) -> None:
+    fusion = load_fusion(tiny_fusion)
+    with pytest.raises(FusionError, match=f"engine.{option}: {value}"):
+        build_engine_args(fusion, inspect_fusion(fusion), {option: value})
+
+
+def test_engine_options_override_the_fusion_file(tiny_fusion: Path) -> None:
+    fusion = load_fusion(tiny_fusion)
+    args = build_engine_args(fusion, inspect_fusion(fusion), {"block_size": 64, "seed": 9})
+    assert (args.block_size, args.seed, args.enforce_eager) == (64, 9, True)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "params"),
+    [
+        ("prompt_logprobs", SamplingParams(prompt_logprobs=1)),
+        ("prompt_logprob_token_ids", SamplingParams(prompt_logprob_token_ids=[[5]])),
+        ("allowed_token_ids", SamplingParams(allowed_token_ids=[5, 320])),
+        ("specialist_prompts", SamplingParams(extra_args={"specialist_prompts": PROMPTS})),
+    ],
+)
+def test_a_request_that_is_not_fused_is_refused(
+    engine: InProcessEngine, parameter: str, params: SamplingParams
+) -> None:
+    with pytest.raises(VLLMValidationError, match=parameter):
+        engine.llm.add_request("x", engine_input(PROMPTS), params)
+    assert not engine.llm.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (PROMPTS[:2], "2 specialist prompts for 3 specialists"),
+        ([[1], [], [2]], "specialist code is empty"),
+        ([[1], [2], [3, 330]], "specialist math"),
+        ([[1], [2, -1], [3, 4]], "specialist code"),
+    ],
+)
+def test_a_wrong_own_prompt_is_refused(engine: InProcessEngine, prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(VLLMValidationError, match=message):
+        engine.llm.add_request("x", engine_input(prompts), SamplingParams())
+    assert not engine.llm.has_unfinished_requests()
+
+
+def test_the_longest_own_prompt_must_be_the_canonical_one(engine: InProcessEngine) -> None:
+    wrong = {**tokens_input([1, 2]), "specialist_prompts": PROMPTS}
+    with pytest.raises(VLLMValidationError, match="longest specialist prompt must be the canonical one"):
+        engine.llm.add_request("x", wrong, SamplingParams())

@@ -1,0 +1,63 @@
+"""Offline inference: `FusedLLM` takes what vLLM's `LLM` takes, and answers as the fused model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from gating.model.fusion import load_fusion
+from gating.templates import fold_messages
+from server.engine.shared.options import EngineOptionError
+from server.llm import FusedLLM
+from tests.server.engine.harness import greedy, keep_alive, random_prompts
+from tests.server.engine.judge import Judge
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_fusion: Path) -> FusedLLM:
+    """The tiny fusion, offline."""
+    return keep_alive(FusedLLM(tiny_fusion))
+
+
+def test_generate_takes_text_token_ids_and_own_prompts(llm: FusedLLM, judge: Judge) -> None:
+    text = "the fused model reads this"
+    token_ids = llm.get_tokenizer().encode(text, add_special_tokens=False)
+    own = random_prompts((13, 16, 36), seed=0)
+    prompts = [text, {"prompt_token_ids": token_ids}, {"specialist_prompts": own}]
+    outputs = llm.generate(prompts, greedy(8), use_tqdm=False)
+    expected = [judge.tokens([token_ids] * 3, 8)] * 2 + [judge.tokens(own, 8)]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+
+
+def test_chat_renders_each_specialists_own_prompt(llm: FusedLLM, judge: Judge, tiny_fusion: Path) -> None:
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "add two and three"}]
+    (output,) = llm.chat(messages, greedy(8), use_tqdm=False)
+    own: list[Any] = []
+    for specialist in load_fusion(tiny_fusion).specialists:
+        assert specialist.chat_template is not None
+        tokenizer = AutoTokenizer.from_pretrained(specialist.model)
+        folded, _ = fold_messages(messages, None, specialist.chat_template)
+        own.append(
+            tokenizer.apply_chat_template(
+                folded, chat_template=specialist.chat_template, add_generation_prompt=True, return_dict=False
+            )
+        )
+    assert len({len(prompt) for prompt in own}) == 3
+    assert list(output.outputs[0].token_ids) == judge.tokens(own, 8)
+    assert output.prompt_token_ids == max(own, key=len)
+
+
+def test_an_unsupported_engine_option_is_refused(tiny_fusion: Path) -> None:
+    with pytest.raises(EngineOptionError, match="pipeline_parallel_size"):
+        FusedLLM(tiny_fusion, pipeline_parallel_size=2)
+
+
+def test_completions_carry_the_gates_weights_if_they_are_asked_for(llm: FusedLLM, judge: Judge) -> None:
+    own = random_prompts((13, 16, 36), seed=0)
+    asked, plain = llm.generate(
+        [{"specialist_prompts": own}] * 2, [greedy(8, extra_args={"gate_weights": True}), greedy(8)], use_tqdm=False
+    )
+    wanted = judge.generation(own, 8).gate_weights
+    assert asked.outputs[0].gate_weights == pytest.approx(wanted.numpy(), abs=1e-4)
+    assert plain.outputs[0].gate_weights is None
