@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vllm import LLM
 from vllm.inputs import EngineInput, tokens_input
@@ -24,6 +24,8 @@ class FusedLLM(LLM):
     A prompt may also be a mapping `{"specialist_prompts": [[...], ...]}` with one list of token ids per
     specialist. Text and plain token ids are the same for all specialists. With `extra_args={"gate_weights": True}` in
     the sampling parameters, completions have `gate_weights`: float32 [tokens, specialists].
+
+    Used in a `with` statement, or ended by `shutdown`, it gives weights, cache and processes back.
     """
 
     input_processor: InputProcessor
@@ -42,6 +44,17 @@ class FusedLLM(LLM):
         self.input_processor = FusedInputProcessor(self.input_processor)
         self.llm_engine.input_processor = self.input_processor
         self.steps = StepFeed(self.llm_engine.output_processor, config.specialist_names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the engine: when this returns its processes are gone and its memory is free; it answers nothing more."""
+        self.renderer.shutdown()
+        self.llm_engine.engine_core.shutdown()
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
         outputs = super()._run_engine(*args, **kwargs)
