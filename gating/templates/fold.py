@@ -69,6 +69,8 @@ def _plain(message: Mapping[str, Any]) -> Message:
 
 
 def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(call.get("function"), Mapping):
+        raise TemplateError("messages: a tool call names no function; only calls of functions can be shown to a model")
     function = dict(call["function"])
     arguments = function.get("arguments")
     if isinstance(arguments, str):
