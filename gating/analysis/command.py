@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gating.commands.flags import CommandError, parse_command, require
+from gating.commands.flags import parse_command, require
+from gating.errors import CommandError
 from gating.training.settings import Count, Precision
 
 if TYPE_CHECKING:

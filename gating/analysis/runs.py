@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
+from gating.errors import CommandError
 from gating.training.settings import RUN_FOLDER
 
 MANIFEST_FILE = "manifest.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from gating.commands.flags import CommandError
+from gating.errors import EndpointError
 
 _AGAIN = frozenset({408, 409, 429})
 _SETTINGS = {
@@ -15,10 +15,6 @@ _SETTINGS = {
     403: "api_key: the server refuses it",
     404: "model: the server has none",
 }
-
-
-class EndpointError(CommandError):
-    """No request can succeed. One line that names the setting, and the way out."""
 
 
 class FailedError(Exception):

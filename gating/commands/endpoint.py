@@ -15,7 +15,6 @@ import httpx
 from gating.commands.chat_completion import (
     BrokenError,
     Completion,
-    EndpointError,
     FailedError,
     check_address,
     content_of,
@@ -23,6 +22,7 @@ from gating.commands.chat_completion import (
     refusal,
     retry_after,
 )
+from gating.errors import EndpointError
 
 MAX_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5

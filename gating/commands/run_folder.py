@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gating.commands.flags import CommandError
 from gating.commands.provenance import write_json
+from gating.errors import CommandError
 
 SETTINGS_FILE = "settings.json"
 

@@ -11,13 +11,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from gating.training.settings import TrainError
+from gating.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant")
-
-
-class DataError(TrainError):
-    """Training data cannot be used. One line that names the file or the domain, and the way out."""
 
 
 @dataclass(frozen=True)

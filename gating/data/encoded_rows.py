@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.data.conversations import BadRow, Conversation, DataError, DataFile, read_conversations
+from gating.data.conversations import BadRow, Conversation, DataFile, read_conversations
 from gating.data.encoding import ConversationEncoder, EncodingError
+from gating.errors import DataError
 from gating.model.cache import Artifact, Report, Tick, build_once, file_digest
 
 if TYPE_CHECKING:

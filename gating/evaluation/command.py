@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gating.commands.flags import CommandError, parse_command
+from gating.commands.flags import parse_command
 from gating.commands.progress_bar import StepProgress
+from gating.errors import CommandError
 from gating.training.settings import Count, Precision
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gating.commands.flags import CommandError
+from gating.errors import CommandError
 from gating.evaluation.held_out import FUSED, UNIFORM, ReadingTask
 from gating.evaluation.merging import AVERAGE, BASE, TASK_ARITHMETIC, find_variants
 from gating.evaluation.passes import Reading

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
+from gating.errors import MergeError
 from gating.model.cache import Artifact, Report, Tick, build_once
 from gating.model.loading import identify
 from gating.model.materialize import materialize
@@ -23,10 +23,6 @@ TASK_ARITHMETIC = "task_arithmetic"
 
 # Part of the cache key: raise it when the same models are to give other weights.
 _RECIPE = 1
-
-
-class MergeError(CommandError):
-    """Models cannot be merged, or there is no base. One line that says why."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from gating.errors import FusionError
 from gating.model.cache import Artifact, Report, Tick, build_once, fingerprint
 from gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
-from gating.model.schema import FusionConfig, FusionError, SpecialistConfig
+from gating.model.schema import FusionConfig, SpecialistConfig
 
 DEFAULT_CACHE_DIR = Path("~/.cache/ultrafuser")
 PACKAGE_SCHEME = "package:"

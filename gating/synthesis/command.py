@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from gating.commands.flags import CommandError, parse_command, require
+from gating.commands.flags import parse_command, require
+from gating.errors import CommandError
 from gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gating.commands.flags import CommandError
+from gating.errors import CommandError
 from gating.synthesis.calls.budget import Prices
 from gating.synthesis.stages.domain import load_domain
 from gating.synthesis.stages.structure import Structure

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gating.commands.progress_bar import StepProgress
-from gating.training.settings import RUN_FOLDER, TrainError, TrainSettings, parse_settings
+from gating.errors import TrainError
+from gating.training.settings import RUN_FOLDER, TrainSettings, parse_settings
 
 if TYPE_CHECKING:
     import torch

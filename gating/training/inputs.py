@@ -15,13 +15,14 @@ import torch
 from gating.data.conversations import DataFile
 from gating.data.encoded_rows import Rows, load_rows, select
 from gating.data.encoding import ConversationEncoder
+from gating.errors import TrainError
 from gating.model.cache import Report
 from gating.model.fusion import load_fusion
 from gating.model.inspection import FusedModelInfo, inspect_fusion
 from gating.model.loading import LoraSettings, identify, prepare
 from gating.model.materialize import DEFAULT_CACHE_DIR
 from gating.model.schema import FRESH_GATE, FusionConfig
-from gating.training.settings import Precision, TrainError, TrainSettings
+from gating.training.settings import Precision, TrainSettings
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gating.commands.flags import CommandError, parse_command
+from gating.commands.flags import parse_command
+from gating.errors import TrainError
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -23,10 +24,6 @@ RUN_FOLDER = "run"
 
 # Settings that do not change what is learned: a resumed run may have others.
 _FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
-
-
-class TrainError(CommandError):
-    """A training run cannot be started or go on. One line that names the setting and the way out."""
 
 
 class TrainSettings(BaseModel):

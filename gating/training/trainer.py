@@ -20,19 +20,15 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from gating.commands.provenance import PROVENANCE_FILE, write_json
+from gating.errors import NonFiniteLossError, TrainError
 from gating.training.learner import FusedLearner, Learner, trainable_parameters
 from gating.training.sampler import BalancedBatches
-from gating.training.settings import TrainError
 from gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
 
 TRAINED_FILE = "trained.safetensors"
 _STAGING = ".partial"
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
-
-
-class NonFiniteLossError(TrainError):
-    """The loss or its gradient is not a number; the parameters are those of the step before."""
 
 
 class FusedTrainer(Trainer):

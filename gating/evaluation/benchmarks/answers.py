@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Self
 
 from gating.commands.run_folder import append_line, whole_lines
-from gating.evaluation.benchmarks.items import Answer, BenchmarkError, Item, Request
+from gating.errors import BenchmarkError
+from gating.evaluation.benchmarks.items import Answer, Item, Request
 
 ANSWERS_FILE = "answers.jsonl"
 

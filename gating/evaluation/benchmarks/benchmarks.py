@@ -19,10 +19,11 @@ from tqdm import tqdm
 from gating.commands.endpoint import run_together
 from gating.commands.provenance import write_json
 from gating.commands.run_folder import keep_settings, sole_run
+from gating.errors import BenchmarkError
 from gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
 from gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
 from gating.evaluation.benchmarks.generation import ChatClient
-from gating.evaluation.benchmarks.items import Benchmark, BenchmarkError, Item
+from gating.evaluation.benchmarks.items import Benchmark, Item
 from gating.evaluation.benchmarks.llm_as_judge import ALPACA_EVAL, MT_BENCH
 from gating.evaluation.benchmarks.multiple_choice import AQUA, SAT_MATH
 from gating.evaluation.benchmarks.scoring import (

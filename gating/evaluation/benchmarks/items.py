@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
-
-
-class BenchmarkError(CommandError):
-    """A benchmark cannot be run. One line that names the file, field or setting, and the way out."""
+from gating.errors import BenchmarkError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, BenchmarkError, HubSource, Item, Request, Row, Verdict
+from gating.errors import BenchmarkError
+from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
 from gating.evaluation.benchmarks.parsing import option_letter
 from gating.evaluation.benchmarks.word_problems import CHAIN_OF_THOUGHT
 

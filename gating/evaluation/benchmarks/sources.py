@@ -11,7 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks.items import Benchmark, BenchmarkError, HubSource, Item, Row
+from gating.errors import BenchmarkError
+from gating.evaluation.benchmarks.items import Benchmark, HubSource, Item, Row
 from gating.model.cache import file_digest
 
 

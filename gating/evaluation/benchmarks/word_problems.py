@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, BenchmarkError, HubSource, Item, Request, Row, Verdict
+from gating.errors import BenchmarkError
+from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
 from gating.evaluation.benchmarks.parsing import final_number, same_number
 
 CHAIN_OF_THOUGHT = "\nLet's think step by step."

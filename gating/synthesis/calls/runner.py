@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gating.commands.chat_completion import Completion, EndpointError, FailedError
+from gating.commands.chat_completion import Completion, FailedError
 from gating.commands.endpoint import run_together
+from gating.errors import EndpointError
 from gating.synthesis.calls.asking import Asker, Tokens
 from gating.synthesis.calls.budget import BudgetSpentError
 from gating.synthesis.calls.checks import REFUSAL, TRUNCATED, is_refusal, response_problem, text_problem

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
+from gating.errors import CommandError
 
 RUN = 13
 LEAST = 6

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from gating.commands.flags import CommandError
 from gating.commands.provenance import PROVENANCE_FILE, collect_provenance, write_json
 from gating.commands.run_folder import SETTINGS_FILE, sole_run
+from gating.errors import CommandError
 from gating.model.cache import file_digest
 from gating.synthesis.dataset.card import render_card
 from gating.synthesis.dataset.decontamination import Hit, Index, TestSet

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from gating.analysis.pictures import png
 from gating.analysis.styles import MARKERS, style_of
-from gating.commands.flags import CommandError
 from gating.commands.progress_bar import StepProgress
 from gating.commands.provenance import write_json
 from gating.data.conversations import DataFile
 from gating.data.hidden_states import cache_states, state_sources
+from gating.errors import CommandError
 from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
 from gating.model.cache import Report
 from gating.model.fusion import load_fusion

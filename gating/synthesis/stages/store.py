@@ -15,9 +15,9 @@ from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError
 
-from gating.commands.flags import CommandError
 from gating.commands.provenance import write_json
 from gating.commands.run_folder import append_line, whole_lines
+from gating.errors import StoreError
 from gating.model.cache import file_digest
 from gating.synthesis.stages.records import Miss, Record
 
@@ -27,10 +27,6 @@ SHARD_LINES = 10_000
 SYNC_SECONDS = 1.0
 
 Line = TypeVar("Line", Record, Miss)
-
-
-class StoreError(CommandError):
-    """A run's folder cannot be read. One line that names the file, and the way out."""
 
 
 class Store:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from gating.commands.chat_completion import EndpointError
-from gating.commands.flags import CommandError
 from gating.commands.run_folder import sole_run
+from gating.errors import CommandError, EndpointError
 from gating.synthesis.calls.runner import MOST_REFUSED
 from gating.synthesis.stages.records import identify
 from server.__main__ import EXIT_WRONG_INPUT, main

@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch.distributed.tensor import DTensor
 
+from gating.errors import NonFiniteLossError
 from gating.training.command import train
 from gating.training.learner import Learner
 from gating.training.settings import parse_settings
-from gating.training.trainer import FusedTrainer, NonFiniteLossError
+from gating.training.trainer import FusedTrainer
 
 
 def main(jobs: list[dict[str, Any]]) -> None:

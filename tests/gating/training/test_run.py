@@ -8,14 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from gating.data.batches import collate_rows
+from gating.errors import NonFiniteLossError, TrainError
 from gating.model.fusion import load_fusion
 from gating.model.reference import UltraFuserForCausalLM
 from gating.training.command import train
 from gating.training.inputs import gather_inputs
 from gating.training.plan import measure
 from gating.training.sampler import ProportionalBatches
-from gating.training.settings import RUN_FOLDER, TrainError
-from gating.training.trainer import FusedTrainer, NonFiniteLossError
+from gating.training.settings import RUN_FOLDER
+from gating.training.trainer import FusedTrainer
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import losses_in
 

@@ -9,10 +9,9 @@ from collections import Counter
 
 import pytest
 
-from gating.commands.flags import CommandError
 from gating.commands.run_folder import sole_run
+from gating.errors import BenchmarkError, CommandError
 from gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkOptions, prompt_version, run_benchmarks
-from gating.evaluation.benchmarks.items import BenchmarkError
 from tests.gating.evaluation.endpoint import MODEL, Reply, serving
 from tests.gating.evaluation.examples import ROWS
 from tests.gating.evaluation.runner import result_of

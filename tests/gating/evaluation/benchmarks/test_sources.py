@@ -2,9 +2,8 @@
 
 import pytest
 
-from gating.commands.flags import CommandError
+from gating.errors import BenchmarkError, CommandError
 from gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkFile
-from gating.evaluation.benchmarks.items import BenchmarkError
 from gating.evaluation.benchmarks.multiple_choice import SAT_MATH
 from gating.evaluation.benchmarks.sources import draw_sample, load_items
 from gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gating.commands.flags import CommandError
 from gating.data.conversations import Conversation, DataFile, read_conversations
+from gating.errors import CommandError
 from gating.synthesis.dataset.decontamination import Hit, Index, TestSet
 from gating.synthesis.dataset.export import export
 from gating.synthesis.settings import ExportSettings
