@@ -9,8 +9,6 @@ UserError              what was asked for cannot be done
    │  ├─ SamplerError
    │  └─ NonFiniteLossError
    ├─ EndpointError    a server that is asked
-   ├─ BenchmarkError   a benchmark
-   ├─ MergeError       models' weights as one
    ├─ DomainError      a file that describes a domain
    └─ StoreError       the folder of a run of `ultrafuser data`
 
@@ -52,14 +50,6 @@ class NonFiniteLossError(TrainError):
 
 class EndpointError(CommandError):
     """No request to a server can succeed; names the setting."""
-
-
-class BenchmarkError(CommandError):
-    """A benchmark cannot be run; names the file, field or setting."""
-
-
-class MergeError(CommandError):
-    """Models cannot be merged, or there is no base."""
 
 
 class DomainError(CommandError):

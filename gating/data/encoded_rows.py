@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gating.data.conversations import BadRow, Conversation, DataFile, read_conversations
 from gating.data.encoding import ConversationEncoder, EncodingError
 from gating.errors import DataError
-from gating.model.cache import Artifact, Report, Tick, build_once, file_digest
+from gating.files import file_digest
+from gating.model.cache import Artifact, Report, Tick, build_once
 
 if TYPE_CHECKING:
     from datasets import Dataset

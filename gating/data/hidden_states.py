@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gating.commands.fields import Precision
 from gating.data.batches import collate_rows, response_ids
 from gating.model.cache import Artifact, Report, Tick, build_once
 from gating.model.loading import identify, load_one_frozen
+from gating.model.responses import response_states
 from gating.model.schema import FusionConfig
-from gating.training.learner import response_states
 
 if TYPE_CHECKING:
     import datasets
@@ -62,6 +63,13 @@ def state_sources(fusion: FusionConfig, hidden_sizes: Sequence[int], dtype: torc
         StateSource(item.name, identify(item), partial(load_one_frozen, fusion, index, dtype), dtype, size, index)
         for index, (item, size) in enumerate(zip(fusion.specialists, hidden_sizes, strict=True))
     ]
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of the specialists' arithmetic on this device."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 class CachedStates(Dataset[tuple[list[Tensor], Tensor]]):

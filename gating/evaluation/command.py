@@ -9,12 +9,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from gating.commands.fields import CacheFolder, CommandSettings, Count, Positive, Precision
 from gating.commands.flags import parse_command
-from gating.commands.progress_bar import StepProgress
 from gating.errors import CommandError
-from gating.training.settings import Count, Precision
+from gating.model.cache import cache_folder
+from gating.progress_bar import StepProgress
 
 if TYPE_CHECKING:
     from gating.evaluation.held_out import ReadingOptions
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from gating.model.cache import Report
 
 
-class EvalSettings(BaseModel):
+class EvalSettings(CommandSettings):
     """One evaluation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     fusion: str | None = None
     """Fusion file, folder or preset; for --loss and --variants."""
@@ -42,7 +41,7 @@ class EvalSettings(BaseModel):
     base: str | None = None
     """Folder or hub id of the model that the specialists were made from; default: the one they all name."""
 
-    task_arithmetic_scale: Annotated[float, Field(gt=0)] = 0.4
+    task_arithmetic_scale: Positive = 0.4
     """Of task arithmetic: base + scale x sum of the specialists' differences from it; default: 0.4, untuned."""
 
     json_file: Annotated[str | None, Field(alias="json")] = None
@@ -78,7 +77,7 @@ class EvalSettings(BaseModel):
     max_tokens: Count = 512
     """Most tokens of an answer."""
 
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    timeout_seconds: Positive = 600.0
     """After which an answer counts as missing."""
 
     limit: Count | None = None
@@ -96,8 +95,7 @@ class EvalSettings(BaseModel):
     seed: int = 0
     """Draws rows and items."""
 
-    cache: str | None = None
-    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+    cache: CacheFolder = None
 
     @model_validator(mode="after")
     def _check(self) -> "EvalSettings":
@@ -181,18 +179,12 @@ def _reading_options(settings: EvalSettings) -> "ReadingOptions":
     from gating.evaluation.held_out import ReadingOptions
 
     chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
-    return ReadingOptions(cache_dir=_cache_dir(settings), **chosen)
-
-
-def _cache_dir(settings: EvalSettings) -> Path:
-    from gating.model.materialize import DEFAULT_CACHE_DIR
-
-    return Path(settings.cache or DEFAULT_CACHE_DIR).expanduser()
+    return ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
 
 
 def _report(settings: EvalSettings, table: "LossTable") -> None:
-    from gating.commands.provenance import write_json
     from gating.evaluation.loss import describe
+    from gating.files import write_json
 
     print("\n".join(describe(table)))
     if settings.json_file is not None:
@@ -208,7 +200,7 @@ def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report")
     from gating.model.materialize import materialize
 
     assert settings.fusion is not None
-    cache_dir = _cache_dir(settings)
+    cache_dir = cache_folder(settings.cache)
     loaded = load_fusion(settings.fusion)
     prepared = materialize(loaded, cache_dir, on_progress)
     merged, notes = find_variants(

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
+from gating.commands.fields import Precision
 from gating.data.conversations import DataFile
 from gating.data.encoded_rows import Rows, load_rows, select
-from gating.data.hidden_states import StateSource, cache_states, state_sources
+from gating.data.encoding import make_encoder, resolve_max_length
+from gating.data.hidden_states import StateSource, cache_states, resolve_dtype, state_sources
 from gating.evaluation.passes import Mix, Reading, alone, read, uniform
 from gating.model.cache import Report
 from gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
 from gating.model.gate import load_gate
 from gating.model.materialize import materialize
 from gating.model.schema import FusionConfig, SpecialistConfig
-from gating.training.inputs import make_encoder, resolve_dtype, resolve_max_length
-from gating.training.settings import Precision
 
 FUSED = "fused"
 UNIFORM = "uniform"

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.errors import MergeError
 from gating.model.cache import Artifact, Report, Tick, build_once
 from gating.model.loading import identify
 from gating.model.materialize import materialize
@@ -23,6 +22,10 @@ TASK_ARITHMETIC = "task_arithmetic"
 
 # Part of the cache key: raise it when the same models are to give other weights.
 _RECIPE = 1
+
+
+class MergeError(ValueError):
+    """Models cannot be merged, or there is no base: a note in the place of the result."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gating.errors import GateError
-from gating.model.cache import file_digest
+from gating.files import file_digest
 from gating.model.schema import FRESH_GATE
 
 GATE_FORMAT = "ultrafuser-gate-v1"

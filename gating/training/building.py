@@ -13,16 +13,16 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
+from gating.commands.run_folder import RUN_FOLDER
 from gating.data.batches import collate_rows, collate_states
-from gating.data.hidden_states import cache_states, state_sources
+from gating.data.hidden_states import cache_states, resolve_dtype, state_sources
 from gating.model.cache import Report
 from gating.model.gate import Gate, fresh_gate, load_gate
 from gating.model.loading import add_adapter, load_frozen
 from gating.model.schema import FRESH_GATE
-from gating.training.inputs import RunInputs, resolve_dtype
+from gating.training.inputs import RunInputs
 from gating.training.learner import CachedLearner, FusedLearner, Learner
 from gating.training.sampler import BalancedBatches, ProportionalBatches
-from gating.training.settings import RUN_FOLDER
 from gating.training.trainer import Collate
 
 

@@ -10,9 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.commands.progress_bar import StepProgress
+from gating.commands.run_folder import RUN_FOLDER
 from gating.errors import TrainError
-from gating.training.settings import RUN_FOLDER, TrainSettings, parse_settings
+from gating.progress_bar import StepProgress
+from gating.training.settings import TrainSettings, parse_settings
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ def train(settings: TrainSettings) -> Path | None:
 
 
 def _plan(inputs: "RunInputs", device: "torch.device", num_processes: int) -> list[str]:
-    from gating.training.inputs import resolve_dtype
+    from gating.data.hidden_states import resolve_dtype
     from gating.training.plan import describe, measure
 
     dataset = inputs.rows.dataset

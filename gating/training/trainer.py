@@ -19,8 +19,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from gating.commands.provenance import PROVENANCE_FILE, write_json
+from gating.commands.provenance import PROVENANCE_FILE
 from gating.errors import NonFiniteLossError, TrainError
+from gating.files import put_in_place, write_json
 from gating.training.learner import FusedLearner, Learner, trainable_parameters
 from gating.training.sampler import BalancedBatches
 from gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
@@ -193,8 +194,7 @@ class FusedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(folder / _STAGING / name, folder / name)
+            put_in_place(folder / _STAGING / name, folder / name)
             shutil.rmtree(folder / _STAGING)
             rotate_checkpoints(str(folder), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()

@@ -11,15 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
-
-from pydantic import BaseModel, ConfigDict, Field
-from tqdm import tqdm
+from typing import Any
 
 from gating.commands.endpoint import run_together
-from gating.commands.provenance import write_json
+from gating.commands.fields import CommandSettings, Count, Positive
 from gating.commands.run_folder import keep_settings, sole_run
-from gating.errors import BenchmarkError
+from gating.errors import CommandError
 from gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
 from gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
 from gating.evaluation.benchmarks.generation import ChatClient
@@ -38,6 +35,8 @@ from gating.evaluation.benchmarks.scoring import (
 from gating.evaluation.benchmarks.sources import data_identity, draw_sample, load_items
 from gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
 from gating.evaluation.benchmarks.word_problems import GSM8K, SVAMP
+from gating.files import write_json
+from gating.progress_bar import counting_bar
 
 RESULTS_FILE = "results.json"
 
@@ -65,22 +64,20 @@ class BenchmarkFile:
         """`NAME=FILE`, or `NAME`.
 
         Raises:
-            BenchmarkError: no such benchmark, or no such file.
+            CommandError: no such benchmark, or no such file.
         """
         name, equals, path = argument.partition("=")
         if name not in BENCHMARKS:
-            raise BenchmarkError(f"{name}: no such benchmark; known are {', '.join(BENCHMARKS)}")
+            raise CommandError(f"{name}: no such benchmark; known are {', '.join(BENCHMARKS)}")
         if not equals:
             return cls(name, None)
         if not Path(path).expanduser().is_file():
-            raise BenchmarkError(f"{path}: no such file; give {name}=FILE with JSON lines")
+            raise CommandError(f"{path}: no such file; give {name}=FILE with JSON lines")
         return cls(name, Path(path).expanduser().resolve())
 
 
-class BenchmarkOptions(BaseModel):
+class BenchmarkOptions(CommandSettings):
     """How benchmarks are run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     output: Path
     """Folder for answers and results; a run that was ended goes on where it was."""
@@ -94,7 +91,7 @@ class BenchmarkOptions(BaseModel):
     model: str | None = None
     """Model to ask; default: the first that the server names."""
 
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
     """Most items of a benchmark, drawn at random, the same ones for every model; default: all."""
 
     seed: int = 0
@@ -106,13 +103,13 @@ class BenchmarkOptions(BaseModel):
     execute_code: bool = False
     """Run the programs that the model writes (humaneval, mbpp): limited, but not safe; do it in a container."""
 
-    concurrency: Annotated[int, Field(ge=1)] = 16
+    concurrency: Count = 16
     """Requests at a time."""
 
-    max_tokens: Annotated[int, Field(ge=1)] = 512
+    max_tokens: Count = 512
     """Most tokens of an answer."""
 
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    timeout_seconds: Positive = 600.0
     """Longest wait for one answer."""
 
 
@@ -134,7 +131,7 @@ async def run_benchmarks(files: Sequence[BenchmarkFile], options: BenchmarkOptio
             server that is gone or refuses everybody. Answers so far are kept.
     """
     if len({file.name for file in files}) < len(files):
-        raise BenchmarkError("benchmarks: one is named twice; name each once")
+        raise CommandError("benchmarks: one is named twice; name each once")
     chosen = {file.name: _load(file, options) for file in files}
     with sole_run(options.output):
         async with _client(options) as client:
@@ -185,7 +182,7 @@ async def _ask(
     with AnswersFile(options.output / benchmark.name / ANSWERS_FILE) as answers:
         missing = answers.missing(requests)
         queue = iter(missing)  # shared by all workers
-        with _progress(benchmark.name, len(requests), "request", len(requests) - len(missing)) as progress:
+        with counting_bar(benchmark.name, len(requests), "request", len(requests) - len(missing)) as progress:
 
             async def work() -> None:
                 for request in queue:
@@ -204,15 +201,10 @@ def _score(benchmark: Benchmark, answered: Answered, model: str, options: Benchm
         return {**unscored(benchmark, answered, f"to be judged elsewhere, in {path}"), "written": path}
     if benchmark.executes_code and not options.execute_code:
         return unscored(benchmark, answered, "answers are kept; --execute-code runs them and gives the score")
-    with _progress(f"{benchmark.name}: scoring", len(answered), "item") as progress:
+    with counting_bar(f"{benchmark.name}: scoring", len(answered), "item") as progress:
         verdicts = judge_all(benchmark, answered, progress.update)
     write_verdicts(folder / SCORES_FILE, verdicts)
     return summarize(benchmark, verdicts, options.seed)
-
-
-def _progress(label: str, total: int, unit: str, done: int = 0) -> "tqdm[NoReturn]":
-    """A bar on stderr; none where there is no terminal."""
-    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=None)
 
 
 def _report(output: Path, shared: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gating.errors import BenchmarkError
+from gating.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Row:
         """A field that is text.
 
         Raises:
-            BenchmarkError: it is missing, or something else.
+            DataError: it is missing, or something else.
         """
         value = self._field(name)
         if not isinstance(value, str) or not (may_be_empty or value.strip()):
@@ -39,7 +39,7 @@ class Row:
         """A field that is a list of texts, at least one.
 
         Raises:
-            BenchmarkError: it is missing, or something else.
+            DataError: it is missing, or something else.
         """
         value = self._field(name)
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -52,7 +52,7 @@ class Row:
         """A field that is a number, or a text with a number in it; as text.
 
         Raises:
-            BenchmarkError: it is missing, or something else.
+            DataError: it is missing, or something else.
         """
         value = self._field(name)
         try:
@@ -65,7 +65,7 @@ class Row:
         """A field that maps texts to 0 or 1, with at least one of each.
 
         Raises:
-            BenchmarkError: it is missing, or something else.
+            DataError: it is missing, or something else.
         """
         value = self._field(name)
         if not isinstance(value, Mapping) or {0, 1} != set(value.values()):
@@ -76,7 +76,7 @@ class Row:
         """A field that names the row; as text.
 
         Raises:
-            BenchmarkError: it is missing, or neither text nor a whole number.
+            DataError: it is missing, or neither text nor a whole number.
         """
         value = self._field(name)
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
@@ -85,13 +85,13 @@ class Row:
 
     def _field(self, name: str) -> Any:
         if name not in self.content:
-            raise BenchmarkError(
+            raise DataError(
                 f"{self.source}:{self.number}: {name}: missing; the file must have the benchmark's own fields"
             )
         return self.content[name]
 
-    def _error(self, name: str, reason: str) -> BenchmarkError:
-        return BenchmarkError(f"{self.source}:{self.number}: {name}: {reason}; correct the file")
+    def _error(self, name: str, reason: str) -> DataError:
+        return DataError(f"{self.source}:{self.number}: {name}: {reason}; correct the file")
 
 
 @dataclass(frozen=True)

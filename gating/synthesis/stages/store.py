@@ -15,10 +15,9 @@ from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError
 
-from gating.commands.provenance import write_json
 from gating.commands.run_folder import append_line, whole_lines
 from gating.errors import StoreError
-from gating.model.cache import file_digest
+from gating.files import file_digest, write_json
 from gating.synthesis.stages.records import Miss, Record
 
 MANIFEST_FILE = "manifest.json"

@@ -13,7 +13,7 @@ from gating.data.encoded_rows import Rows, load_rows
 from gating.data.encoding import ConversationEncoder
 from gating.data.hidden_states import CachedStates, StateSource, cache_states
 from gating.model.fusion import load_fusion
-from gating.training.learner import response_states
+from gating.model.responses import response_states
 from tests.gating.examples import CONVERSATIONS
 
 NAMES = ("text", "code", "math")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gating.commands.run_folder import RUN_FOLDER
 from gating.data.batches import collate_rows
 from gating.errors import NonFiniteLossError, TrainError
 from gating.model.fusion import load_fusion
@@ -15,7 +16,6 @@ from gating.training.command import train
 from gating.training.inputs import gather_inputs
 from gating.training.plan import measure
 from gating.training.sampler import ProportionalBatches
-from gating.training.settings import RUN_FOLDER
 from gating.training.trainer import FusedTrainer
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import losses_in

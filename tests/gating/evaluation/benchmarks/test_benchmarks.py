@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from gating.commands.run_folder import sole_run
-from gating.errors import BenchmarkError, CommandError
+from gating.errors import CommandError
 from gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkOptions, prompt_version, run_benchmarks
 from tests.gating.evaluation.endpoint import MODEL, Reply, serving
 from tests.gating.evaluation.examples import ROWS
@@ -167,7 +167,7 @@ def test_a_broken_line_in_the_middle_is_named(runner):
     path = runner.output / "gsm8k" / "answers.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], '{"id": "2"}', *lines[2:], ""]))
-    with serving(right) as endpoint, pytest.raises(BenchmarkError, match=r"answers\.jsonl:2: not an answer"):
+    with serving(right) as endpoint, pytest.raises(CommandError, match=r"answers\.jsonl:2: not an answer"):
         runner(endpoint, "gsm8k")
 
 
@@ -238,7 +238,7 @@ def test_a_chain_of_thought_is_asked_for(runner):
 
 
 def test_a_benchmark_named_twice_is_refused(runner):
-    with serving(right) as endpoint, pytest.raises(BenchmarkError, match="named twice"):
+    with serving(right) as endpoint, pytest.raises(CommandError, match="named twice"):
         runner(endpoint, "svamp", "svamp")
 
 
