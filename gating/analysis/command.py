@@ -214,7 +214,3 @@ def _folder(output: str) -> Path:
     except OSError as error:
         raise CommandError(f"--output: {output}: cannot be a folder ({error.strerror}); name another") from error
     return folder
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

@@ -219,7 +219,3 @@ def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report")
         print(folder / f"{model.name}.yaml")
     for note in notes:
         print(note, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

@@ -130,6 +130,3 @@ _COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[BaseModel], int], str]]
     "export": (ExportSettings, _export, "Write what was made as a data set."),
     "map": (MapSettings, _map, "Draw a data set as a specialist sees it."),
 }
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_at_any_moment_goes_on_without_loss(tmp_path):
             counts = ["--meta-topics", "2", "--sub-topics", "2", "--instructions", "2", "--strong", "1", "--weak", "1"]
             counts += ["--turns", "1", "--concurrency", "8"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "gating.synthesis.command", *command, *counts],
+                [sys.executable, "-m", "server", "data", *command, *counts],
                 stderr=subprocess.DEVNULL,
             )
             goal = len(endpoint.asked) + 45
