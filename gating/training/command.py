@@ -57,15 +57,15 @@ def _plan(inputs: "RunInputs", device: "torch.device", num_processes: int) -> li
     from gating.data.hidden_states import resolve_dtype
     from gating.training.plan import describe, measure
 
-    dataset = inputs.rows.dataset
+    datasets = [rows.dataset for rows in inputs.all_rows]
     lines = describe(
         inputs.settings,
         inputs.info,
         measure(inputs.fusion, inputs.settings, inputs.lora),
         dtype=resolve_dtype(inputs.settings.precision, device),
         rows={domain: len(inputs.rows.indices(domain)) for domain in inputs.domains},
-        longest=max(dataset["length"][:]),
-        response_tokens=sum(dataset["num_response_tokens"][:]),
+        longest=max(length for dataset in datasets for length in dataset["length"][:]),
+        response_tokens=sum(count for dataset in datasets for count in dataset["num_response_tokens"][:]),
         num_processes=num_processes,
     )
     return [*inputs.rows.summary(), *lines]

@@ -48,6 +48,15 @@ class RunInputs:
     cache_dir: Path
     """Where prepared things are kept."""
 
+    def micro_batch(self, num_processes: int) -> int:
+        """Rows of all domains that one process computes at a time."""
+        return self.settings.micro_rows(num_processes) * len(self.domains)
+
+    @property
+    def all_rows(self) -> list[Rows]:
+        """To train on, then to evaluate on."""
+        return [self.rows, *self.eval_rows.values()]
+
     @property
     def lora(self) -> LoraSettings:
         """Of new adapters."""
@@ -57,10 +66,7 @@ class RunInputs:
     @property
     def data_digests(self) -> dict[str, str]:
         """SHA-256 of every data file, by name."""
-        digests = dict(self.rows.digests)
-        for rows in self.eval_rows.values():
-            digests |= {name: digest for name, digest in rows.digests.items() if name not in digests}
-        return digests
+        return {name: digest for rows in reversed(self.all_rows) for name, digest in rows.digests.items()}
 
     @property
     def models(self) -> list[Any]:

@@ -82,13 +82,12 @@ def describe(
     """The plan as lines of text.
 
     Args:
-        rows: rows of each domain.
-        longest: tokens of the longest sequence of any specialist.
-        response_tokens: of all rows together.
+        rows: rows of each domain to train on.
+        longest: tokens of the longest sequence of any specialist, of the rows to train and to evaluate on.
+        response_tokens: of all those rows together.
         num_processes: devices that share a step.
     """
-    per_step = settings.num_rows_per_domain
-    micro = settings.micro_rows_per_domain or max(1, per_step // num_processes)
+    micro = settings.micro_rows(num_processes)
     lines = [f"{size.name}: {size.num_parameters:,} parameters, {size.num_trained:,} learn" for size in sizes]
     num_gate = _num_gate(info) if len(sizes) > 1 else 0
     if num_gate:

@@ -150,6 +150,11 @@ class TrainSettings(CommandSettings):
         """Rows of every domain in a step."""
         return self.rows_per_domain or PAPER_ROWS_PER_DOMAIN[self.stage or 2]
 
+    def micro_rows(self, num_processes: int) -> int:
+        """Rows of every domain that one process computes at a time. Times the domains it is the micro-batch of
+        training, and as many rows are evaluated, or read into cached states, at a time."""
+        return self.micro_rows_per_domain or max(1, self.num_rows_per_domain // num_processes)
+
     @property
     def trains_specialists(self) -> bool:
         """Whether anything but the gate learns."""

@@ -180,6 +180,27 @@ def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_the_plan_counts_evaluation_rows_for_the_disk_and_the_longest_sequence(
+    settings_of, capsys, monkeypatch, tmp_path
+):
+    """It once counted training rows only."""
+    monkeypatch.setattr("gating.training.plan._GIB", 1)
+    long = [{"role": "user", "content": "a " * 300}, {"role": "assistant", "content": "b"}]
+    rows = [{"domain": name, "messages": long} for name in NAMES]
+    (tmp_path / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = settings_of(stage=1, cache_states=True, plan=True, eval_data=[str(tmp_path / "long.jsonl")])
+    train(settings)
+    said = capsys.readouterr().err
+    inputs = gather_inputs(settings)
+    longest, tokens = [
+        [rows.dataset[column][:] for rows in inputs.all_rows] for column in ("length", "num_response_tokens")
+    ]
+    assert max(longest[1]) > max(longest[0])
+    assert f"activations of {4 * 3 * max(longest[1]):,} tokens" in said
+    num_bytes = sum(map(sum, tokens)) * sum(inputs.info.hidden_sizes) * 4
+    assert f"disk for cached hidden states: {num_bytes:.2f} GiB" in said
+
+
 def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, run, capsys):
     path = run(stage=2, steps=1)
     said = capsys.readouterr().err
