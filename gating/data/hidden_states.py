@@ -35,7 +35,7 @@ _RECIPE = 1
 
 
 @dataclass(frozen=True)
-class StateSource:
+class HiddenStateSource:
     """One frozen specialist, not loaded yet."""
 
     name: str
@@ -57,10 +57,12 @@ class StateSource:
     """Which of a row's sequences it reads: the specialist's place in the fusion that the rows were encoded for."""
 
 
-def state_sources(fusion: FusionConfig, hidden_sizes: Sequence[int], dtype: torch.dtype) -> list[StateSource]:
+def hidden_state_sources(
+    fusion: FusionConfig, hidden_sizes: Sequence[int], dtype: torch.dtype
+) -> list[HiddenStateSource]:
     """The specialists of a prepared fusion; `hidden_sizes` are theirs, `dtype` that of the states."""
     return [
-        StateSource(item.name, identify(item), partial(load_one_frozen, fusion, index, dtype), dtype, size, index)
+        HiddenStateSource(item.name, identify(item), partial(load_one_frozen, fusion, index, dtype), dtype, size, index)
         for index, (item, size) in enumerate(zip(fusion.specialists, hidden_sizes, strict=True))
     ]
 
@@ -72,7 +74,7 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-class CachedStates(Dataset[tuple[list[Tensor], Tensor]]):
+class CachedHiddenStates(Dataset[tuple[list[Tensor], Tensor]]):
     """Rows as S tensors [R, D_s] and their labels [R], read from disk when asked for."""
 
     def __init__(self, states: Sequence[Tensor], offsets: Sequence[int], labels_N: Tensor) -> None:
@@ -97,16 +99,16 @@ class CachedStates(Dataset[tuple[list[Tensor], Tensor]]):
         return self.tokens(self._offsets[index], self._offsets[index + 1])
 
 
-def cache_states(
+def cache_hidden_states(
     rows: "datasets.Dataset",
-    sources: Sequence[StateSource],
+    sources: Sequence[HiddenStateSource],
     *,
     num_shared_ids: int,
     batch_size: int,
     device: torch.device,
     cache_dir: Path,
     on_progress: Report | None = None,
-) -> tuple[CachedStates, list[Tensor]]:
+) -> tuple[CachedHiddenStates, list[Tensor]]:
     """The rows' hidden states and the specialists' output layers (S tensors [V, D_s]), from the cache or computed now.
 
     Disk: sum over specialists of N x D_s values of the specialist's type. `batch_size` rows are computed at a time.
@@ -129,13 +131,13 @@ def cache_states(
         states.append(_map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype))
         output_weights.append(load_file(folder / "output_layer.safetensors")["weight"])
     labels_N = torch.tensor([token for row in rows for token in response_ids(row)])
-    return CachedStates(states, offsets, labels_N), output_weights
+    return CachedHiddenStates(states, offsets, labels_N), output_weights
 
 
 @dataclass(frozen=True)
 class _Job:
     rows: "datasets.Dataset"
-    source: StateSource
+    source: HiddenStateSource
     offsets: Sequence[int]
     num_shared_ids: int
     batch_size: int

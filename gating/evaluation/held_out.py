@@ -14,7 +14,7 @@ from gating.commands.fields import Precision
 from gating.data.conversations import DataFile
 from gating.data.encoded_rows import Rows, load_rows, select
 from gating.data.encoding import make_encoder, resolve_max_length
-from gating.data.hidden_states import StateSource, cache_states, resolve_dtype, state_sources
+from gating.data.hidden_states import HiddenStateSource, cache_hidden_states, hidden_state_sources, resolve_dtype
 from gating.evaluation.passes import Mix, Reading, alone, read, uniform
 from gating.model.cache import Report
 from gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
@@ -88,21 +88,21 @@ class ReadingTask:
         if self.prepared.gate is not None:
             gate = load_gate(self.prepared.gate, names, self.info.hidden_sizes)
             mixes |= {UNIFORM: uniform(len(names)), FUSED: gate.to(self.device)}
-        sources = state_sources(self.prepared, self.info.hidden_sizes, self._dtype)
+        sources = hidden_state_sources(self.prepared, self.info.hidden_sizes, self._dtype)
         return self._read(sources, mixes, self.loaded.name)
 
     def read_alone(self, model: SpecialistConfig) -> Reading:
         """A prepared model in the leader's place; its losses are under its name."""
         single = self.prepared.model_copy(update={"specialists": (model,), "gate": None})
-        sources = state_sources(single, inspect_fusion(single).hidden_sizes, self._dtype)
+        sources = hidden_state_sources(single, inspect_fusion(single).hidden_sizes, self._dtype)
         return self._read(sources, {model.name: alone(0, 1)}, model.name)
 
     @property
     def _dtype(self) -> torch.dtype:
         return resolve_dtype(self.options.precision, self.device)
 
-    def _read(self, sources: Sequence[StateSource], mixes: Mapping[str, Mix], label: str) -> Reading:
-        states, output_weights = cache_states(
+    def _read(self, sources: Sequence[HiddenStateSource], mixes: Mapping[str, Mix], label: str) -> Reading:
+        states, output_weights = cache_hidden_states(
             self.rows.dataset,
             sources,
             num_shared_ids=self.info.num_shared_ids,

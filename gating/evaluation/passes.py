@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gating.data.hidden_states import CachedStates
+from gating.data.hidden_states import CachedHiddenStates
 from gating.model.cache import Tick
 from gating.model.gate import fuse
 
@@ -65,7 +65,7 @@ def uniform(num_models: int) -> Mix:
 
 @torch.no_grad()
 def read(
-    states: CachedStates,
+    states: CachedHiddenStates,
     output_weights: Sequence[Tensor],
     mixes: Mapping[str, Mix],
     *,

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from gating.commands.run_folder import RUN_FOLDER
-from gating.data.batches import collate_rows, collate_states
-from gating.data.hidden_states import cache_states, resolve_dtype, state_sources
+from gating.data.batches import collate_hidden_states, collate_rows
+from gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
 from gating.model.cache import Report
 from gating.model.gate import Gate, fresh_gate, load_gate
 from gating.model.loading import add_adapter, load_frozen
@@ -51,7 +51,7 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report) -> RunPa
     arguments.gradient_accumulation_steps = batches.micro_batches_per_step
     if inputs.settings.cache_states:
         learner, rows, eval_rows = _cached(inputs, micro_batch, device, on_progress)
-        return RunParts(learner, rows, eval_rows, collate_states, batches, arguments)
+        return RunParts(learner, rows, eval_rows, collate_hidden_states, batches, arguments)
     whole = _whole(inputs, resolve_dtype(inputs.settings.precision, device))
     # A GPU computes a padded batch faster than its rows one by one; a CPU pays for every token of padding.
     whole.reads_rows_alone = device.type == "cpu"
@@ -81,8 +81,8 @@ def _cached(
 ) -> tuple[CachedLearner, Dataset[Any], dict[str, Dataset[Any]]]:
     dtype = resolve_dtype(inputs.settings.precision, device)
     cache = partial(
-        cache_states,
-        sources=state_sources(inputs.fusion, inputs.info.hidden_sizes, dtype),
+        cache_hidden_states,
+        sources=hidden_state_sources(inputs.fusion, inputs.info.hidden_sizes, dtype),
         num_shared_ids=inputs.info.num_shared_ids,
         batch_size=micro_batch,
         device=device,

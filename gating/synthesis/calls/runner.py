@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gating.commands.chat_completion import Completion, FailedError
+from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import run_together
 from gating.errors import EndpointError
 from gating.synthesis.calls.asking import Asker, Tokens
@@ -93,7 +93,7 @@ class Runner:
         except RejectedError as error:
             self._num_refused = 0
             self._store.append_miss(_miss(task, error.reason, error.detail, used, is_final=True))
-        except FailedError as error:
+        except RequestFailedError as error:
             reason = REFUSED_BY_SERVER if error.is_final else FAILED
             before = self._store.miss(task.id)
             self._store.append_miss(_miss(task, reason, str(error), used, is_final=False))
@@ -109,7 +109,7 @@ class Runner:
         """For the first of two tries; another one after each rejection, or the same answer would come again."""
         return seed_of(task.id) + 2 * self._store.num_rejections(task.id)
 
-    def _check_refusals(self, error: FailedError) -> None:
+    def _check_refusals(self, error: RequestFailedError) -> None:
         """What the server refuses to everybody is no matter of single calls."""
         self._num_refused = self._num_refused + 1 if error.is_final else 0
         if self._num_refused >= MOST_REFUSED:
@@ -150,13 +150,13 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
         RejectedError: it cannot be read for the last time, or is no good response.
     """
     text = completion.text.strip()
-    if task.form is None:
+    if task.schema is None:
         limits, language = task.domain.limits, task.domain.language
         if problem := response_problem(text, completion.finish_reason, limits, language):
             raise RejectedError(problem, text)
         return [Entry(text)]
     try:
-        return task.form.read(text, may_lack=is_last)
+        return task.schema.read(text, may_lack=is_last)
     except UnusableError as error:
         if not is_last:
             raise
@@ -167,7 +167,7 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
 def _problem(task: Task, entry: Entry) -> str:
     """Topics are only held to their length: too short to tell their language. Responses are checked already."""
     limits = task.domain.limits
-    if task.form is None:
+    if task.schema is None:
         return ""
     if task.stage in (META_TOPICS, SUB_TOPICS):
         return text_problem(entry.text, 1, limits.topic, None)

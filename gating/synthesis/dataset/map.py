@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from gating.analysis.pictures import png
 from gating.analysis.styles import MARKERS, style_of
 from gating.data.conversations import DataFile
-from gating.data.hidden_states import cache_states, resolve_dtype, state_sources
+from gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
 from gating.errors import CommandError
 from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
 from gating.files import write_file, write_json
@@ -67,9 +67,9 @@ def draw_map(settings: MapSettings) -> Path:
 def mean_states(task: ReadingTask, place: int, on_progress: Report) -> np.ndarray:
     """Mean hidden state of the specialist at `place` over each conversation's response tokens: float32 [R, D]."""
     dtype = resolve_dtype(task.options.precision, task.device)
-    states, _ = cache_states(
+    states, _ = cache_hidden_states(
         task.rows.dataset,
-        state_sources(task.prepared, task.info.hidden_sizes, dtype)[place : place + 1],
+        hidden_state_sources(task.prepared, task.info.hidden_sizes, dtype)[place : place + 1],
         num_shared_ids=task.info.num_shared_ids,
         batch_size=task.options.batch_size,
         device=task.device,

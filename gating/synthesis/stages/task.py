@@ -7,7 +7,7 @@ from typing import Any
 from gating.synthesis.stages.domain import Domain
 from gating.synthesis.stages.prompt import Prompt
 from gating.synthesis.stages.records import Message
-from gating.synthesis.stages.response_schemas import Form
+from gating.synthesis.stages.response_schemas import ResponseSchema
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Task:
     values: Mapping[str, Any] = field(default_factory=dict)
     """Of the prompt."""
 
-    form: Form | None = None
+    schema: ResponseSchema | None = None
     """Of the answer; None: any text, which is a response."""
 
     messages: tuple[Message, ...] = ()

@@ -1,7 +1,7 @@
 """The calls of every stage, out of what the stages before have made. Pure: asks nobody, decides nothing by chance.
 
 A stage's calls do not depend on the order in which those before ended; which calls there are follows from ids, and
-what they say from the items. Knows structure, prompts and forms; does not know how calls are made or kept.
+what they say from the items. Knows structure, prompts and schemas; does not know how calls are made or kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +12,12 @@ from gating.synthesis.stages.domain import Domain
 from gating.synthesis.stages.prompt import load_prompt
 from gating.synthesis.stages.records import FAILED, Item, Message, Record, draw, identify
 from gating.synthesis.stages.response_schemas import (
-    instruction_form,
-    instructions_form,
-    message_form,
-    related_form,
-    sub_topics_form,
-    topics_form,
+    instruction_schema,
+    instructions_schema,
+    message_schema,
+    related_schema,
+    sub_topics_schema,
+    topics_schema,
 )
 from gating.synthesis.stages.store import Store
 from gating.synthesis.stages.structure import (
@@ -88,7 +88,7 @@ class Tasks:
                 parent=root,
                 prompt=prompt,
                 values={"count": count},
-                form=topics_form(count, domain.limits),
+                schema=topics_schema(count, domain.limits),
             )
 
     def _sub_topics(self, store: Store) -> Iterator[Task]:
@@ -103,7 +103,7 @@ class Tasks:
                 meta_topic=topic.text,
                 prompt=prompt,
                 values={"count": domain.sub_topics},
-                form=sub_topics_form(domain.sub_topics, domain.limits),
+                schema=sub_topics_schema(domain.sub_topics, domain.limits),
             )
 
     def _instructions(self, store: Store) -> Iterator[Task]:
@@ -122,7 +122,7 @@ class Tasks:
                     sub_topic=topic.text,
                     prompt=prompt,
                     values={"count": count, "note": topic.note, "angles": _choose(domain.angles, identity, count)},
-                    form=instructions_form(count, domain.limits),
+                    schema=instructions_schema(count, domain.limits),
                 )
 
     def _related(self, store: Store) -> Iterator[Task]:
@@ -137,7 +137,7 @@ class Tasks:
                 item,
                 prompt=prompt,
                 values={"strong": strong, "weak": weak, "instruction": item.text},
-                form=related_form(strong, weak, domain.limits),
+                schema=related_schema(strong, weak, domain.limits),
             )
 
     def _complications(self, store: Store, dropped: Mapping[str, str]) -> Iterator[Task]:
@@ -153,7 +153,7 @@ class Tasks:
                 item,
                 prompt=prompt,
                 values={"way": way, "instruction": item.text},
-                form=instruction_form(domain.limits),
+                schema=instruction_schema(domain.limits),
             )
 
     def _responses(self, store: Store, dropped: Mapping[str, str]) -> Iterator[Task]:
@@ -191,7 +191,7 @@ class Tasks:
                     stage=stage,
                     prompt=prompt,
                     values={"way": way},
-                    form=message_form(self._structure.domain(record.domain).limits),
+                    schema=message_schema(self._structure.domain(record.domain).limits),
                 )
 
     def _further_responses(self, store: Store, turn: int) -> Iterator[Task]:
