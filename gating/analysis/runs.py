@@ -25,7 +25,6 @@ class Series:
     values: list[float] = field(default_factory=list)
 
     def add(self, step: int, value: float) -> None:
-        """Append a point."""
         self.steps.append(step)
         self.values.append(value)
 

@@ -30,7 +30,6 @@ class Completion:
     """What is kept of a chat completion."""
 
     text: str
-    """The first choice's."""
 
     finish_reason: str
     """As the server names it."""

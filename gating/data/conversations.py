@@ -43,7 +43,6 @@ class BadRow:
     """A row that was left out."""
 
     file: str
-    """Name of the file."""
 
     line: int
     """Line in the file, from 1."""
@@ -63,7 +62,6 @@ class Conversation:
     """A row that can be used, as far as its form goes."""
 
     domain: str
-    """Its domain."""
 
     messages: list[dict[str, str]]
     """Roles and texts; the last one is a response."""

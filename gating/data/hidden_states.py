@@ -48,10 +48,7 @@ class HiddenStateSource:
     """Loads the model, in eval mode, in the type in which its states are to be kept."""
 
     dtype: torch.dtype
-    """That type."""
-
     hidden_size: int
-    """D."""
 
     sequence: int
     """Which of a row's sequences it reads: the specialist's place in the fusion that the rows were encoded for."""

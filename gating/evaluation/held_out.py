@@ -37,7 +37,6 @@ class ReadingOptions:
     """Most rows of a domain, drawn at random but the same for the same seed."""
 
     seed: int = 0
-    """Draws them."""
 
     max_length: int | None = None
     """Most tokens of a conversation; default: the fusion's limit."""
@@ -66,10 +65,7 @@ class ReadingTask:
     """The chosen conversations of all domains."""
 
     device: torch.device
-    """Where models run."""
-
     options: ReadingOptions
-    """As asked for."""
 
     on_progress: Report
     """Told what is being done."""

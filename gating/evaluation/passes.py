@@ -38,7 +38,6 @@ class Reading:
     """Row i has the tokens from `offsets[i]` to `offsets[i + 1]`."""
 
     labels_N: Tensor
-    """The tokens."""
 
 
 def alone(index: int, num_models: int) -> Mix:

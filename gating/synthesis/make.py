@@ -41,7 +41,6 @@ class Ending:
     """Calls that failed and may succeed in another run."""
 
     report: dict[str, Any]
-    """The content of report.json."""
 
 
 async def make(settings: MakeSettings, structure: Structure) -> Ending:

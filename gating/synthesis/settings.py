@@ -8,7 +8,7 @@ from gating.commands.fields import Amount, CacheFolder, CommandSettings, Count, 
 from gating.errors import CommandError
 from gating.synthesis.calls.budget import Prices
 from gating.synthesis.stages.domain import load_domain
-from gating.synthesis.stages.structure import Structure
+from gating.synthesis.stages.structure import SIZES, Structure
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -108,7 +108,6 @@ class MakeSettings(CommandSettings):
 
     @property
     def prices(self) -> Prices:
-        """Of tokens."""
         return Prices(self.prompt_price, self.completion_price)
 
     def structure(self) -> Structure:
@@ -122,15 +121,7 @@ class MakeSettings(CommandSettings):
         domains = tuple(load_domain(name).model_copy(update=changes) for name in self.domain)
         if len({domain.name for domain in domains}) < len(domains):
             raise CommandError("domain: two have the same name; name each once")
-        return Structure(
-            domains=domains,
-            strong=self.strong,
-            weak=self.weak,
-            complex_share=self.complex_share,
-            turns=self.turns,
-            turn_share=self.turn_share,
-            seed=self.seed,
-        )
+        return Structure(domains=domains, **{name: getattr(self, name) for name in SIZES})
 
 
 class ExportSettings(CommandSettings):

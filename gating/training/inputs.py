@@ -25,7 +25,6 @@ class RunInputs:
     """Everything a run is made from, checked."""
 
     settings: TrainSettings
-    """As asked for."""
 
     loaded: FusionConfig
     """The fusion file's content: what the result is a changed copy of."""
@@ -37,7 +36,6 @@ class RunInputs:
     """Of `fusion`."""
 
     rows: Rows
-    """To train on."""
 
     domains: tuple[str, ...]
     """The domains of a step."""
@@ -59,7 +57,6 @@ class RunInputs:
 
     @property
     def lora(self) -> LoraSettings:
-        """Of new adapters."""
         settings = self.settings
         return LoraSettings(settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank, settings.lora_dropout)
 

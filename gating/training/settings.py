@@ -167,12 +167,10 @@ class TrainSettings(CommandSettings):
 
     @property
     def steps_between_saves(self) -> int:
-        """Of checkpoints."""
         return self.save_every or max(1, self.num_steps // 10)
 
     @property
     def steps_between_evaluations(self) -> int:
-        """Of the evaluation data."""
         return self.eval_every or max(1, self.num_steps // 10)
 
     def lasting(self) -> dict[str, Any]:

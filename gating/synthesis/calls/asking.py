@@ -23,7 +23,6 @@ class Sampling:
     """How answers are drawn."""
 
     model: str
-    """Who is asked."""
 
     list_tokens: int
     """Most tokens of a structured answer."""

@@ -48,13 +48,11 @@ class Hit:
     """A run that a text shares with a test set."""
 
     test_set: str
-    """Its name."""
 
     line: int
     """Where the test set has it first, from 1."""
 
     run: str
-    """The words."""
 
 
 class Index:

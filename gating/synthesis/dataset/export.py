@@ -44,7 +44,6 @@ class Left:
     """Rows that share a run with a test set."""
 
     def drop(self, row: Row, reason: str) -> None:
-        """Count a row."""
         self.dropped.setdefault(row.domain, Counter())[reason] += 1
 
     def drop_hit(self, row: Row, hit: Hit) -> None:
@@ -80,7 +79,7 @@ def export(settings: ExportSettings) -> Path:
                 left.drop_hit(row, hit)
             else:
                 split = _split_of(row, settings.validation_share)
-                files[split].write(f"{json.dumps(row.as_json(), ensure_ascii=False)}\n".encode())
+                files[split].write(f"{json.dumps(row.model_dump(), ensure_ascii=False)}\n".encode())
                 statistics[split].add(row)
     for split in paths:
         if not statistics[split].num_rows:

@@ -113,7 +113,6 @@ class Store:
         self._tokens += Counter(prompt=record.prompt_tokens, completion=record.completion_tokens)
 
     def append_miss(self, miss: Miss) -> None:
-        """Keep a miss."""
         append_line(self._misses_file, miss.model_dump_json())
         self._note(miss)
 
