@@ -27,6 +27,8 @@ from gating.errors import EndpointError
 MAX_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
+ENDPOINT_FIELDS = {"base_url", "api_key", "timeout_seconds", "concurrency"}
+"""Of a command's settings: what an `Endpoint` is made with."""
 
 
 class Endpoint:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +111,7 @@ def cache_hidden_states(
 
     Disk: sum over specialists of N x D_s values of the specialist's type. `batch_size` rows are computed at a time.
     """
-    offsets = [0]
-    for count in rows["num_response_tokens"][:]:
-        offsets.append(offsets[-1] + count)
+    offsets = list(accumulate(rows["num_response_tokens"][:], initial=0))
     states, output_weights = [], []
     for source in sources:
         parts = {
@@ -122,8 +121,8 @@ def cache_hidden_states(
             "dtype": str(source.dtype),
             "num_shared_ids": num_shared_ids,
         }
-        job = _Job(rows, source, offsets, num_shared_ids, batch_size, device)
-        artifact = Artifact("states", f"hidden states of {source.name}", parts, job.build)
+        build = partial(_compute, rows, source, offsets, num_shared_ids, batch_size, device)
+        artifact = Artifact("states", f"hidden states of {source.name}", parts, build)
         folder = build_once(artifact, cache_dir, on_progress or (lambda label, share: None))
         states.append(_map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype))
         output_weights.append(load_file(folder / "output_layer.safetensors")["weight"])
@@ -131,37 +130,34 @@ def cache_hidden_states(
     return CachedHiddenStates(states, offsets, labels_N), output_weights
 
 
-@dataclass(frozen=True)
-class _Job:
-    rows: "datasets.Dataset"
-    source: HiddenStateSource
-    offsets: Sequence[int]
-    num_shared_ids: int
-    batch_size: int
-    device: torch.device
-
-    @torch.no_grad()
-    def build(self, folder: Path, tick: Tick) -> None:
-        """Rows of similar length go together; each batch writes its rows' places in the file."""
-        specialist = self.source.load().to(self.device)
-        output_layer = specialist.get_output_embeddings()
-        assert output_layer.bias is None, "an output layer with a bias cannot be kept as one matrix"
-        weight_VD = output_layer.weight[: self.num_shared_ids].contiguous().cpu()
-        save_file({"weight": weight_VD}, folder / "output_layer.safetensors")
-        states_ND = _map(folder / "states.bin", (self.offsets[-1], self.source.hidden_size), self.source.dtype)
-        lengths = self.rows["length"][:]
-        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        for begin in range(0, len(order), self.batch_size):
-            tick(begin / len(order))
-            chosen = order[begin : begin + self.batch_size]
-            batch = collate_rows([_only(self.rows[row], self.source.sequence) for row in chosen])
-            tensors = [batch[key][0].to(self.device) for key in ("input_ids", "attention_mask", "response_mask")]
-            found = response_states(specialist, *tensors).to(self.source.dtype).cpu()
-            for row, states_RD in zip(chosen, found.split([self._count(row) for row in chosen]), strict=True):
-                states_ND[self.offsets[row] : self.offsets[row + 1]] = states_RD
-
-    def _count(self, row: int) -> int:
-        return self.offsets[row + 1] - self.offsets[row]
+@torch.no_grad()
+def _compute(
+    rows: "datasets.Dataset",
+    source: HiddenStateSource,
+    offsets: Sequence[int],
+    num_shared_ids: int,
+    batch_size: int,
+    device: torch.device,
+    folder: Path,
+    tick: Tick,
+) -> None:
+    """Rows of similar length go together; each batch writes its rows' places in the file."""
+    specialist = source.load().to(device)
+    output_layer = specialist.get_output_embeddings()
+    assert output_layer.bias is None, "an output layer with a bias cannot be kept as one matrix"
+    weight_VD = output_layer.weight[:num_shared_ids].contiguous().cpu()
+    save_file({"weight": weight_VD}, folder / "output_layer.safetensors")
+    states_ND = _map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype)
+    lengths, counts = rows["length"][:], rows["num_response_tokens"][:]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for begin in range(0, len(order), batch_size):
+        tick(begin / len(order))
+        chosen = order[begin : begin + batch_size]
+        batch = collate_rows([_only(rows[row], source.sequence) for row in chosen])
+        tensors = [batch[key][0].to(device) for key in ("input_ids", "attention_mask", "response_mask")]
+        found = response_states(specialist, *tensors).to(source.dtype).cpu()
+        for row, states_RD in zip(chosen, found.split([counts[row] for row in chosen]), strict=True):
+            states_ND[offsets[row] : offsets[row + 1]] = states_RD
 
 
 def _only(row: dict[str, Any], sequence: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from gating.model.cache import cache_folder
 from gating.progress_bar import StepProgress
 
 if TYPE_CHECKING:
-    from gating.evaluation.held_out import ReadingOptions
     from gating.evaluation.loss import LossTable
     from gating.model.cache import Report
 
@@ -43,10 +42,11 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
 
 def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
     from gating.data.conversations import DataFile
-    from gating.evaluation.held_out import prepare_task
+    from gating.evaluation.held_out import ReadingOptions, prepare_task
     from gating.evaluation.loss import measure
 
-    options = _reading_options(settings)
+    chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
+    options = ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
     files = [DataFile.parse(file) for file in settings.data]
     names = [name for name in (settings.fusion, settings.baseline) if name is not None]
     tables = []
@@ -55,13 +55,6 @@ def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
         print("\n".join(task.rows.summary()), file=sys.stderr)
         tables.append(measure(task, base=settings.base, scale=settings.task_arithmetic_scale))
     return tables[0] if len(tables) == 1 else tables[0].with_baseline(tables[1])
-
-
-def _reading_options(settings: EvalSettings) -> "ReadingOptions":
-    from gating.evaluation.held_out import ReadingOptions
-
-    chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
-    return ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
 
 
 def _report(settings: EvalSettings, table: "LossTable") -> None:

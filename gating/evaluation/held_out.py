@@ -15,7 +15,7 @@ from gating.data.conversations import DataFile
 from gating.data.encoded_rows import Rows, load_rows, select
 from gating.data.encoding import make_encoder, resolve_max_length
 from gating.data.hidden_states import HiddenStateSource, cache_hidden_states, hidden_state_sources, resolve_dtype
-from gating.evaluation.passes import Mix, Reading, alone, read, uniform
+from gating.evaluation.passes import Mix, Reading, alone, fixed, read
 from gating.model.cache import Report
 from gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
 from gating.model.gate import load_gate
@@ -83,7 +83,7 @@ class ReadingTask:
         mixes: dict[str, Mix] = {name: alone(index, len(names)) for index, name in enumerate(names)}
         if self.prepared.gate is not None:
             gate = load_gate(self.prepared.gate, names, self.info.hidden_sizes)
-            mixes |= {UNIFORM: uniform(len(names)), FUSED: gate.to(self.device)}
+            mixes |= {UNIFORM: fixed([1 / len(names)] * len(names)), FUSED: gate.to(self.device)}
         sources = hidden_state_sources(self.prepared, self.info.hidden_sizes, self._dtype)
         return self._read(sources, mixes, self.loaded.name)
 

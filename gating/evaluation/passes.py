@@ -40,26 +40,19 @@ class Reading:
     labels_N: Tensor
 
 
+def fixed(weights: Sequence[float]) -> Mix:
+    """Every token's logits with the same weights, S in all."""
+
+    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
+        first_CD = hidden_states[0]
+        return torch.tensor(weights, device=first_CD.device).unsqueeze(1).expand(-1, len(first_CD))
+
+    return mix
+
+
 def alone(index: int, num_models: int) -> Mix:
     """One model's logits as they are."""
-
-    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
-        first_CD = hidden_states[0]
-        weights_SC = torch.zeros(num_models, len(first_CD), device=first_CD.device)
-        weights_SC[index] = 1
-        return weights_SC
-
-    return mix
-
-
-def uniform(num_models: int) -> Mix:
-    """All models' logits with equal weights."""
-
-    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
-        first_CD = hidden_states[0]
-        return torch.full((num_models, len(first_CD)), 1 / num_models, device=first_CD.device)
-
-    return mix
+    return fixed([float(number == index) for number in range(num_models)])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -66,8 +66,7 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     return _COMMANDS[argv[0]][1](settings)
 
 
-def _make(settings: BaseModel) -> int:
-    assert isinstance(settings, MakeSettings)
+def _make(settings: MakeSettings) -> int:
     structure = settings.structure()
     if settings.dry_run:
         return _estimate(settings, structure)
@@ -95,16 +94,14 @@ def _estimate(settings: MakeSettings, structure: "Structure") -> int:
     return 0
 
 
-def _export(settings: BaseModel) -> int:
-    assert isinstance(settings, ExportSettings)
+def _export(settings: ExportSettings) -> int:
     from gating.synthesis.dataset.export import export
 
     print(f"written: {export(settings)}", file=sys.stderr, flush=True)
     return 0
 
 
-def _map(settings: BaseModel) -> int:
-    assert isinstance(settings, MapSettings)
+def _map(settings: MapSettings) -> int:
     from gating.synthesis.dataset.map import draw_map
 
     print(f"written: {draw_map(settings)}", file=sys.stderr, flush=True)
@@ -125,7 +122,7 @@ def _describe(ending: "Ending") -> str:
     return "\n".join(lines)
 
 
-_COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[BaseModel], int], str]] = {
+_COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[Any], int], str]] = {
     "make": (MakeSettings, _make, "Make instruction data by calls to a model."),
     "export": (ExportSettings, _export, "Write what was made as a data set."),
     "map": (MapSettings, _map, "Draw a data set as a specialist sees it."),

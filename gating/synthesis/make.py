@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from gating.commands.endpoint import Endpoint
+from gating.commands.endpoint import ENDPOINT_FIELDS, Endpoint
 from gating.commands.run_folder import keep_settings, sole_run
 from gating.files import write_json
 from gating.progress_bar import counting_bar
@@ -54,7 +54,8 @@ async def make(settings: MakeSettings, structure: Structure) -> Ending:
     with sole_run(folder):
         keep_settings(folder, structure.as_json())
         with Store(folder) as store:
-            async with _endpoint(settings) as endpoint:
+            chosen = settings.model_dump(include=ENDPOINT_FIELDS)
+            async with Endpoint(**chosen, asks_again_when_late=True) as endpoint:
                 model = settings.model or await endpoint.first_model()
                 account = Account(settings.prices, settings.budget, store.tokens)
                 asker = Asker(
@@ -93,9 +94,8 @@ class _Run:
                 self._dropped = drop_duplicates(self._store, self._settings.duplicate_threshold)
             total, missing = self._num_calls(stage)
             with counting_bar(stage, total, "call", total - missing) as bar:
-                outcome = await self._runner.make(self._missing(stage), partial(self._show, bar))
-            if outcome.is_stopped:
-                is_stopped = True
+                is_stopped = await self._runner.make(self._missing(stage), partial(self._show, bar))
+            if is_stopped:
                 break
         num_failed = sum(not miss.is_final for miss in self._store.misses)
         return Ending(is_stopped, num_failed, self.report())
@@ -145,13 +145,3 @@ def stage_report(store: Store, stage: str) -> dict[str, Any]:
     good = rejects.pop("", 0)
     missed = Counter(miss.reason for miss in store.misses if miss.stage == stage)
     return {"calls": len(store.ids(stage)), "items": good, "rejected": dict(rejects), "missed": dict(missed)}
-
-
-def _endpoint(settings: MakeSettings) -> Endpoint:
-    return Endpoint(
-        settings.base_url,
-        api_key=settings.api_key,
-        timeout_seconds=settings.timeout_seconds,
-        concurrency=settings.concurrency,
-        asks_again_when_late=True,
-    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gating.commands.endpoint import run_together
+from gating.commands.endpoint import ENDPOINT_FIELDS, run_together
 from gating.commands.run_folder import keep_settings, sole_run
 from gating.errors import CommandError, DataError
 from gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
@@ -93,7 +93,7 @@ async def run_benchmarks(options: EvalSettings) -> dict[str, Any]:
         raise CommandError("benchmarks: one is named twice; name each once")
     chosen = {file.name: _load(file, options) for file in files}
     with sole_run(output):
-        async with _client(options) as client:
+        async with ChatClient(**options.model_dump(include=ENDPOINT_FIELDS)) as client:
             model = options.model or await client.first_model()
             shared = {"model": model, **options.model_dump(include=_SHARED)}
             keep_settings(output, shared)
@@ -112,15 +112,6 @@ async def run_benchmarks(options: EvalSettings) -> dict[str, Any]:
 def prompt_version(benchmark: Benchmark) -> str:
     """Changes whenever the fixed text of a benchmark's prompts does."""
     return hashlib.sha256("\0".join(benchmark.prompts).encode()).hexdigest()[:8]
-
-
-def _client(options: EvalSettings) -> ChatClient:
-    return ChatClient(
-        options.base_url,
-        api_key=options.api_key,
-        timeout_seconds=options.timeout_seconds,
-        concurrency=options.concurrency,
-    )
 
 
 def _load(file: BenchmarkFile, options: EvalSettings) -> list[Item]:

@@ -7,7 +7,6 @@ more, with the reason. Knows asking, checks and the store; does not know what th
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import run_together
@@ -36,14 +35,6 @@ class RejectedError(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a stage ended."""
-
-    is_stopped: bool
-    """Whether the budget ended it."""
-
-
 class Runner:
     """Makes tasks into records."""
 
@@ -53,8 +44,8 @@ class Runner:
         self._concurrency = concurrency
         self._num_refused = 0
 
-    async def make(self, tasks: Iterator[Task], on_end: Callable[[], None]) -> Outcome:
-        """Make all tasks; `on_end` is called after each. When the budget is spent, calls under way come to their end.
+    async def make(self, tasks: Iterator[Task], on_end: Callable[[], None]) -> bool:
+        """Make all tasks; `on_end` is called after each. Returns whether the budget ended it; open calls end first.
 
         Raises:
             EndpointError: no call can succeed; what was made is kept.
@@ -73,7 +64,7 @@ class Runner:
                 on_end()
 
         await run_together([work() for _ in range(self._concurrency)])
-        return Outcome(is_stopped)
+        return is_stopped
 
     async def _make(self, task: Task) -> None:
         messages = task.render()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gating.commands.provenance import PROVENANCE_FILE, collect_provenance
 from gating.commands.run_folder import SETTINGS_FILE, sole_run
@@ -91,7 +91,7 @@ def export(settings: ExportSettings) -> Path:
 
 
 @contextmanager
-def _split_file(path: Path) -> Iterator[IO[bytes]]:
+def _split_file(path: Path) -> Iterator[gzip.GzipFile]:
     """A gzipped file without name and time in it: equal rows are equal bytes."""
     with (
         replacing(path) as partial,

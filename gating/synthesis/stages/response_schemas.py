@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from gating.synthesis.stages.domain import Limits
 
@@ -94,14 +94,6 @@ class _Related(_Object):
     weak: list[str] = []
 
 
-class _Instruction(_Object):
-    instruction: str
-
-
-class _Message(_Object):
-    message: str
-
-
 def topics_schema(count: int, limits: Limits) -> ResponseSchema:
     """Names of topics, all different."""
 
@@ -149,21 +141,23 @@ def related_schema(strong: int, weak: int, limits: Limits) -> ResponseSchema:
 
 
 def instruction_schema(limits: Limits) -> ResponseSchema:
-    """One instruction."""
-
-    def read(content: Any) -> list[Entry]:
-        return [Entry(_Instruction.model_validate(content).instruction.strip())]
-
-    return ResponseSchema("instruction", _object(instruction=_instruction(limits)), read)
+    """One instruction, to be made anew."""
+    return _single("instruction", _instruction(limits))
 
 
 def message_schema(limits: Limits) -> ResponseSchema:
     """One message of a user."""
+    return _single("message", _string(limits.instruction))
+
+
+def _single(name: str, entry: Mapping[str, Any]) -> ResponseSchema:
+    """One text under a name, which is the schema's too."""
+    model = create_model("Single", __base__=_Object, **{name: (str, ...)})  # type: ignore[call-overload]
 
     def read(content: Any) -> list[Entry]:
-        return [Entry(_Message.model_validate(content).message.strip())]
+        return [Entry(getattr(model.model_validate(content), name).strip())]
 
-    return ResponseSchema("message", _object(message=_string(limits.instruction)), read)
+    return ResponseSchema(name, _object(**{name: entry}), read)
 
 
 def _filled(entries: list[Entry], count: int, relation: str = "") -> list[Entry]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from gating.synthesis.stages.domain import Domain
-from gating.synthesis.stages.prompt import load_prompt
+from gating.synthesis.stages.prompt import Prompt, load_prompt
 from gating.synthesis.stages.records import FAILED, Item, Message, Record, draw, identify
 from gating.synthesis.stages.response_schemas import (
     instruction_schema,
@@ -80,31 +80,17 @@ class Tasks:
     def _meta_topics(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(META_TOPICS)
         for domain in self._structure.domains:
-            root, count = self._structure.root(domain), domain.meta_topics
-            yield Task(
-                id=identify(META_TOPICS, prompt.identity, root),
-                stage=META_TOPICS,
-                domain=domain,
-                parent=root,
-                prompt=prompt,
-                values={"count": count},
-                schema=topics_schema(count, domain.limits),
-            )
+            schema = topics_schema(domain.meta_topics, domain.limits)
+            own = {"values": {"count": domain.meta_topics}, "schema": schema}
+            yield _asked(META_TOPICS, prompt, domain, self._structure.root(domain), **own)
 
     def _sub_topics(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(SUB_TOPICS)
         for record, topic in good_items(store, META_TOPICS):
             domain = self._structure.domain(record.domain)
-            yield Task(
-                id=identify(SUB_TOPICS, prompt.identity, topic.id),
-                stage=SUB_TOPICS,
-                domain=domain,
-                parent=topic.id,
-                meta_topic=topic.text,
-                prompt=prompt,
-                values={"count": domain.sub_topics},
-                schema=sub_topics_schema(domain.sub_topics, domain.limits),
-            )
+            schema = sub_topics_schema(domain.sub_topics, domain.limits)
+            own = {"meta_topic": topic.text, "values": {"count": domain.sub_topics}, "schema": schema}
+            yield _asked(SUB_TOPICS, prompt, domain, topic.id, **own)
 
     def _instructions(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(INSTRUCTIONS)
@@ -228,6 +214,12 @@ def all_instructions(store: Store) -> Iterator[tuple[Record, Item]]:
     """Good instructions, first those of a topic, then related ones."""
     yield from good_items(store, INSTRUCTIONS)
     yield from good_items(store, RELATED)
+
+
+def _asked(stage: str, prompt: Prompt, domain: Domain, parent: str, **own: Any) -> Task:
+    """The one call of a stage that is made from an item."""
+    identity = identify(stage, prompt.identity, parent)
+    return Task(id=identity, stage=stage, domain=domain, parent=parent, prompt=prompt, **own)
 
 
 def _continued(record: Record, item: Item, domain: Domain, **own: Any) -> Task:
