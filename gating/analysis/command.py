@@ -1,6 +1,6 @@
 """Shows what a gate does: `ultrafuser analyze`. Weights as tables and pictures, tokens in colour, training curves.
 
-Puts the parts of `gating/analyzing/` together. See docs/evaluation.md.
+Puts the parts of `gating/analysis/` together. See docs/evaluation.md.
 """
 
 import sys
