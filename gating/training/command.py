@@ -42,6 +42,7 @@ def train(settings: TrainSettings) -> Path | None:
             training has gone wrong (NonFiniteLossError); then the last checkpoint stays.
     """
     from gating.training.inputs import gather_inputs
+    from gating.training.plan import describe
 
     state = _processes()
     output = Path(settings.output)
@@ -49,26 +50,9 @@ def train(settings: TrainSettings) -> Path | None:
     with closing(StepProgress(is_shown=state.is_main_process)) as progress:
         inputs = gather_inputs(settings, progress)
     if state.is_main_process:
-        print("\n".join(_plan(inputs, state.device, state.num_processes)), file=sys.stderr, flush=True)
+        lines = [*inputs.rows.summary(), *describe(inputs, state.device, state.num_processes)]
+        print("\n".join(lines), file=sys.stderr, flush=True)
     return None if settings.plan else _train(inputs, output, state.device, checkpoint)
-
-
-def _plan(inputs: "RunInputs", device: "torch.device", num_processes: int) -> list[str]:
-    from gating.data.hidden_states import resolve_dtype
-    from gating.training.plan import describe, measure
-
-    datasets = [rows.dataset for rows in inputs.all_rows]
-    lines = describe(
-        inputs.settings,
-        inputs.info,
-        measure(inputs.fusion, inputs.settings, inputs.lora),
-        dtype=resolve_dtype(inputs.settings.precision, device),
-        rows={domain: len(inputs.rows.indices(domain)) for domain in inputs.domains},
-        longest=max(length for dataset in datasets for length in dataset["length"][:]),
-        response_tokens=sum(count for dataset in datasets for count in dataset["num_response_tokens"][:]),
-        num_processes=num_processes,
-    )
-    return [*inputs.rows.summary(), *lines]
 
 
 def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint: str | None) -> Path:

@@ -213,7 +213,7 @@ class FusedTrainer(Trainer):
         """
         metrics: dict[str, float] = {}
         losses = []
-        own = [self._shares(_length(rows)) for rows in self._eval_rows.values()]
+        own = [self._shares(rows) for rows in self._eval_rows.values()]
         self.callback_handler.eval_dataloader = range(sum(len(shares) for shares in own))  # the progress bar's length
         for (domain, rows), shares in zip(self._eval_rows.items(), own, strict=True):
             loss, weights_S = self._evaluate_domain(rows, shares)
@@ -255,13 +255,10 @@ class FusedTrainer(Trainer):
         total, count, *weights = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / count, [weight / count for weight in weights]
 
-    def _shares(self, num_rows: int) -> list[list[int]]:
+    def _shares(self, rows: Any) -> list[list[int]]:
         """This process's rows in batches, as many as the first process has; the last may be empty."""
+        num_rows = len(rows)
         own = range(self.args.process_index, num_rows, self.args.world_size)
         size = self.args.per_device_eval_batch_size
         most = len(range(0, num_rows, self.args.world_size))
         return [list(own[begin : begin + size]) for begin in range(0, most, size)]
-
-
-def _length(rows: Any) -> int:
-    return len(rows)
