@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.errors import FusionError
+from gating.errors import FusionError, GateError
 from gating.model.schema import FRESH_GATE, FusionConfig, SpecialistConfig
 from gating.templates import TemplateError, fold_messages
 
@@ -158,7 +158,6 @@ def _check_gate_exists(config: FusionConfig) -> None:
 
 def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
     # Imported late, as torch comes with it.
-    from gating.errors import GateError
     from gating.model.gate import check_gate
 
     if config.gate is None or config.gate == FRESH_GATE:
