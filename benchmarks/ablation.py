@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import say
-from gating.commands.provenance import write_json
 from gating.data.conversations import Conversation, DataFile, read_conversations
+from gating.files import write_json
 
 ARMS: Mapping[str, tuple[str | None, str]] = {
     "direct": (None, "proportional"),

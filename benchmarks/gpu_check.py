@@ -5,14 +5,12 @@ Run: python -m benchmarks.gpu_check [--quick]
 `--quick` runs the tiny model alone, on whatever the machine has: without a GPU it is the only thing to run.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +20,7 @@ from benchmarks import decode_step
 from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.result import Question
-from benchmarks.workload import Prompts, Request, conversations, random_requests, render
+from benchmarks.workload import Prompts, Request, conversations, random_requests, render, tiny_fusion
 from gating.model.fusion import FusedModelInfo, FusionConfig
 
 QUESTION = Question(
@@ -76,10 +74,8 @@ def measure(options: Options) -> list[Comparison]:
 
 def check_tiny(options: Options) -> list[Comparison]:
     """Three random specialists of different depth, on random prompts of different lengths."""
-    from tests.fakes import write_tiny_fusion
-
-    with tempfile.TemporaryDirectory() as folder:
-        fusion, info = replace(options, fusion=str(write_tiny_fusion(Path(folder)))).load()
+    with tiny_fusion() as path:
+        fusion, info = replace(options, fusion=path).load()
         lengths = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50)]
         requests = random_requests(info, [100] * len(lengths), [0] * len(lengths), seed=0)
         prompts = [

@@ -8,7 +8,7 @@ from contextlib import closing
 from importlib import import_module
 from types import FrameType
 
-from gating.commands.flags import CommandError
+from gating.errors import UserError
 from gating.model.fusion import load_fusion
 from server import __version__
 from server.access.keys import with_all_keys
@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         print("\nultrafuser: interrupted before it was ready", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except ValueError as error:
-        if not _is_expected(error):
-            raise
+    except UserError as error:  # of any other error the traceback has to be seen
         print(f"ultrafuser: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     except EngineStartError as error:
@@ -100,18 +98,6 @@ def _offline(command: str, arguments: Sequence[str]) -> int:
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise Interrupted
-
-
-def _is_expected(error: ValueError) -> bool:
-    """Whether the message alone helps the user; of anything else, the traceback has to be seen."""
-    from gating.model.schema import FusionError
-
-    if isinstance(error, SettingsError | FusionError | CommandError):
-        return True
-    from gating.model.gate import GateError
-    from server.engine.shared.options import EngineOptionError
-
-    return isinstance(error, GateError | EngineOptionError)
 
 
 if __name__ == "__main__":

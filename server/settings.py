@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from gating.errors import UserError
 from server.log import LogFormat
 
 PREFIX = "ULTRAFUSER_"
@@ -22,7 +23,7 @@ _VLLM_LEVELS: Mapping[LogLevel, str] = {"debug": "INFO", "info": "ERROR", "warni
 _SERVICE_LINK = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+)")
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """A setting is unknown or has an unusable value. One line: the name, the value, the way out."""
 
 

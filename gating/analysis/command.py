@@ -1,20 +1,21 @@
 """Shows what a gate does: `ultrafuser analyze`. Weights as tables and pictures, tokens in colour, training curves.
 
-Puts the parts of `gating/analyzing/` together. See docs/evaluation.md.
+Puts the parts of `gating/analysis/` together. See docs/evaluation.md.
 """
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from gating.commands.flags import CommandError, parse_command, require
-from gating.training.settings import Count, Precision
+from gating.commands.fields import CacheFolder, CommandSettings, Count, Precision
+from gating.commands.flags import parse_command, require
+from gating.errors import CommandError
+from gating.files import json_bytes, write_file
+from gating.model.cache import cache_folder
 
 if TYPE_CHECKING:
     from gating.analysis.transcripts import ShownConversation
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from gating.model.cache import Report
 
 
-class AnalysisSettings(BaseModel):
+class AnalysisSettings(CommandSettings):
     """One analysis."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     fusion: str | None = None
     """Fusion file, folder or preset whose gate is shown on --data."""
@@ -56,8 +55,7 @@ class AnalysisSettings(BaseModel):
     seed: int = 0
     """Draws conversations, and resamples for intervals."""
 
-    cache: str | None = None
-    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+    cache: CacheFolder = None
 
     @model_validator(mode="after")
     def _check(self) -> "AnalysisSettings":
@@ -115,7 +113,9 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
         contents["curves.png"] = png(draw_curves(read_runs(settings.run)))
     if settings.fusion is not None:
         contents |= _show_gate(settings, settings.fusion)
-    return [_write(output / name, content) for name, content in contents.items()]
+    for name, content in contents.items():
+        write_file(output / name, content)
+    return [output / name for name in contents]
 
 
 def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
@@ -126,10 +126,10 @@ def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
     from gating.analysis.tables import as_json, as_markdown
     from gating.analysis.token_grid import draw_tokens
     from gating.analysis.weights import summarize
-    from gating.commands.progress_bar import StepProgress
     from gating.commands.provenance import PROVENANCE_FILE, collect_provenance
     from gating.model.loading import identify
     from gating.model.packaged import hidden_bars
+    from gating.progress_bar import StepProgress
 
     with closing(StepProgress()) as progress, hidden_bars():
         task = _prepare(settings, fusion, progress)
@@ -142,9 +142,9 @@ def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
     shown = _shown(settings, task, reading)
     first = list({conversation.domain: conversation for conversation in reversed(shown)}.values())[::-1]
     return {
-        "weights.json": _json(as_json(name, summaries)),
+        "weights.json": json_bytes(as_json(name, summaries)),
         "weights.md": as_markdown(name, summaries).encode(),
-        PROVENANCE_FILE: _json(provenance),
+        PROVENANCE_FILE: json_bytes(provenance),
         "heatmap.png": png(draw_heatmap(reading)),
         "entropy.png": png(draw_entropy(reading)),
         "tokens.html": render_page(name, specialists, shown).encode(),
@@ -161,14 +161,14 @@ def _prepare(settings: AnalysisSettings, fusion: str, on_progress: "Report") -> 
     from gating.data.conversations import DataFile
     from gating.evaluation.held_out import ReadingOptions, prepare_task
     from gating.model.fusion import load_fusion
-    from gating.model.materialize import DEFAULT_CACHE_DIR
 
     files = [DataFile.parse(file) for file in settings.data]
     loaded = load_fusion(fusion)
     if loaded.gate is None or len(loaded.specialists) < 2:
         raise CommandError(f"{fusion}: has no gate to analyze; name a fusion of two or more specialists with a gate")
-    cache_dir = (Path(settings.cache) if settings.cache else DEFAULT_CACHE_DIR).expanduser()
-    options = ReadingOptions(cache_dir, settings.limit, settings.seed, settings.max_length, settings.precision)
+    options = ReadingOptions(
+        cache_folder(settings.cache), settings.limit, settings.seed, settings.max_length, settings.precision
+    )
     return prepare_task(fusion, files, options, on_progress)
 
 
@@ -214,19 +214,3 @@ def _folder(output: str) -> Path:
     except OSError as error:
         raise CommandError(f"--output: {output}: cannot be a folder ({error.strerror}); name another") from error
     return folder
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """The file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-    return path
-
-
-def _json(content: object) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

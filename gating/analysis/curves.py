@@ -35,7 +35,6 @@ class Panel:
     """Of the vertical axis."""
 
     curves: tuple[tuple[Series, dict[str, Any]], ...]
-    """Each with its look."""
 
 
 def draw_curves(runs: Sequence[RunCurves]) -> Figure:

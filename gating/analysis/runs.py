@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
-from gating.training.settings import RUN_FOLDER
+from gating.commands.run_folder import MANIFEST_FILE, RUN_FOLDER
+from gating.errors import CommandError
+from gating.files import split_name
 
-MANIFEST_FILE = "manifest.json"
 _LOSS, _GATE = "eval_loss_", "eval_gate_"
 
 
@@ -25,7 +25,6 @@ class Series:
     values: list[float] = field(default_factory=list)
 
     def add(self, step: int, value: float) -> None:
-        """Append a point."""
         self.steps.append(step)
         self.values.append(value)
 
@@ -59,30 +58,23 @@ def read_runs(arguments: Sequence[str]) -> list[RunCurves]:
     Raises:
         CommandError: a folder without a run, or with one that has logged no loss.
     """
-    pairs = [_split(argument) for argument in arguments]
-    names = Counter(Path(folder).resolve().name for _, folder in pairs)
+    pairs = [split_name(argument) for argument in arguments]
+    names = Counter(folder.resolve().name for _, folder in pairs)
     runs = []
     for label, folder in pairs:
-        name = Path(folder).resolve().name
+        name = folder.resolve().name
         # Runs are often told apart by an outer folder: then the whole path is the label.
-        run = _curves(label or (name if names[name] == 1 else folder), _history(folder))
+        run = _curves(label or (name if names[name] == 1 else str(folder)), _history(folder))
         if not run.loss.steps and not run.eval_loss.steps:
             raise CommandError(f"--run: {folder} has logged no loss; look at it again after its first checkpoint")
         runs.append(run)
     return runs
 
 
-def _split(argument: str) -> tuple[str, str]:
-    """Label and folder; no label if the whole is a folder's name."""
-    label, equals, folder = argument.partition("=")
-    return ("", argument) if not equals or Path(argument).is_dir() else (label, folder)
-
-
-def _history(folder: str) -> list[dict[str, Any]]:
+def _history(folder: Path) -> list[dict[str, Any]]:
     """The log of the whole run, or up to the newest checkpoint of one that is not done."""
-    root = Path(folder).expanduser()
-    manifest = root / MANIFEST_FILE
-    states = root.glob(f"{RUN_FOLDER}/checkpoint-*/trainer_state.json")
+    manifest = folder / MANIFEST_FILE
+    states = folder.glob(f"{RUN_FOLDER}/checkpoint-*/trainer_state.json")
     newest = max(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
     for path, key in ((manifest, "history"), (newest, "log_history")):
         if path is not None and path.is_file():

@@ -17,8 +17,6 @@ _REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One response token."""
-
     text: str
     """What it adds to the response: empty if it only begins a character that the next ones complete."""
 
@@ -58,11 +56,9 @@ class ShownConversation:
 
     turns: tuple[Turn, ...]
     mean_weights: tuple[float, ...]
-    """Over its tokens."""
 
     @property
     def tokens(self) -> tuple[ShownToken, ...]:
-        """Of all its responses."""
         return tuple(token for turn in self.turns for token in turn.tokens)
 
 

@@ -10,11 +10,9 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from gating.errors import CommandError
+
 Settings = TypeVar("Settings", bound=BaseModel)
-
-
-class CommandError(ValueError):
-    """What was asked for cannot be done. One line that names the flag, file or field and the way out."""
 
 
 def require(package: str, extra: str) -> None:

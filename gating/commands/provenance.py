@@ -4,8 +4,6 @@ Knows the interpreter, git and files. Does not know what was trained, and reads 
 """
 
 import datetime
-import json
-import os
 import platform
 import subprocess
 import sys
@@ -45,17 +43,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return {"commit": commit, "is_modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _git(folder: Path, *arguments: str) -> str:

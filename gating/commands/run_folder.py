@@ -12,10 +12,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gating.commands.flags import CommandError
-from gating.commands.provenance import write_json
+from gating.errors import CommandError
+from gating.files import write_json
 
 SETTINGS_FILE = "settings.json"
+"""What a run that goes on must have in common with the one before."""
+
+MANIFEST_FILE = "manifest.json"
+"""Where a training run's result comes from, with its log."""
+
+RUN_FOLDER = "run"
+"""A training run's checkpoints and TensorBoard log, in its output folder."""
 
 
 @contextmanager

@@ -6,12 +6,16 @@ tokens that a conversation spells out are text, as they are to a server.
 Knows templates and tokenizers; does not know files, batches or models.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from gating.errors import CommandError
+from gating.model.inspection import FusedModelInfo
 from gating.model.schema import FusionConfig
 from gating.templates import Literals, Marked, TemplateError, fold_messages
 
@@ -155,6 +159,34 @@ class ConversationEncoder:
             raise EncodingError(f"{error} (specialist {name})") from error
 
 
+def resolve_max_length(max_length: int | None, info: FusedModelInfo) -> int:
+    """Most tokens of a conversation: what was asked for, or the fusion's limit.
+
+    Raises:
+        CommandError: more than that.
+    """
+    if max_length is not None and max_length > info.max_model_len:
+        raise CommandError(f"--max-length: {max_length} is more than the fusion's {info.max_model_len}; lower it")
+    return max_length or info.max_model_len
+
+
+def make_encoder(
+    fusion: FusionConfig, info: FusedModelInfo, max_length: int
+) -> tuple[ConversationEncoder, dict[str, object]]:
+    """The encoder of a prepared fusion, and all that its result depends on beside the conversations."""
+    from transformers import AutoTokenizer
+
+    tokenizers = [AutoTokenizer.from_pretrained(item.model, revision=item.revision) for item in fusion.specialists]
+    encoder = ConversationEncoder(fusion, tokenizers, num_shared_ids=info.num_shared_ids, max_length=max_length)
+    return encoder, {
+        "tokenizers": [_digest(tokenizer) for tokenizer in tokenizers],
+        "templates": encoder.template_texts,
+        "eos": fusion.eos_token_ids[0],
+        "num_shared_ids": info.num_shared_ids,
+        "max_length": max_length,
+    }
+
+
 def _mark_responses(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
     """The messages with marks in place of responses, and where the responses are."""
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -181,3 +213,11 @@ def _join(glue: Sequence[list[int]], responses: Sequence[list[int]]) -> list[int
 def _join_masks(glue: Sequence[list[int]], responses: Sequence[list[int]]) -> list[bool]:
     pairs = zip(glue, responses, strict=False)
     return [flag for own, response in pairs for flag in (*[False] * len(own), *[True] * len(response))]
+
+
+def _digest(tokenizer: Any) -> str:
+    content = [
+        tokenizer.backend_tokenizer.to_str(),
+        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
+from gating.commands.fields import Precision
 from gating.data.conversations import DataFile
 from gating.data.encoded_rows import Rows, load_rows, select
-from gating.data.hidden_states import StateSource, cache_states, state_sources
-from gating.evaluation.passes import Mix, Reading, alone, read, uniform
+from gating.data.encoding import make_encoder, resolve_max_length
+from gating.data.hidden_states import HiddenStateSource, cache_hidden_states, hidden_state_sources, resolve_dtype
+from gating.evaluation.passes import Mix, Reading, alone, fixed, read
 from gating.model.cache import Report
 from gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
 from gating.model.gate import load_gate
 from gating.model.materialize import materialize
 from gating.model.schema import FusionConfig, SpecialistConfig
-from gating.training.inputs import make_encoder, resolve_dtype, resolve_max_length
-from gating.training.settings import Precision
 
 FUSED = "fused"
 UNIFORM = "uniform"
@@ -37,7 +37,6 @@ class ReadingOptions:
     """Most rows of a domain, drawn at random but the same for the same seed."""
 
     seed: int = 0
-    """Draws them."""
 
     max_length: int | None = None
     """Most tokens of a conversation; default: the fusion's limit."""
@@ -66,10 +65,7 @@ class ReadingTask:
     """The chosen conversations of all domains."""
 
     device: torch.device
-    """Where models run."""
-
     options: ReadingOptions
-    """As asked for."""
 
     on_progress: Report
     """Told what is being done."""
@@ -87,22 +83,22 @@ class ReadingTask:
         mixes: dict[str, Mix] = {name: alone(index, len(names)) for index, name in enumerate(names)}
         if self.prepared.gate is not None:
             gate = load_gate(self.prepared.gate, names, self.info.hidden_sizes)
-            mixes |= {UNIFORM: uniform(len(names)), FUSED: gate.to(self.device)}
-        sources = state_sources(self.prepared, self.info.hidden_sizes, self._dtype)
+            mixes |= {UNIFORM: fixed([1 / len(names)] * len(names)), FUSED: gate.to(self.device)}
+        sources = hidden_state_sources(self.prepared, self.info.hidden_sizes, self._dtype)
         return self._read(sources, mixes, self.loaded.name)
 
     def read_alone(self, model: SpecialistConfig) -> Reading:
         """A prepared model in the leader's place; its losses are under its name."""
         single = self.prepared.model_copy(update={"specialists": (model,), "gate": None})
-        sources = state_sources(single, inspect_fusion(single).hidden_sizes, self._dtype)
+        sources = hidden_state_sources(single, inspect_fusion(single).hidden_sizes, self._dtype)
         return self._read(sources, {model.name: alone(0, 1)}, model.name)
 
     @property
     def _dtype(self) -> torch.dtype:
         return resolve_dtype(self.options.precision, self.device)
 
-    def _read(self, sources: Sequence[StateSource], mixes: Mapping[str, Mix], label: str) -> Reading:
-        states, output_weights = cache_states(
+    def _read(self, sources: Sequence[HiddenStateSource], mixes: Mapping[str, Mix], label: str) -> Reading:
+        states, output_weights = cache_hidden_states(
             self.rows.dataset,
             sources,
             num_shared_ids=self.info.num_shared_ids,

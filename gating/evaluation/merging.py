@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
 from gating.model.cache import Artifact, Report, Tick, build_once
 from gating.model.loading import identify
 from gating.model.materialize import materialize
@@ -25,8 +24,8 @@ TASK_ARITHMETIC = "task_arithmetic"
 _RECIPE = 1
 
 
-class MergeError(CommandError):
-    """Models cannot be merged, or there is no base. One line that says why."""
+class MergeError(ValueError):
+    """Models cannot be merged, or there is no base: a note in the place of the result."""
 
 
 @dataclass(frozen=True)

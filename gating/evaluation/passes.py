@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gating.data.hidden_states import CachedStates
+from gating.data.hidden_states import CachedHiddenStates
 from gating.model.cache import Tick
 from gating.model.gate import fuse
 
@@ -38,34 +38,26 @@ class Reading:
     """Row i has the tokens from `offsets[i]` to `offsets[i + 1]`."""
 
     labels_N: Tensor
-    """The tokens."""
+
+
+def fixed(weights: Sequence[float]) -> Mix:
+    """Every token's logits with the same weights, S in all."""
+
+    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
+        first_CD = hidden_states[0]
+        return torch.tensor(weights, device=first_CD.device).unsqueeze(1).expand(-1, len(first_CD))
+
+    return mix
 
 
 def alone(index: int, num_models: int) -> Mix:
     """One model's logits as they are."""
-
-    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
-        first_CD = hidden_states[0]
-        weights_SC = torch.zeros(num_models, len(first_CD), device=first_CD.device)
-        weights_SC[index] = 1
-        return weights_SC
-
-    return mix
-
-
-def uniform(num_models: int) -> Mix:
-    """All models' logits with equal weights."""
-
-    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
-        first_CD = hidden_states[0]
-        return torch.full((num_models, len(first_CD)), 1 / num_models, device=first_CD.device)
-
-    return mix
+    return fixed([float(number == index) for number in range(num_models)])
 
 
 @torch.no_grad()
 def read(
-    states: CachedStates,
+    states: CachedHiddenStates,
     output_weights: Sequence[Tensor],
     mixes: Mapping[str, Mix],
     *,

@@ -8,14 +8,13 @@ Shape suffixes: S specialists, B requests, T positions, V shared vocabulary.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
-
-if TYPE_CHECKING:
-    from gating.model.reference import UltraFuserForCausalLM
+from transformers.cache_utils import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +75,39 @@ class Generation:
     """[T]: the best logit less the second best, after penalties: how far the greedy choice was from another one."""
 
 
+class NextTokenModel(Protocol):
+    """What tokens are chosen from: the reference (`gating/model/reference.py`), as far as it is needed here."""
+
+    specialists: nn.ModuleList
+    config: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs must be."""
+
+    def next_token(
+        self, input_ids: Sequence[Tensor], attention_mask: Sequence[Tensor], caches: Sequence[Cache] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Fused logits [B, V] and gate weights [S, B] of the token after the last position."""
+
+
 def decode(
-    model: "UltraFuserForCausalLM",
+    model: NextTokenModel,
     prompts: Sequence[Sequence[Sequence[int]]],
     rules: DecodingRules,
     *,
     generator: torch.Generator | None = None,
     use_cache: bool = False,
 ) -> list[Generation]:
-    """Continue every request until it ends, all in step; see `UltraFuserForCausalLM.generate`."""
+    """Continue every request until it ends, all in step; see the model's `generate`."""
     _check(model, prompts, rules)
     rows = [_Row(prompt) for prompt in prompts]
-    steps = _CachedSteps(model, rows) if use_cache else _FullSteps(model, rows)
+    next_token = _CachedSteps(model, rows).next_token if use_cache else partial(_next_token_anew, model)
     for _ in range(rules.max_new_tokens):
         active = [row for row in rows if not row.token_ids or row.token_ids[-1] not in rules.eos_token_ids]
         if not active:
             break
-        logits_BV, weights_BS = steps.next_token(active)
+        logits_BV, weights_BS = next_token(active)
         for row, logits_V, weights_S in zip(active, logits_BV, weights_BS, strict=True):
             row.append(logits_V, weights_S, rules, generator)
     return [row.generation() for row in rows]
@@ -166,27 +181,21 @@ class _Row:
         )
 
 
-class _FullSteps:
-    """Computes every step from the first token on."""
-
-    def __init__(self, model: "UltraFuserForCausalLM", rows: Sequence[_Row]) -> None:
-        self._model = model
-
-    def next_token(self, active: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """Fused logits [B, V] and gate weights [B, S] of the active rows."""
-        num_specialists = len(active[0].prompts)
-        batches = [
-            left_pad([[*row.prompts[index], *row.token_ids] for row in active], self._model.device)
-            for index in range(num_specialists)
-        ]
-        logits_BV, weights_SB = self._model.next_token([ids for ids, _ in batches], [mask for _, mask in batches])
-        return logits_BV, weights_SB.T
+def _next_token_anew(model: NextTokenModel, active: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+    """Fused logits [B, V] and gate weights [B, S] of the active rows, computed from the first token on."""
+    num_specialists = len(active[0].prompts)
+    batches = [
+        left_pad([[*row.prompts[index], *row.token_ids] for row in active], model.device)
+        for index in range(num_specialists)
+    ]
+    logits_BV, weights_SB = model.next_token([ids for ids, _ in batches], [mask for _, mask in batches])
+    return logits_BV, weights_SB.T
 
 
 class _CachedSteps:
     """Keeps KV caches of all rows; ended rows go on repeating their last token, and nobody looks at them."""
 
-    def __init__(self, model: "UltraFuserForCausalLM", rows: Sequence[_Row]) -> None:
+    def __init__(self, model: NextTokenModel, rows: Sequence[_Row]) -> None:
         self._model = model
         self._rows = rows
         self._caches = [DynamicCache() for _ in rows[0].prompts]
@@ -213,7 +222,7 @@ def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _check(model: "UltraFuserForCausalLM", prompts: Sequence[Sequence[Sequence[int]]], rules: DecodingRules) -> None:
+def _check(model: NextTokenModel, prompts: Sequence[Sequence[Sequence[int]]], rules: DecodingRules) -> None:
     num_specialists, num_ids = len(model.specialists), model.config.num_shared_ids
     for index, prompt in enumerate(prompts):
         if len(prompt) != num_specialists or not all(prompt):

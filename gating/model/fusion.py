@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from gating.errors import FusionError
 from gating.model.inspection import FusedModelInfo, inspect_fusion
-from gating.model.schema import EngineSettings, FusionConfig, FusionError, SamplingDefaults, SpecialistConfig
+from gating.model.schema import EngineSettings, FusionConfig, SamplingDefaults, SpecialistConfig
 from gating.templates import TemplateError, load_template
 
 __all__ = [

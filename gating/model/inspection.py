@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.model.schema import FRESH_GATE, FusionConfig, FusionError, SpecialistConfig
+from gating.errors import FusionError, GateError
+from gating.model.schema import FRESH_GATE, FusionConfig, SpecialistConfig
 from gating.templates import TemplateError, fold_messages
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _check_gate_exists(config: FusionConfig) -> None:
 
 def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
     # Imported late, as torch comes with it.
-    from gating.model.gate import GateError, check_gate
+    from gating.model.gate import check_gate
 
     if config.gate is None or config.gate == FRESH_GATE:
         return

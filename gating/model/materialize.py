@@ -4,20 +4,19 @@ What it makes stays in a cache (`gating/model/cache.py`) and is shared by all fu
 adapters; does not know engines, and reads no environment: the caller names the cache's folder.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
-from gating.model.cache import Artifact, Report, Tick, build_once, fingerprint
+from gating.errors import FusionError
+from gating.model.cache import Artifact, Report, Tick, build_once, cache_folder, fingerprint
 from gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
-from gating.model.schema import FusionConfig, FusionError, SpecialistConfig
+from gating.model.schema import FusionConfig, SpecialistConfig
+from gating.progress_bar import StepProgress
 
-DEFAULT_CACHE_DIR = Path("~/.cache/ultrafuser")
 PACKAGE_SCHEME = "package:"
 
 # Part of the cache key: raise it when the same model and adapter are to give another folder.
@@ -37,7 +36,7 @@ def materialize(config: FusionConfig, cache_dir: Path | None = None, on_progress
         FusionError: a package that is missing, an adapter that is missing or does not fit its model, a cache that
             cannot be written.
     """
-    cache_dir = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    cache_dir = cache_folder(cache_dir)
     recipes = [_recipe(item, f"specialists.{index}", cache_dir) for index, item in enumerate(config.specialists)]
     _build_missing([artifact for recipe in recipes for artifact in recipe], cache_dir, on_progress)
     specialists = [
@@ -137,7 +136,7 @@ def _build_missing(artifacts: Sequence[Artifact], cache_dir: Path, on_progress: 
     missing = {item.folder(cache_dir): item for item in artifacts if not item.folder(cache_dir).is_dir()}
     if not missing:
         return
-    with closing(_Display()) if on_progress is None else nullcontext(on_progress) as report:
+    with closing(StepProgress()) if on_progress is None else nullcontext(on_progress) as report:
         for index, artifact in enumerate(missing.values()):
             with _told_if_unwritable(artifact, cache_dir):
                 build_once(artifact, cache_dir, partial(_report_part, report, index, len(missing)))
@@ -159,23 +158,3 @@ def _told_if_unwritable(artifact: Artifact, cache_dir: Path) -> Iterator[None]:
 
 def _report_part(report: Report, index: int, count: int, label: str, share: float) -> None:
     report(label, (index + share) / count)
-
-
-class _Display:
-    """A progress bar on stderr; where there is no terminal, a line for each step, for a log."""
-
-    def __init__(self) -> None:
-        self._label = ""
-        self._bar = tqdm(total=1.0, disable=None, bar_format="{desc} |{bar:30}| {percentage:3.0f}% {elapsed}")
-
-    def __call__(self, label: str, share: float) -> None:
-        if not self._bar.disable:
-            self._bar.set_description_str(label, refresh=False)
-            self._bar.update(share - self._bar.n)
-        elif label != self._label:
-            print(label, file=sys.stderr, flush=True)
-        self._label = label
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        self._bar.close()

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from gating.errors import FusionError
 from gating.model.decoding import DecodingRules, Generation, decode
-from gating.model.fusion import FusionConfig, FusionError, inspect_fusion
+from gating.model.fusion import FusionConfig, inspect_fusion
 from gating.model.gate import DEFAULT_WIDTH, Gate, load_gate
 from gating.model.responses import IGNORED_LABEL, gather_responses
 

@@ -1,9 +1,11 @@
-"""Where the response tokens of a conversation are in one specialist's own sequence. Knows masks and ids, no models.
+"""Where the response tokens of a conversation are in one specialist's own sequence, and what it makes of them there.
 
-Shape suffixes: B requests, T positions, R response tokens (right-padded).
+Shape suffixes: B requests, T positions, R response tokens (right-padded), N response tokens of all requests (one
+request after the other), D hidden size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +48,14 @@ def gather_responses(ids_BT: Tensor, response_mask_BT: Tensor) -> Responses:
         tokens_BR=ids_BT.gather(1, positions_BR).where(exists_BR, IGNORED_LABEL),
         predictors_BR=(positions_BR - 1).where(exists_BR, 0),
     )
+
+
+def response_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
+    """[N, D]: after the final norm, one position before every response token. No graph if the specialist is frozen."""
+    positions_BT = (mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)
+    learns = any(parameter.requires_grad for parameter in specialist.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        hidden_BTD = specialist.base_model(
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
+        return hidden_BTD[:, :-1][response_mask_BT[:, 1:]]

@@ -4,15 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gating.errors import FusionError
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["awq", "awq_marlin", "gptq", "gptq_marlin", "fp8", "compressed-tensors", "modelopt", "mxfp4"]
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 FRESH_GATE = "package:fresh"
-
-
-class FusionError(ValueError):
-    """Something in the fusion file is wrong. One line: `KEY: what is wrong; way out`."""
 
 
 class _Section(BaseModel):

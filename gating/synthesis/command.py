@@ -7,11 +7,12 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from gating.commands.flags import CommandError, parse_command, require
+from gating.commands.flags import parse_command, require
+from gating.errors import CommandError
 from gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     return _COMMANDS[argv[0]][1](settings)
 
 
-def _make(settings: BaseModel) -> int:
-    assert isinstance(settings, MakeSettings)
+def _make(settings: MakeSettings) -> int:
     structure = settings.structure()
     if settings.dry_run:
         return _estimate(settings, structure)
@@ -94,16 +94,14 @@ def _estimate(settings: MakeSettings, structure: "Structure") -> int:
     return 0
 
 
-def _export(settings: BaseModel) -> int:
-    assert isinstance(settings, ExportSettings)
+def _export(settings: ExportSettings) -> int:
     from gating.synthesis.dataset.export import export
 
     print(f"written: {export(settings)}", file=sys.stderr, flush=True)
     return 0
 
 
-def _map(settings: BaseModel) -> int:
-    assert isinstance(settings, MapSettings)
+def _map(settings: MapSettings) -> int:
     from gating.synthesis.dataset.map import draw_map
 
     print(f"written: {draw_map(settings)}", file=sys.stderr, flush=True)
@@ -124,11 +122,8 @@ def _describe(ending: "Ending") -> str:
     return "\n".join(lines)
 
 
-_COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[BaseModel], int], str]] = {
+_COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[Any], int], str]] = {
     "make": (MakeSettings, _make, "Make instruction data by calls to a model."),
     "export": (ExportSettings, _export, "Write what was made as a data set."),
     "map": (MapSettings, _map, "Draw a data set as a specialist sees it."),
 }
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

@@ -4,7 +4,6 @@ A stage begins when the one before has ended, so what it asks does not depend on
 together; see docs/data.md.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from gating.commands.endpoint import Endpoint
-from gating.commands.provenance import write_json
+from gating.commands.endpoint import ENDPOINT_FIELDS, Endpoint
 from gating.commands.run_folder import keep_settings, sole_run
+from gating.files import write_json
+from gating.progress_bar import counting_bar
 from gating.synthesis.calls.asking import Asker, Sampling
 from gating.synthesis.calls.budget import Account, RateLimit
 from gating.synthesis.calls.runner import Runner
@@ -41,7 +41,6 @@ class Ending:
     """Calls that failed and may succeed in another run."""
 
     report: dict[str, Any]
-    """The content of report.json."""
 
 
 async def make(settings: MakeSettings, structure: Structure) -> Ending:
@@ -55,7 +54,8 @@ async def make(settings: MakeSettings, structure: Structure) -> Ending:
     with sole_run(folder):
         keep_settings(folder, structure.as_json())
         with Store(folder) as store:
-            async with _endpoint(settings) as endpoint:
+            chosen = settings.model_dump(include=ENDPOINT_FIELDS)
+            async with Endpoint(**chosen, asks_again_when_late=True) as endpoint:
                 model = settings.model or await endpoint.first_model()
                 account = Account(settings.prices, settings.budget, store.tokens)
                 asker = Asker(
@@ -93,10 +93,9 @@ class _Run:
             if stage == COMPLICATIONS:
                 self._dropped = drop_duplicates(self._store, self._settings.duplicate_threshold)
             total, missing = self._num_calls(stage)
-            with progress_bar(stage, total, "call", total - missing) as bar:
-                outcome = await self._runner.make(self._missing(stage), partial(self._show, bar))
-            if outcome.is_stopped:
-                is_stopped = True
+            with counting_bar(stage, total, "call", total - missing) as bar:
+                is_stopped = await self._runner.make(self._missing(stage), partial(self._show, bar))
+            if is_stopped:
                 break
         num_failed = sum(not miss.is_final for miss in self._store.misses)
         return Ending(is_stopped, num_failed, self.report())
@@ -136,7 +135,7 @@ def drop_duplicates(store: Store, threshold: float) -> dict[str, str]:
     ranked = sorted(
         ((record.stage == RELATED, item.id, item.text) for record, item in all_instructions(store)),
     )
-    with progress_bar("duplicates", len(ranked), "instruction") as bar:
+    with counting_bar("duplicates", len(ranked), "instruction") as bar:
         return find_duplicates(((identity, text) for _, identity, text in ranked), threshold, bar.update)
 
 
@@ -146,20 +145,3 @@ def stage_report(store: Store, stage: str) -> dict[str, Any]:
     good = rejects.pop("", 0)
     missed = Counter(miss.reason for miss in store.misses if miss.stage == stage)
     return {"calls": len(store.ids(stage)), "items": good, "rejected": dict(rejects), "missed": dict(missed)}
-
-
-def progress_bar(label: str, total: int, unit: str, done: int = 0) -> "tqdm[NoReturn]":
-    """On stderr; where there is no terminal, a line when it begins."""
-    if not sys.stderr.isatty():
-        print(f"{label}: {total - done:,} of {total:,} {unit}s to go", file=sys.stderr, flush=True)
-    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=None, smoothing=0.05)
-
-
-def _endpoint(settings: MakeSettings) -> Endpoint:
-    return Endpoint(
-        settings.base_url,
-        api_key=settings.api_key,
-        timeout_seconds=settings.timeout_seconds,
-        concurrency=settings.concurrency,
-        asks_again_when_late=True,
-    )

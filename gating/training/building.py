@@ -13,16 +13,16 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from gating.data.batches import collate_rows, collate_states
-from gating.data.hidden_states import cache_states, state_sources
+from gating.commands.run_folder import RUN_FOLDER
+from gating.data.batches import collate_hidden_states, collate_rows
+from gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
 from gating.model.cache import Report
 from gating.model.gate import Gate, fresh_gate, load_gate
 from gating.model.loading import add_adapter, load_frozen
 from gating.model.schema import FRESH_GATE
-from gating.training.inputs import RunInputs, resolve_dtype
+from gating.training.inputs import RunInputs
 from gating.training.learner import CachedLearner, FusedLearner, Learner
 from gating.training.sampler import BalancedBatches, ProportionalBatches
-from gating.training.settings import RUN_FOLDER
 from gating.training.trainer import Collate
 
 
@@ -46,10 +46,12 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report) -> RunPa
     """
     arguments = _arguments(inputs, device)
     batches = _batches(inputs, arguments.process_index, arguments.world_size)
+    micro_batch = inputs.micro_batch(arguments.world_size)
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro_batch
     arguments.gradient_accumulation_steps = batches.micro_batches_per_step
     if inputs.settings.cache_states:
-        learner, rows, eval_rows = _cached(inputs, device, on_progress)
-        return RunParts(learner, rows, eval_rows, collate_states, batches, arguments)
+        learner, rows, eval_rows = _cached(inputs, micro_batch, device, on_progress)
+        return RunParts(learner, rows, eval_rows, collate_hidden_states, batches, arguments)
     whole = _whole(inputs, resolve_dtype(inputs.settings.precision, device))
     # A GPU computes a padded batch faster than its rows one by one; a CPU pays for every token of padding.
     whole.reads_rows_alone = device.type == "cpu"
@@ -75,14 +77,14 @@ def _whole(inputs: RunInputs, dtype: torch.dtype) -> FusedLearner:
 
 
 def _cached(
-    inputs: RunInputs, device: torch.device, on_progress: Report
+    inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report
 ) -> tuple[CachedLearner, Dataset[Any], dict[str, Dataset[Any]]]:
     dtype = resolve_dtype(inputs.settings.precision, device)
     cache = partial(
-        cache_states,
-        sources=state_sources(inputs.fusion, inputs.info.hidden_sizes, dtype),
+        cache_hidden_states,
+        sources=hidden_state_sources(inputs.fusion, inputs.info.hidden_sizes, dtype),
         num_shared_ids=inputs.info.num_shared_ids,
-        batch_size=_micro_rows(inputs, 1) * len(inputs.domains),
+        batch_size=micro_batch,
         device=device,
         cache_dir=inputs.cache_dir,
         on_progress=on_progress,
@@ -101,18 +103,13 @@ def _gate(inputs: RunInputs) -> Gate:
     return load_gate(gate, inputs.fusion.specialist_names, inputs.info.hidden_sizes)
 
 
-def _micro_rows(inputs: RunInputs, num_processes: int) -> int:
-    settings = inputs.settings
-    return settings.micro_rows_per_domain or max(1, settings.num_rows_per_domain // num_processes)
-
-
 def _batches(inputs: RunInputs, rank: int, num_processes: int) -> BalancedBatches:
     settings = inputs.settings
     kind = BalancedBatches if settings.sampling == "balanced" else ProportionalBatches
     return kind(
         {domain: inputs.rows.indices(domain) for domain in inputs.domains},
         rows_per_domain=settings.num_rows_per_domain,
-        micro_rows_per_domain=_micro_rows(inputs, num_processes),
+        micro_rows_per_domain=settings.micro_rows(num_processes),
         num_steps=settings.num_steps,
         seed=settings.seed,
         rank=rank,
@@ -122,13 +119,10 @@ def _batches(inputs: RunInputs, rank: int, num_processes: int) -> BalancedBatche
 
 def _arguments(inputs: RunInputs, device: torch.device) -> TrainingArguments:
     settings = inputs.settings
-    micro_batch = _micro_rows(inputs, 1) * len(inputs.domains)
     is_evaluated = bool(inputs.eval_rows)
     return TrainingArguments(
         output_dir=str(Path(settings.output) / RUN_FOLDER),
         max_steps=settings.num_steps,
-        per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,

@@ -10,8 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.commands.progress_bar import StepProgress
-from gating.training.settings import RUN_FOLDER, TrainError, TrainSettings, parse_settings
+from gating.commands.run_folder import RUN_FOLDER
+from gating.errors import TrainError
+from gating.progress_bar import StepProgress
+from gating.training.settings import TrainSettings, parse_settings
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,7 @@ def train(settings: TrainSettings) -> Path | None:
             training has gone wrong (NonFiniteLossError); then the last checkpoint stays.
     """
     from gating.training.inputs import gather_inputs
+    from gating.training.plan import describe
 
     state = _processes()
     output = Path(settings.output)
@@ -47,26 +50,9 @@ def train(settings: TrainSettings) -> Path | None:
     with closing(StepProgress(is_shown=state.is_main_process)) as progress:
         inputs = gather_inputs(settings, progress)
     if state.is_main_process:
-        print("\n".join(_plan(inputs, state.device, state.num_processes)), file=sys.stderr, flush=True)
+        lines = [*inputs.rows.summary(), *describe(inputs, state.device, state.num_processes)]
+        print("\n".join(lines), file=sys.stderr, flush=True)
     return None if settings.plan else _train(inputs, output, state.device, checkpoint)
-
-
-def _plan(inputs: "RunInputs", device: "torch.device", num_processes: int) -> list[str]:
-    from gating.training.inputs import resolve_dtype
-    from gating.training.plan import describe, measure
-
-    dataset = inputs.rows.dataset
-    lines = describe(
-        inputs.settings,
-        inputs.info,
-        measure(inputs.fusion, inputs.settings, inputs.lora),
-        dtype=resolve_dtype(inputs.settings.precision, device),
-        rows={domain: len(inputs.rows.indices(domain)) for domain in inputs.domains},
-        longest=max(dataset["length"][:]),
-        response_tokens=sum(dataset["num_response_tokens"][:]),
-        num_processes=num_processes,
-    )
-    return [*inputs.rows.summary(), *lines]
 
 
 def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint: str | None) -> Path:

@@ -3,22 +3,19 @@
 Knows fusion files and what specialists write. Does not know how anything was trained.
 """
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from gating.commands.provenance import write_json
+from gating.commands.run_folder import MANIFEST_FILE
+from gating.files import replacing, write_json
 from gating.model.fusion import save_fusion
 from gating.model.gate import Gate, save_gate
 from gating.model.loading import save_adapter, save_model
 from gating.model.schema import FusionConfig, SpecialistConfig
-
-MANIFEST_FILE = "manifest.json"
 
 
 def save_results(
@@ -55,11 +52,11 @@ def save_results(
         specialists.append(own)
     changes: dict[str, Any] = {"specialists": tuple(specialists)}
     if gate is not None:
-        with _replacing(folder / "gate.safetensors") as partial:
+        with replacing(folder / "gate.safetensors") as partial:
             save_gate(gate, partial, fusion.specialist_names)
         changes["gate"] = str((folder / "gate.safetensors").resolve())
     write_json(folder / MANIFEST_FILE, dict(manifest))
-    with _replacing(folder / "fusion.yaml") as partial:
+    with replacing(folder / "fusion.yaml") as partial:
         save_fusion(fusion.model_copy(update=changes), partial)
     return folder / "fusion.yaml"
 
@@ -75,11 +72,11 @@ def _save_trained(
 ) -> SpecialistConfig:
     if by_adapters:
         target = folder / "adapters" / own.name
-        with _replacing(target) as partial:
+        with replacing(target) as partial:
             save_adapter(model, state, partial, base_model=own.model)
         return own.model_copy(update={"adapter": str(target.resolve())})
     target = folder / "specialists" / own.name
-    with _replacing(target) as partial:
+    with replacing(target) as partial:
         save_model(model, state, partial, plain)
     changes = {"model": str(target.resolve()), "revision": None, "adapter": None, "quantization": None}
     return own.model_copy(update=changes)
@@ -89,24 +86,6 @@ def _copy_adapter(folder: Path, own: SpecialistConfig) -> SpecialistConfig:
     target = (folder / "adapters" / own.name).resolve()
     source = Path(str(own.adapter)).resolve()
     if source != target:
-        with _replacing(target) as partial:
+        with replacing(target) as partial:
             shutil.copytree(source, partial)
     return own.model_copy(update={"adapter": str(target)})
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside the target that takes its place when it has been written."""
-    partial = target.with_name(f".{target.name}.partial")
-    _remove(partial)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
-    _remove(target) if target.is_dir() else None
-    os.replace(partial, target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

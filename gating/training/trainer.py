@@ -19,20 +19,17 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from gating.commands.provenance import PROVENANCE_FILE, write_json
+from gating.commands.provenance import PROVENANCE_FILE
+from gating.errors import NonFiniteLossError, TrainError
+from gating.files import put_in_place, write_json
 from gating.training.learner import FusedLearner, Learner, trainable_parameters
 from gating.training.sampler import BalancedBatches
-from gating.training.settings import TrainError
 from gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
 
 TRAINED_FILE = "trained.safetensors"
 _STAGING = ".partial"
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
-
-
-class NonFiniteLossError(TrainError):
-    """The loss or its gradient is not a number; the parameters are those of the step before."""
 
 
 class FusedTrainer(Trainer):
@@ -197,8 +194,7 @@ class FusedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(folder / _STAGING / name, folder / name)
+            put_in_place(folder / _STAGING / name, folder / name)
             shutil.rmtree(folder / _STAGING)
             rotate_checkpoints(str(folder), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -217,7 +213,7 @@ class FusedTrainer(Trainer):
         """
         metrics: dict[str, float] = {}
         losses = []
-        own = [self._shares(_length(rows)) for rows in self._eval_rows.values()]
+        own = [self._shares(rows) for rows in self._eval_rows.values()]
         self.callback_handler.eval_dataloader = range(sum(len(shares) for shares in own))  # the progress bar's length
         for (domain, rows), shares in zip(self._eval_rows.items(), own, strict=True):
             loss, weights_S = self._evaluate_domain(rows, shares)
@@ -259,13 +255,10 @@ class FusedTrainer(Trainer):
         total, count, *weights = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / count, [weight / count for weight in weights]
 
-    def _shares(self, num_rows: int) -> list[list[int]]:
+    def _shares(self, rows: Any) -> list[list[int]]:
         """This process's rows in batches, as many as the first process has; the last may be empty."""
+        num_rows = len(rows)
         own = range(self.args.process_index, num_rows, self.args.world_size)
         size = self.args.per_device_eval_batch_size
         most = len(range(0, num_rows, self.args.world_size))
         return [list(own[begin : begin + size]) for begin in range(0, most, size)]
-
-
-def _length(rows: Any) -> int:
-    return len(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from vllm.version import __version__ as vllm_version
 
 from gating.model.fusion import FusionConfig
+from gating.model.gate import gate_digest
 from server import __version__
 
 _HEX_DIGITS = 12
@@ -21,13 +22,7 @@ def fingerprint(fusion: FusionConfig) -> str:
     described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
     for specialist in described["specialists"]:
         specialist["model"] = Path(specialist["model"]).name
-    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, vllm_version], "gate": _gate(fusion)}
+    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, vllm_version]}
+    described["gate"] = gate_digest(fusion.gate)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return f"fused-{__version__}-{digest[:_HEX_DIGITS]}"
-
-
-def _gate(fusion: FusionConfig) -> str | None:
-    if fusion.gate is None:
-        return None
-    path = Path(fusion.gate)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(fusion.gate)

@@ -21,15 +21,16 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.utils.system_utils import set_ulimit
 from vllm.version import __version__ as vllm_version
 
-from gating.model.fusion import EngineSettings, FusionConfig, FusionError, inspect_fusion
-from gating.model.gate import GateError, gate_digest
+from gating.errors import UserError
+from gating.model.fusion import EngineSettings, FusionConfig, inspect_fusion
+from gating.model.gate import gate_digest
 from gating.model.materialize import materialize
 from server.access.admission import DEFAULT_MAX_REQUESTS, Admission
 from server.access.connections import guarded_protocol
 from server.api.probes import Readiness
 from server.app import create_app
 from server.engine.client.async_llm import FusedAsyncLLM
-from server.engine.shared.options import EngineOptionError, check_engine_options
+from server.engine.shared.options import check_engine_options
 from server.health import Heartbeat, StallWatch
 from server.log import adopt_vllm_logging
 from server.metrics import describe_build
@@ -105,7 +106,7 @@ def _override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) ->
 def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusedAsyncLLM:
     try:
         return FusedAsyncLLM.from_fusion(fusion, engine_options)
-    except (FusionError, GateError, EngineOptionError):
+    except UserError:
         raise
     except ValueError as error:
         reason = (

@@ -96,7 +96,7 @@ def test_a_run_of_all_stages_that_is_killed_twice_makes_everything_once(server: 
         **SIZES,  # type: ignore[arg-type]
     )
     flags = settings.model_dump(exclude={"output", "domain"}, exclude_defaults=True)
-    command = [sys.executable, "-m", "gating.synthesis.command", "make", str(folder), "--domain", *settings.domain]
+    command = [sys.executable, "-m", "server", "data", "make", str(folder), "--domain", *settings.domain]
     command += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     before: dict[str, Record] = {}
     for kill_at in KILL_AT:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gating.model.cache import file_digest
+from gating.files import file_digest
 from gating.model.fusion import load_fusion
 from gating.model.gate import load_gate
 from gating.model.packaged import DISTRIBUTION

@@ -1,13 +1,12 @@
 """MT-Bench and AlpacaEval (both 2023): answers written in the form their judges' own programs read; no score here."""
 
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gating.commands.provenance import write_json
 from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row
+from gating.files import write_json, write_json_lines
 
 _ALPACA_PROMPT = (
     "Please give helpful, very detailed, and polite answer to the user's question below. Question: {instruction}"
@@ -37,8 +36,8 @@ def _write_mt_bench(folder: Path, model: str, answered: Answered) -> Path:
             "choices": [{"index": 0, "turns": [*answer.texts, *[_FAILED_TURN] * missing]}],
             "tstamp": answer.time,
         }
-        lines.append(json.dumps(content, ensure_ascii=False))
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        lines.append(content)
+    write_json_lines(path, lines)
     return path
 
 

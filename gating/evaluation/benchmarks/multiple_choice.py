@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, BenchmarkError, HubSource, Item, Request, Row, Verdict
+from gating.errors import DataError
+from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
 from gating.evaluation.benchmarks.parsing import option_letter
 from gating.evaluation.benchmarks.word_problems import CHAIN_OF_THOUGHT
 
@@ -17,7 +18,7 @@ def _item(row: Row, question: str, correct: str, chain_of_thought: bool) -> Item
     options = [re.sub(rf"^\(?[{_LETTERS}]\)\s*", "", option) for option in row.texts("options")]
     letters = _LETTERS[: len(options)]
     if correct not in letters:
-        raise BenchmarkError(
+        raise DataError(
             f"{row.source}:{row.number}: the right option is {correct!r}, but there are {letters}; correct the file"
         )
     listed = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options, strict=True))

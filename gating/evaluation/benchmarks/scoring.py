@@ -3,7 +3,6 @@
 Knows verdicts and intervals, not prompts or servers.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 from gating.evaluation.benchmarks.intervals import bootstrap_interval, wilson_interval
 from gating.evaluation.benchmarks.items import Answer, Benchmark, Item, Verdict
+from gating.files import write_json_lines
 
 SCORES_FILE = "scores.jsonl"
 
@@ -72,11 +72,8 @@ def unscored(benchmark: Benchmark, answered: Answered, note: str) -> dict[str, A
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
     """One line an item: what two models' runs are compared by, pair by pair."""
-    lines = []
-    for verdict in verdicts:
-        content = {name: value for name, value in asdict(verdict).items() if value is not None}
-        lines.append(json.dumps(content, ensure_ascii=False))
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    rows = [{name: value for name, value in asdict(verdict).items() if value is not None} for verdict in verdicts]
+    write_json_lines(path, rows)
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, BenchmarkError, HubSource, Item, Request, Row, Verdict
+from gating.errors import DataError
+from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
 from gating.evaluation.benchmarks.parsing import final_number, same_number
 
 CHAIN_OF_THOUGHT = "\nLet's think step by step."
@@ -24,7 +25,7 @@ def _read_gsm8k(row: Row, chain_of_thought: bool) -> Item:
         Fraction(answer)
     except ValueError as error:
         message = f"{row.source}:{row.number}: answer: must end in '#### NUMBER'; correct the file"
-        raise BenchmarkError(message) from error
+        raise DataError(message) from error
     return _item(str(row.number), question, answer, chain_of_thought)
 
 

@@ -1,17 +1,17 @@
-"""Asks a model for what a task wants: within rates and budget, and in the strictest form that the server takes.
+"""Asks a model for what a task wants: within rates and budget, and in the strictest format that the server takes.
 
 A server that refuses JSON schemas is asked for JSON objects, and one that refuses these for plain text; the prompts
-name the form in any case. Knows the wire; does not know what becomes of answers.
+name the object in any case. Knows chat completions; does not know what becomes of answers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gating.commands.chat_completion import Completion, FailedError
+from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import Endpoint
 from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, Call, RateLimit
-from gating.synthesis.stages.response_schemas import Form
+from gating.synthesis.stages.response_schemas import ResponseSchema
 from gating.synthesis.stages.task import Task
 
 _NUM_FORMATS = 3
@@ -23,7 +23,6 @@ class Sampling:
     """How answers are drawn."""
 
     model: str
-    """Who is asked."""
 
     list_tokens: int
     """Most tokens of a structured answer."""
@@ -65,59 +64,59 @@ class Asker:
         self._requests = requests
         self._tokens = tokens
         self._format = 0
-        """0: JSON schemas, 1: JSON objects, 2: nothing is asked for."""
+        """0: JSON schemas, 1: JSON objects, 2: no format is asked for."""
 
     async def ask(self, task: Task, messages: Sequence[dict[str, str]], seed: int) -> tuple[Completion, Tokens]:
         """An answer, and what it used; `seed` may be any integer.
 
         Raises:
-            FailedError: there is none.
+            RequestFailedError: there is none.
             BudgetSpentError: it might cost too much.
             EndpointError: no call can succeed.
         """
         sampling = self.sampling
         characters = sum(len(message["content"].encode()) for message in messages)
-        max_tokens = sampling.list_tokens if task.form else sampling.response_tokens
+        max_tokens = sampling.list_tokens if task.schema else sampling.response_tokens
         body = {
             "model": sampling.model,
             "messages": messages,
-            "temperature": sampling.temperature if task.form else sampling.response_temperature,
+            "temperature": sampling.temperature if task.schema else sampling.response_temperature,
             "max_tokens": max_tokens,
             "seed": seed % 2**31,
         }
         async with await self._account.open(characters, max_tokens) as call:
             await self._requests.take(1)
             await self._tokens.take(characters // CHARACTERS_PER_TOKEN + max_tokens)
-            return await self._complete(body, task.form, characters, call)
+            return await self._complete(body, task.schema, characters, call)
 
     async def _complete(
-        self, body: dict[str, Any], form: Form | None, characters: int, call: Call
+        self, body: dict[str, Any], schema: ResponseSchema | None, characters: int, call: Call
     ) -> tuple[Completion, Tokens]:
         estimate = characters // CHARACTERS_PER_TOKEN + body["max_tokens"]
         used = Tokens()
         try:
-            completion = await self._in_form(body, form)
+            completion = await self._in_format(body, schema)
             used = used.plus(completion, characters)
             call.tokens = (used.prompt, used.completion)
             return completion, used
         finally:
             self._tokens.give_back(estimate - used.prompt - used.completion)
 
-    async def _in_form(self, body: dict[str, Any], form: Form | None) -> Completion:
-        if form is None:
+    async def _in_format(self, body: dict[str, Any], schema: ResponseSchema | None) -> Completion:
+        if schema is None:
             return await self._endpoint.complete(body)
         while True:
             tried = self._format
             try:
-                return await self._endpoint.complete({**body, **_response_format(tried, form)})
-            except FailedError as failure:
-                refuses_form = failure.is_final and any(word in str(failure).lower() for word in _FORMAT_WORDS)
-                if not refuses_form or tried == _NUM_FORMATS - 1:
+                return await self._endpoint.complete({**body, **_response_format(tried, schema)})
+            except RequestFailedError as failure:
+                refuses_format = failure.is_final and any(word in str(failure).lower() for word in _FORMAT_WORDS)
+                if not refuses_format or tried == _NUM_FORMATS - 1:
                     raise
                 self._format = max(self._format, tried + 1)
 
 
-def _response_format(number: int, form: Form) -> dict[str, Any]:
-    schema = {"type": "json_schema", "json_schema": {"name": form.name, "schema": dict(form.schema)}}
-    kinds: list[dict[str, Any]] = [schema, {"type": "json_object"}]
+def _response_format(number: int, schema: ResponseSchema) -> dict[str, Any]:
+    strict = {"type": "json_schema", "json_schema": {"name": schema.name, "schema": dict(schema.json_schema)}}
+    kinds: list[dict[str, Any]] = [strict, {"type": "json_object"}]
     return {"response_format": kinds[number]} if number < len(kinds) else {}

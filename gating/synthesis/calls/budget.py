@@ -24,7 +24,6 @@ class Prices:
     completion: float = 0.0
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """Of so many tokens."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
@@ -84,7 +83,6 @@ class Account:
         return Call(self, most)
 
     async def close(self, reserved: float, prompt_tokens: int, completion_tokens: int) -> None:
-        """A call has ended."""
         async with self._changed:
             self._reserved -= reserved
             self._under_way -= 1

@@ -33,13 +33,11 @@ class StageEstimate:
     """One stage, of all domains."""
 
     stage: str
-    """Its name."""
 
     calls: int
     """All, those that are made too."""
 
     made: int
-    """Calls that are made."""
 
     prompt_tokens: float
     """Of the calls that are missing."""

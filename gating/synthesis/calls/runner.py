@@ -7,10 +7,10 @@ more, with the reason. Knows asking, checks and the store; does not know what th
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from gating.commands.chat_completion import Completion, EndpointError, FailedError
+from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import run_together
+from gating.errors import EndpointError
 from gating.synthesis.calls.asking import Asker, Tokens
 from gating.synthesis.calls.budget import BudgetSpentError
 from gating.synthesis.calls.checks import REFUSAL, TRUNCATED, is_refusal, response_problem, text_problem
@@ -35,14 +35,6 @@ class RejectedError(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a stage ended."""
-
-    is_stopped: bool
-    """Whether the budget ended it."""
-
-
 class Runner:
     """Makes tasks into records."""
 
@@ -52,8 +44,8 @@ class Runner:
         self._concurrency = concurrency
         self._num_refused = 0
 
-    async def make(self, tasks: Iterator[Task], on_end: Callable[[], None]) -> Outcome:
-        """Make all tasks; `on_end` is called after each. When the budget is spent, calls under way come to their end.
+    async def make(self, tasks: Iterator[Task], on_end: Callable[[], None]) -> bool:
+        """Make all tasks; `on_end` is called after each. Returns whether the budget ended it; open calls end first.
 
         Raises:
             EndpointError: no call can succeed; what was made is kept.
@@ -72,7 +64,7 @@ class Runner:
                 on_end()
 
         await run_together([work() for _ in range(self._concurrency)])
-        return Outcome(is_stopped)
+        return is_stopped
 
     async def _make(self, task: Task) -> None:
         messages = task.render()
@@ -92,7 +84,7 @@ class Runner:
         except RejectedError as error:
             self._num_refused = 0
             self._store.append_miss(_miss(task, error.reason, error.detail, used, is_final=True))
-        except FailedError as error:
+        except RequestFailedError as error:
             reason = REFUSED_BY_SERVER if error.is_final else FAILED
             before = self._store.miss(task.id)
             self._store.append_miss(_miss(task, reason, str(error), used, is_final=False))
@@ -108,7 +100,7 @@ class Runner:
         """For the first of two tries; another one after each rejection, or the same answer would come again."""
         return seed_of(task.id) + 2 * self._store.num_rejections(task.id)
 
-    def _check_refusals(self, error: FailedError) -> None:
+    def _check_refusals(self, error: RequestFailedError) -> None:
         """What the server refuses to everybody is no matter of single calls."""
         self._num_refused = self._num_refused + 1 if error.is_final else 0
         if self._num_refused >= MOST_REFUSED:
@@ -149,13 +141,13 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
         RejectedError: it cannot be read for the last time, or is no good response.
     """
     text = completion.text.strip()
-    if task.form is None:
+    if task.schema is None:
         limits, language = task.domain.limits, task.domain.language
         if problem := response_problem(text, completion.finish_reason, limits, language):
             raise RejectedError(problem, text)
         return [Entry(text)]
     try:
-        return task.form.read(text, may_lack=is_last)
+        return task.schema.read(text, may_lack=is_last)
     except UnusableError as error:
         if not is_last:
             raise
@@ -166,7 +158,7 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
 def _problem(task: Task, entry: Entry) -> str:
     """Topics are only held to their length: too short to tell their language. Responses are checked already."""
     limits = task.domain.limits
-    if task.form is None:
+    if task.schema is None:
         return ""
     if task.stage in (META_TOPICS, SUB_TOPICS):
         return text_problem(entry.text, 1, limits.topic, None)

@@ -16,19 +16,17 @@ from matplotlib.figure import Figure
 
 from gating.analysis.pictures import png
 from gating.analysis.styles import MARKERS, style_of
-from gating.commands.flags import CommandError
-from gating.commands.progress_bar import StepProgress
-from gating.commands.provenance import write_json
 from gating.data.conversations import DataFile
-from gating.data.hidden_states import cache_states, state_sources
+from gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
+from gating.errors import CommandError
 from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
-from gating.model.cache import Report
+from gating.files import write_file, write_json
+from gating.model.cache import Report, cache_folder
 from gating.model.fusion import load_fusion
-from gating.model.materialize import DEFAULT_CACHE_DIR
 from gating.model.packaged import hidden_bars
+from gating.progress_bar import StepProgress
 from gating.synthesis.dataset.export import DATASET_FOLDER, TRAIN
 from gating.synthesis.settings import MapSettings
-from gating.training.inputs import resolve_dtype
 
 SIZE = (7.5, 6.5)
 """Inches."""
@@ -50,8 +48,9 @@ def draw_map(settings: MapSettings) -> Path:
     if not path.is_file():
         raise CommandError(f"{path}: no data set; run `ultrafuser data export {settings.output}` first")
     place = _place(settings)
-    cache_dir = Path(settings.cache or DEFAULT_CACHE_DIR).expanduser()
-    options = ReadingOptions(cache_dir, settings.limit, settings.seed, settings.max_length, settings.precision)
+    options = ReadingOptions(
+        cache_folder(settings.cache), settings.limit, settings.seed, settings.max_length, settings.precision
+    )
     with closing(StepProgress()) as progress, hidden_bars():
         task = prepare_task(settings.fusion, [DataFile(path)], options, progress)
         if len(task.rows) < _LEAST_POINTS:
@@ -61,16 +60,16 @@ def draw_map(settings: MapSettings) -> Path:
     specialist = task.loaded.specialist_names[place]
     write_json(folder / "map.json", {"specialist": specialist, "points": _named(points_R2, task.places)})
     picture = folder / "map.png"
-    picture.write_bytes(png(draw_points(points_R2, task.places, specialist)))
+    write_file(picture, png(draw_points(points_R2, task.places, specialist)))
     return picture
 
 
 def mean_states(task: ReadingTask, place: int, on_progress: Report) -> np.ndarray:
     """Mean hidden state of the specialist at `place` over each conversation's response tokens: float32 [R, D]."""
     dtype = resolve_dtype(task.options.precision, task.device)
-    states, _ = cache_states(
+    states, _ = cache_hidden_states(
         task.rows.dataset,
-        state_sources(task.prepared, task.info.hidden_sizes, dtype)[place : place + 1],
+        hidden_state_sources(task.prepared, task.info.hidden_sizes, dtype)[place : place + 1],
         num_shared_ids=task.info.num_shared_ids,
         batch_size=task.options.batch_size,
         device=task.device,

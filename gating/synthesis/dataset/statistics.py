@@ -15,7 +15,6 @@ class Counter:
     """`tokens` or `words`."""
 
     count: Callable[[str], int]
-    """Of one text."""
 
 
 @dataclass
@@ -39,11 +38,9 @@ class Statistics:
 
     @property
     def num_rows(self) -> int:
-        """Of all domains."""
         return sum(own.rows for own in self._domains.values())
 
     def add(self, row: Row) -> None:
-        """Count one row."""
         own = self._domains.setdefault(row.domain, _Domain())
         lengths = [(message.role, self._counter.count(message.content)) for message in row.messages]
         own.rows += 1
@@ -56,7 +53,6 @@ class Statistics:
         own.sub_topics.add((row.meta_topic, row.sub_topic))
 
     def as_json(self) -> dict[str, dict[str, Any]]:
-        """By domain."""
         unit = self._counter.unit
         return {
             name: {

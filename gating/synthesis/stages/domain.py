@@ -10,15 +10,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gating.commands.flags import CommandError
+from gating.errors import DomainError
 
 _FOLDER = Path(__file__).parents[1] / "domains"
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
-
-
-class DomainError(CommandError):
-    """A domain's file cannot be used. One line that names the file and the key, and the way out."""
 
 
 class _Section(BaseModel):

@@ -1,7 +1,7 @@
 """The calls of every stage, out of what the stages before have made. Pure: asks nobody, decides nothing by chance.
 
 A stage's calls do not depend on the order in which those before ended; which calls there are follows from ids, and
-what they say from the items. Knows structure, prompts and forms; does not know how calls are made or kept.
+what they say from the items. Knows structure, prompts and schemas; does not know how calls are made or kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any
 
 from gating.synthesis.stages.domain import Domain
-from gating.synthesis.stages.prompt import load_prompt
+from gating.synthesis.stages.prompt import Prompt, load_prompt
 from gating.synthesis.stages.records import FAILED, Item, Message, Record, draw, identify
 from gating.synthesis.stages.response_schemas import (
-    instruction_form,
-    instructions_form,
-    message_form,
-    related_form,
-    sub_topics_form,
-    topics_form,
+    instruction_schema,
+    instructions_schema,
+    message_schema,
+    related_schema,
+    sub_topics_schema,
+    topics_schema,
 )
 from gating.synthesis.stages.store import Store
 from gating.synthesis.stages.structure import (
@@ -80,31 +80,17 @@ class Tasks:
     def _meta_topics(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(META_TOPICS)
         for domain in self._structure.domains:
-            root, count = self._structure.root(domain), domain.meta_topics
-            yield Task(
-                id=identify(META_TOPICS, prompt.identity, root),
-                stage=META_TOPICS,
-                domain=domain,
-                parent=root,
-                prompt=prompt,
-                values={"count": count},
-                form=topics_form(count, domain.limits),
-            )
+            schema = topics_schema(domain.meta_topics, domain.limits)
+            own = {"values": {"count": domain.meta_topics}, "schema": schema}
+            yield _asked(META_TOPICS, prompt, domain, self._structure.root(domain), **own)
 
     def _sub_topics(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(SUB_TOPICS)
         for record, topic in good_items(store, META_TOPICS):
             domain = self._structure.domain(record.domain)
-            yield Task(
-                id=identify(SUB_TOPICS, prompt.identity, topic.id),
-                stage=SUB_TOPICS,
-                domain=domain,
-                parent=topic.id,
-                meta_topic=topic.text,
-                prompt=prompt,
-                values={"count": domain.sub_topics},
-                form=sub_topics_form(domain.sub_topics, domain.limits),
-            )
+            schema = sub_topics_schema(domain.sub_topics, domain.limits)
+            own = {"meta_topic": topic.text, "values": {"count": domain.sub_topics}, "schema": schema}
+            yield _asked(SUB_TOPICS, prompt, domain, topic.id, **own)
 
     def _instructions(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(INSTRUCTIONS)
@@ -122,7 +108,7 @@ class Tasks:
                     sub_topic=topic.text,
                     prompt=prompt,
                     values={"count": count, "note": topic.note, "angles": _choose(domain.angles, identity, count)},
-                    form=instructions_form(count, domain.limits),
+                    schema=instructions_schema(count, domain.limits),
                 )
 
     def _related(self, store: Store) -> Iterator[Task]:
@@ -137,7 +123,7 @@ class Tasks:
                 item,
                 prompt=prompt,
                 values={"strong": strong, "weak": weak, "instruction": item.text},
-                form=related_form(strong, weak, domain.limits),
+                schema=related_schema(strong, weak, domain.limits),
             )
 
     def _complications(self, store: Store, dropped: Mapping[str, str]) -> Iterator[Task]:
@@ -153,7 +139,7 @@ class Tasks:
                 item,
                 prompt=prompt,
                 values={"way": way, "instruction": item.text},
-                form=instruction_form(domain.limits),
+                schema=instruction_schema(domain.limits),
             )
 
     def _responses(self, store: Store, dropped: Mapping[str, str]) -> Iterator[Task]:
@@ -191,7 +177,7 @@ class Tasks:
                     stage=stage,
                     prompt=prompt,
                     values={"way": way},
-                    form=message_form(self._structure.domain(record.domain).limits),
+                    schema=message_schema(self._structure.domain(record.domain).limits),
                 )
 
     def _further_responses(self, store: Store, turn: int) -> Iterator[Task]:
@@ -228,6 +214,12 @@ def all_instructions(store: Store) -> Iterator[tuple[Record, Item]]:
     """Good instructions, first those of a topic, then related ones."""
     yield from good_items(store, INSTRUCTIONS)
     yield from good_items(store, RELATED)
+
+
+def _asked(stage: str, prompt: Prompt, domain: Domain, parent: str, **own: Any) -> Task:
+    """The one call of a stage that is made from an item."""
+    identity = identify(stage, prompt.identity, parent)
+    return Task(id=identity, stage=stage, domain=domain, parent=parent, prompt=prompt, **own)
 
 
 def _continued(record: Record, item: Item, domain: Domain, **own: Any) -> Task:

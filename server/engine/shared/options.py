@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from gating.errors import UserError
 from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
 from server.engine.core.scheduler import SCHEDULER
 from server.engine.shared.spec import EngineSpec, SpecialistSpec
@@ -69,7 +70,7 @@ OPTIONS_OF_MODELS = frozenset({"max_model_len", "tensor_parallel_size"})
 """Options that must fit every specialist: the fusion is inspected again with them."""
 
 
-class EngineOptionError(ValueError):
+class EngineOptionError(UserError):
     """An engine option is unknown or not supported; the one-line message names it and the way out."""
 
 

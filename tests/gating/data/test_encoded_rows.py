@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gating.data.conversations import DataError, DataFile, check_row
+from gating.data.conversations import DataFile, check_row
 from gating.data.encoded_rows import Rows, load_rows, select
 from gating.data.encoding import ConversationEncoder
+from gating.errors import DataError
 from gating.model.fusion import load_fusion
 from tests.gating.examples import CONVERSATIONS
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from gating.commands.flags import CommandError
 from gating.data.batches import collate_rows
 from gating.data.conversations import DataFile
+from gating.errors import CommandError
 from gating.evaluation import loss
 from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
 from gating.evaluation.loss import LossTable, describe

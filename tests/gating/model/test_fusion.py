@@ -7,7 +7,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gating.model.fusion import FusionConfig, FusionError, load_fusion, preset_names, save_fusion
+from gating.errors import FusionError
+from gating.model.fusion import FusionConfig, load_fusion, preset_names, save_fusion
 from gating.templates import load_template
 
 SPECIALIST = {"name": "text", "model": "openai-community/gpt2", "chat_template": "chatml"}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gating.model.fusion import FusedModelInfo, FusionConfig, FusionError, inspect_fusion, load_fusion
+from gating.errors import FusionError
+from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
 from tests.fakes import write_tiny_fusion
 
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gating.model.fusion import FusionConfig, FusionError, load_fusion
+from gating.errors import FusionError
+from gating.model.fusion import FusionConfig, load_fusion
 from gating.model.materialize import materialize
 from gating.model.packaged import PACKAGE
 from tests.fakes import write_tiny_fusion

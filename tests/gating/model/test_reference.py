@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from gating.errors import FusionError
 from gating.model.decoding import left_pad
-from gating.model.fusion import FusionError, load_fusion
+from gating.model.fusion import load_fusion
 from gating.model.gate import Gate, load_gate
 from gating.model.reference import UltraFuserForCausalLM
 from tests.fakes import EOS_ID, build_tokenizer, write_tiny_fusion

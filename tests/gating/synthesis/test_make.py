@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from gating.commands.chat_completion import EndpointError
-from gating.commands.flags import CommandError
 from gating.commands.run_folder import sole_run
+from gating.errors import CommandError, EndpointError
 from gating.synthesis.calls.runner import MOST_REFUSED
 from gating.synthesis.stages.records import identify
 from server.__main__ import EXIT_WRONG_INPUT, main
@@ -94,7 +93,7 @@ def test_a_run_that_was_killed_at_any_moment_goes_on_without_loss(tmp_path):
             counts = ["--meta-topics", "2", "--sub-topics", "2", "--instructions", "2", "--strong", "1", "--weak", "1"]
             counts += ["--turns", "1", "--concurrency", "8"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "gating.synthesis.command", *command, *counts],
+                [sys.executable, "-m", "server", "data", *command, *counts],
                 stderr=subprocess.DEVNULL,
             )
             goal = len(endpoint.asked) + 45

@@ -7,15 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gating.commands.run_folder import RUN_FOLDER
 from gating.data.batches import collate_rows
+from gating.errors import NonFiniteLossError, TrainError
 from gating.model.fusion import load_fusion
 from gating.model.reference import UltraFuserForCausalLM
 from gating.training.command import train
 from gating.training.inputs import gather_inputs
 from gating.training.plan import measure
 from gating.training.sampler import ProportionalBatches
-from gating.training.settings import RUN_FOLDER, TrainError
-from gating.training.trainer import FusedTrainer, NonFiniteLossError
+from gating.training.trainer import FusedTrainer
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import losses_in
 
@@ -177,6 +178,27 @@ def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, cap
     assert "code: 10 rows, 40.00 epochs" in said
     assert "computed, not measured" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_evaluation_rows_for_the_disk_and_the_longest_sequence(
+    settings_of, capsys, monkeypatch, tmp_path
+):
+    """It once counted training rows only."""
+    monkeypatch.setattr("gating.training.plan._GIB", 1)
+    long = [{"role": "user", "content": "a " * 300}, {"role": "assistant", "content": "b"}]
+    rows = [{"domain": name, "messages": long} for name in NAMES]
+    (tmp_path / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = settings_of(stage=1, cache_states=True, plan=True, eval_data=[str(tmp_path / "long.jsonl")])
+    train(settings)
+    said = capsys.readouterr().err
+    inputs = gather_inputs(settings)
+    longest, tokens = [
+        [rows.dataset[column][:] for rows in inputs.all_rows] for column in ("length", "num_response_tokens")
+    ]
+    assert max(longest[1]) > max(longest[0])
+    assert f"activations of {4 * 3 * max(longest[1]):,} tokens" in said
+    num_bytes = sum(map(sum, tokens)) * sum(inputs.info.hidden_sizes) * 4
+    assert f"disk for cached hidden states: {num_bytes:.2f} GiB" in said
 
 
 def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, run, capsys):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from gating.commands.flags import CommandError, build_parser
+from gating.commands.flags import build_parser
+from gating.errors import CommandError
 from gating.training.settings import TrainSettings, parse_settings
 
 REQUIRED = ["demo", "--data", "a.jsonl", "b.jsonl", "--output", "out"]

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gating.commands.run_folder import RUN_FOLDER
+from gating.errors import TrainError
 from gating.training.command import train
-from gating.training.settings import RUN_FOLDER, TrainError, TrainSettings, parse_settings
+from gating.training.settings import TrainSettings, parse_settings
 from gating.training.sharding import configure_sharding
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import loss_of, losses_in

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from gating.commands.run_folder import RUN_FOLDER
 from gating.data.batches import collate_rows
 from gating.model.fusion import load_fusion
 from gating.model.gate import load_gate
 from gating.model.reference import UltraFuserForCausalLM
 from gating.training.command import train
 from gating.training.inputs import gather_inputs
-from gating.training.settings import RUN_FOLDER
 from gating.training.trainer import FusedTrainer
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import loss_of, losses_in, weights_of

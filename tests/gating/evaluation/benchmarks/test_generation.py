@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gating.commands import endpoint as endpoint_module
-from gating.commands.chat_completion import EndpointError
 from gating.commands.endpoint import MAX_TRIES
+from gating.errors import EndpointError
 from gating.evaluation.benchmarks.generation import ChatClient
 from gating.evaluation.benchmarks.items import Answer, Request
 from tests.gating.evaluation.endpoint import MODEL, Endpoint, Reply, Script, serving

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gating.commands.flags import CommandError
 from gating.data.conversations import Conversation, DataFile, read_conversations
+from gating.errors import DataError
 from gating.synthesis.dataset.decontamination import Hit, Index, TestSet
 from gating.synthesis.dataset.export import export
 from gating.synthesis.settings import ExportSettings
@@ -155,12 +155,12 @@ def test_statistics_count_what_is_there(made, tiny_path):
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("{", "bench.jsonl: not JSON lines"), ('{"q": "too short"}', "bench.jsonl: has no text of 6 words")],
+    [("{", "bench.jsonl:1: not JSON"), ('{"q": "too short"}', "bench.jsonl: has no text of 6 words")],
 )
 def test_a_test_set_that_cannot_be_read_is_told(made, tmp_path, content, complaint):
     path = tmp_path / "bench.jsonl"
     path.write_text(content)
-    with pytest.raises(CommandError, match=complaint):
+    with pytest.raises(DataError, match=complaint):
         export(ExportSettings(output=str(made), test_set=(str(path),)))
 
 

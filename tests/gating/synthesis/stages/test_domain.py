@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from gating.synthesis.stages.domain import DomainError, digest, domain_names, load_domain
+from gating.errors import DomainError
+from gating.synthesis.stages.domain import digest, domain_names, load_domain
 from gating.synthesis.stages.prompt import load_prompt, prompt_names
 from tests.gating.synthesis.model import serving_model
 from tests.gating.synthesis.runs import records_of, run, settings_of, write_domain

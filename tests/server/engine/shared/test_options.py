@@ -8,7 +8,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 
 import server.engine
-from gating.model.fusion import FusionError, inspect_fusion, load_fusion
+from gating.errors import FusionError
+from gating.model.fusion import inspect_fusion, load_fusion
 from server.engine.shared.options import (
     ALLOWED_ENGINE_OPTIONS,
     EngineOptionError,
