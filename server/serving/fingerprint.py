@@ -7,7 +7,7 @@ from pathlib import Path
 from vllm.version import __version__ as vllm_version
 
 from gating.model.fusion import FusionConfig
-from server import __version__
+from ultrafuser import __version__
 
 _HEX_DIGITS = 12
 
