@@ -1,3 +1,1 @@
 """The serving side: the `ultrafuser` command, the HTTP API and the fused engine. Never imported by `gating`."""
-
-__version__ = "0.1.0"

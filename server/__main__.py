@@ -10,13 +10,13 @@ from types import FrameType
 
 from gating.errors import UserError
 from gating.model.fusion import load_fusion
-from server import __version__
 from server.access.keys import with_all_keys
 from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
 from server.log import LogStream, configure_logging
 from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
 from server.start.listener import listen_on
 from server.start.progress import StartupProgress
+from ultrafuser import __version__
 
 NUM_STEPS = 4
 EXIT_FAILED = 1

@@ -10,7 +10,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from vllm.exceptions import VLLMError
 
-from server import __version__
 from server.access.admission import Admission, AdmissionControl
 from server.access.header_count import HeaderCount
 from server.access.keys import KeyRing
@@ -27,6 +26,7 @@ from server.metrics import count_http_requests
 from server.serving.openapi import describe
 from server.serving.serving import Serving
 from server.settings import ServerSettings
+from ultrafuser import __version__
 
 ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))
 

@@ -16,8 +16,8 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from gating.model.schema import EngineSettings
-from server import __version__
 from server.settings import PREFIX, SECTIONS, ServerSettings, SettingsError, read_environment, resolve_settings
+from ultrafuser import __version__
 
 Count = Annotated[int, Field(ge=1)]
 _SUFFIXED = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])i?B?")

@@ -10,7 +10,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.responses import Response
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from server import __version__
+from ultrafuser import __version__
 
 BUILD_INFO = Gauge(
     "fused_build_info",

@@ -18,9 +18,9 @@ from gating.synthesis import command as synthesize
 from gating.synthesis.stages.domain import Domain, Limits
 from gating.templates import template_names
 from gating.training.settings import TrainSettings, parse_settings
-from server import __version__
 from server.cli import EngineFlags, parse_command
 from server.settings import PREFIX, ServerSettings
+from ultrafuser import __version__
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -188,12 +188,14 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 @each_page
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = re.findall(r"`((?:gating|server|tests|benchmarks|docs|requirements|deploy)/[\w./-]*)`", page.read_text())
+    named = re.findall(
+        r"`((?:ultrafuser|gating|server|tests|benchmarks|docs|requirements|deploy)/[\w./-]*)`", page.read_text()
+    )
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_readmes_tree_names_what_exists() -> None:
-    (tree,) = re.findall(r"^```\n(server/.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tree,) = re.findall(r"^```\n(ultrafuser/.*?)^```", README, re.MULTILINE | re.DOTALL)
     folder = ROOT
     for line in tree.splitlines():
         names = re.findall(r"(?:^|\s)([\w.]+(?:\.py|\.md|/)|Dockerfile|Makefile|\.ci/run)(?=\s|$)", line)
@@ -207,7 +209,7 @@ def test_the_readmes_tree_names_what_exists() -> None:
 
 def test_every_folder_at_the_top_has_a_line_in_the_readmes_tree() -> None:
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
-    assert {"gating", "server", "tests"} <= set(packages)
+    assert {"gating", "server", "tests", "ultrafuser"} <= set(packages)
     for name in [*packages, "docs", "requirements"]:
         assert re.search(rf"^{name}/\s+\S", README, re.MULTILINE), f"{name}/ is missing in the README's tree"
 

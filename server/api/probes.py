@@ -8,10 +8,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from vllm.version import __version__ as vllm_version
 
-from server import __version__
 from server.api.response import READ_ERRORS
 from server.metrics import scrape, show_state
 from server.serving.serving import Serving
+from ultrafuser import __version__
 
 router = APIRouter(responses=READ_ERRORS)
 

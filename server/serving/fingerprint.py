@@ -8,7 +8,7 @@ from vllm.version import __version__ as vllm_version
 
 from gating.model.fusion import FusionConfig
 from gating.model.gate import gate_digest
-from server import __version__
+from ultrafuser import __version__
 
 _HEX_DIGITS = 12
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from deploy.dashboards import FOLDER, write_dashboards
-from server import __version__
 from server.cli import EngineFlags
 from server.settings import PREFIX, ServerSettings
+from ultrafuser import __version__
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-import server
+import ultrafuser
 from gating.model.schema import EngineSettings
 from server.__main__ import main
 from server.cli import EngineFlags, build_parser, parse_command
@@ -80,7 +80,7 @@ def test_help_imports_neither_vllm_nor_torch() -> None:
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     declared = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert help_text("--version", capsys=capsys) == f"ultrafuser {declared}\n"
-    assert server.__version__ == declared
+    assert ultrafuser.__version__ == declared
 
 
 def test_flags_become_settings_and_engine_options() -> None:
