@@ -69,5 +69,6 @@ def test_a_process_evaluates_and_reads_states_on_as_many_rows_at_a_time_as_it_tr
     }
     # Two rows of each of three domains; of a domain's ten rows each process has five to evaluate.
     assert seen["whole"] == [{"training": 6, "evaluation": 5}] * 2
-    # The first process that comes computes the states, the other one waits for them.
-    assert sorted(seen["cached"], key=len) == [{}, {"cached states": 6}]
+    # A specialist's states are computed by the process that comes first; the other one may have come first nowhere.
+    assert {"cached states": 6} in seen["cached"]
+    assert all(most_rows in ({}, {"cached states": 6}) for most_rows in seen["cached"])
