@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from gating.templates import template_names
 from gating.training.settings import TrainSettings, parse_settings
 from server.cli import EngineFlags, parse_command
 from server.settings import PREFIX, ServerSettings
+from tests.rooms import README_FOLDERS
 from ultrafuser import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +93,23 @@ def test_commands_of_ours_are_accepted(page: Path) -> None:
         if words[0] == "ultrafuser":
             parse = OFFLINE.get(words[1])
             parse(words[2:]) if parse else parse_command(words[1:], {})
+
+
+@each_page
+def test_modules_that_launchers_run_exist_and_take_these_arguments(page: Path) -> None:
+    for words in [words for words in commands(page) if words[0] in ("torchrun", "accelerate")]:
+        module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        assert find_spec(module) is not None, module
+        if module == "gating.train":
+            parse_settings(arguments)
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+
+
+@each_page
+def test_modules_that_are_named_to_be_run_exist(page: Path) -> None:
+    named = set(re.findall(r"python -m ([\w.]+)", page.read_text()))
+    assert [module for module in named if find_spec(module) is None] == []
 
 
 def test_the_readmes_request_is_a_valid_one_for_the_demo() -> None:
@@ -195,23 +214,18 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 
 def test_the_readmes_tree_names_what_exists() -> None:
+    assert [folder for folder in README_FOLDERS if not (ROOT / folder).is_dir()] == []
     (tree,) = re.findall(r"^```\n(ultrafuser/.*?)^```", README, re.MULTILINE | re.DOTALL)
-    folder = ROOT
-    for line in tree.splitlines():
-        names = re.findall(r"(?:^|\s)([\w.]+(?:\.py|\.md|/)|Dockerfile|Makefile|\.ci/run)(?=\s|$)", line)
-        if not line.startswith(" "):
-            folder = ROOT / names[0]
-            assert folder.exists(), names[0]
-        for name in names:
-            places = (folder, ROOT, ROOT / "docs")
-            assert any((place / name).exists() for place in places), f"{name} in {line!r}"
+    files = re.findall(r"(?:^|[\s(])([\w.]+\.(?:py|md|yml)|Dockerfile|Makefile|\.ci/run)\b", tree)
+    places = (ROOT, *(ROOT / folder for folder in README_FOLDERS))
+    assert len(files) > 20
+    assert [name for name in files if not any((place / name).exists() for place in places)] == []
 
 
 def test_every_folder_at_the_top_has_a_line_in_the_readmes_tree() -> None:
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
     assert {"gating", "server", "tests", "ultrafuser"} <= set(packages)
-    for name in [*packages, "docs", "requirements"]:
-        assert re.search(rf"^{name}/\s+\S", README, re.MULTILINE), f"{name}/ is missing in the README's tree"
+    assert {f"{name}/" for name in [*packages, "docs", "requirements"]} <= set(README_FOLDERS)
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -1,5 +1,5 @@
 """Chat templates: where their text comes from, the one rule for what a template cannot express (`fold.py`), and
-special tokens that a conversation spells out (`literals.py`)."""
+special tokens that a conversation spells out (`literals.py`). Knows no models and no requests."""
 
 from gating.templates.fold import TemplateError, fold_messages
 from gating.templates.literals import Literals, Marked

@@ -1,1 +1,1 @@
-"""What the engine's three processes share: the fused model's spec, its options, prompts, a step's record."""
+"""What the engine's processes share: the fused model's spec, options, prompts, a step's record. Computes no tensors."""
