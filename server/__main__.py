@@ -9,10 +9,11 @@ from importlib import import_module
 from types import FrameType
 
 from gating.commands.flags import CommandError
+from gating.model.engine_options import EngineOptions
 from gating.model.fusion import load_fusion
 from server import __version__
 from server.access.keys import with_all_keys
-from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
+from server.cli import OFFLINE_COMMANDS, ServeCommand, parse_command
 from server.log import LogStream, configure_logging
 from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
 from server.start.listener import listen_on
@@ -88,7 +89,7 @@ def _import_serve() -> Callable[..., int]:
 
 def _offline(command: str, arguments: Sequence[str]) -> int:
     """The commands of `gating` have settings of their own; of the server's they share the cache folder."""
-    names = [*ServerSettings.model_fields, *EngineFlags.model_fields]
+    names = [*ServerSettings.model_fields, *EngineOptions.model_fields]
     cache = read_environment(os.environ, names).get("cache")
     module = import_module(OFFLINE_COMMANDS[command].module)
     try:

@@ -12,71 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
 from gating.model.schema import EngineSettings
 from server import __version__
 from server.settings import PREFIX, SECTIONS, ServerSettings, SettingsError, read_environment, resolve_settings
 
-Count = Annotated[int, Field(ge=1)]
 _SUFFIXED = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])i?B?")
-
-
-class EngineFlags(EngineSettings):
-    """The engine options of the command line: the fusion file's `engine` section, and what only a server needs."""
-
-    async_scheduling: bool | None = None
-    """Schedule the next step while this one runs (GPU only); default: vLLM decides."""
-
-    enable_chunked_prefill: bool | None = None
-    """Compute long prompts in pieces, between the steps of running responses."""
-
-    scheduling_policy: Literal["fcfs", "priority"] | None = None
-    """Serve requests in order of arrival (fcfs) or of their `priority` field."""
-
-    max_num_queued_reqs: Count | None = None
-    """Refuse requests with 503 when this many are unfinished; default: 1024."""
-
-    max_num_queued_tokens: Count | None = None
-    """Refuse requests with 503 when this many prompt tokens wait; default: no limit."""
-
-    max_logprobs: Annotated[int, Field(ge=-1)] | None = None
-    """Most log probabilities per token a request may ask for; -1: the whole vocabulary; default: 20."""
-
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] | None = None
-    """What logprobs are: of the fused logits as they are (raw) or after penalties and masks (processed)."""
-
-    structured_outputs_config: dict[str, Any] | None = None
-    """Settings of structured output as JSON, e.g. '{"backend": "xgrammar"}'."""
-
-    prefix_caching_hash_algo: Literal["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"] | None = None
-    """How blocks of the prefix cache are hashed."""
-
-    otlp_traces_endpoint: str | None = None
-    """Send vLLM's request traces to this OpenTelemetry collector."""
-
-    disable_log_stats: bool | None = None
-    """Do not collect vLLM's metrics; /metrics then lacks the vllm:* series."""
-
-    enable_log_requests: bool | None = None
-    """Log when the engine receives, finishes and aborts a request (its id, never its text)."""
-
-
-SERVER_FLAGS_OF_VLLM: Mapping[str, str] = {
-    "api_server_count": "several frontend processes are not supported; start replicas behind a load balancer",
-    "data_parallel_size": "data parallelism is not fused; start replicas behind a load balancer",
-    "pipeline_parallel_size": "pipeline parallelism is not fused; use --tensor-parallel-size",
-    "headless": "a fused engine has one frontend; start replicas behind a load balancer",
-    "chat_template": "chat templates are set per specialist in the fusion file",
-    "lora_modules": "LoRA requests are not fused; name an adapter per specialist in the fusion file",
-    "generation_config": "sampling defaults are set in the fusion file",
-    "override_generation_config": "sampling defaults are set in the fusion file",
-    "trust_request_chat_template": "a request cannot bring a template: each specialist has its own",
-    "uvicorn_log_level": "use --log-level",
-    "allowed_origins": "use --allowed-origin, once per origin",
-}
-"""Flags of `vllm serve` that people will try here, each with the way out; some are engine options."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +78,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> ServeComma
     flags = vars(arguments)
     if rest:
         _refuse(rest[0])
-    environment = read_environment(environ, [*ServerSettings.model_fields, *EngineFlags.model_fields])
+    environment = read_environment(environ, [*ServerSettings.model_fields, *EngineOptions.model_fields])
     return ServeCommand(resolve_settings(flags, environment), _engine_options(flags, environment))
 
 
@@ -150,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("fusion", nargs="?", metavar="FUSION", default=argparse.SUPPRESS, help=_help(fusion))
     for section in SECTIONS:
         _add_group(serve, str(section.__doc__), section.model_fields)
-    own = {name: field for name, field in EngineFlags.model_fields.items() if name not in EngineSettings.model_fields}
+    own = {name: field for name, field in EngineOptions.model_fields.items() if name not in EngineSettings.model_fields}
     _add_group(serve, "The engine (each overrides the fusion file's `engine` section)", EngineSettings.model_fields)
     _add_group(serve, "The engine's requests and metrics", own)
     return parser
@@ -229,11 +173,11 @@ def _dashed(argument: str) -> str:
 
 
 def _engine_options(flags: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    fields = EngineFlags.model_fields
+    fields = EngineOptions.model_fields
     given = {name: value for source in (environment, flags) for name, value in source.items() if name in fields}
     values = {name: _value(_plain_type(fields[name]), value) for name, value in given.items()}
     try:
-        return EngineFlags.model_validate(values).model_dump(exclude_unset=True)
+        return EngineOptions.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -261,16 +205,17 @@ def _refuse(argument: str) -> NoReturn:
     if not flag.startswith("--"):
         raise SettingsError(f"{argument}: unexpected argument; name one fusion file, see `ultrafuser serve --help`")
     name = flag.removeprefix("--").replace("-", "_")
-    if name in SERVER_FLAGS_OF_VLLM:
-        raise SettingsError(f"{flag}: {SERVER_FLAGS_OF_VLLM[name]}")
-    names = [*ServerSettings.model_fields, *EngineFlags.model_fields]
-    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
+    names = [*ServerSettings.model_fields, *EngineOptions.model_fields]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if near and name not in REFUSED_OPTIONS:
         raise SettingsError(f"{flag}: there is no such option; did you mean --{near[0].replace('_', '-')}?")
-    # Only now, on the way out, is it worth the seconds that importing vLLM takes.
-    from server.engine.shared.options import EngineOptionError, check_engine_options
+    reason = REFUSED_OPTIONS.get(name) or _refusal(name)
+    # Where a reason names another option, its flag is meant here.
+    raise SettingsError(f"{flag}: " + re.sub(r"\w+_\w+", lambda option: f"--{option[0].replace('_', '-')}", reason))
 
-    try:
-        check_engine_options({name: None})
-    except EngineOptionError as error:
-        raise SettingsError(f"{flag}: {str(error).partition(': ')[2]}") from error
-    raise SettingsError(f"{flag}: set it in the fusion file's `engine` section")
+
+def _refusal(name: str) -> str:
+    """Only on the way out are the seconds well spent that importing vLLM takes."""
+    from server.engine.shared.options import refusal
+
+    return refusal(name)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from deploy.dashboards import FOLDER, write_dashboards
+from gating.model.engine_options import EngineOptions
 from server import __version__
-from server.cli import EngineFlags
 from server.settings import PREFIX, ServerSettings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,7 +63,7 @@ def test_the_servers_images_carry_its_version() -> None:
 def test_settings_that_are_named_exist() -> None:
     names = set(re.findall(rf"\b{PREFIX}([A-Z_]+)\b", DOCKERFILE + COMPOSE + KUBERNETES))
     assert {"HOST", "PORT", "CACHE", "FUSION", "API_KEY_FILE", "SHUTDOWN_TIMEOUT"} == names
-    known = {*ServerSettings.model_fields, *EngineFlags.model_fields}
+    known = {*ServerSettings.model_fields, *EngineOptions.model_fields}
     assert [name for name in names if name.lower() not in known] == []
 
 
