@@ -9,13 +9,12 @@ from importlib import import_module
 from types import FrameType
 
 from gating.commands.flags import CommandError
-from gating.model.engine_options import EngineOptions
 from gating.model.fusion import load_fusion
 from server import __version__
 from server.access.keys import with_all_keys
-from server.cli import OFFLINE_COMMANDS, ServeCommand, parse_command
+from server.cli import OFFLINE_COMMANDS, OPTION_NAMES, ServeCommand, parse_command
 from server.log import LogStream, configure_logging
-from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
+from server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
 from server.start.listener import listen_on
 from server.start.progress import StartupProgress
 
@@ -89,8 +88,7 @@ def _import_serve() -> Callable[..., int]:
 
 def _offline(command: str, arguments: Sequence[str]) -> int:
     """The commands of `gating` have settings of their own; of the server's they share the cache folder."""
-    names = [*ServerSettings.model_fields, *EngineOptions.model_fields]
-    cache = read_environment(os.environ, names).get("cache")
+    cache = read_environment(os.environ, OPTION_NAMES).get("cache")
     module = import_module(OFFLINE_COMMANDS[command].module)
     try:
         return int(module.run(arguments, cache))
@@ -107,7 +105,7 @@ def _is_expected(error: ValueError) -> bool:
     """Whether the message alone helps the user; of anything else, the traceback has to be seen."""
     from gating.model.schema import FusionError
 
-    if isinstance(error, SettingsError | FusionError | CommandError):
+    if isinstance(error, FusionError | CommandError):
         return True
     from gating.model.gate import GateError
     from server.engine.shared.options import EngineOptionError

@@ -104,6 +104,12 @@ def test_numbers_take_suffixes(text: str, number: int) -> None:
     assert parse_command(["serve", "--max-model-len", text], {}).engine_options == {"max_model_len": number}
 
 
+def test_numbers_of_the_servers_own_settings_take_suffixes_too() -> None:
+    """The help says so of all numbers, but only the engine's took them."""
+    command = parse_command(["serve", "--max-body-bytes", "1M"], {"ULTRAFUSER_MAX_ITEMS": "4K"})
+    assert (command.settings.max_body_bytes, command.settings.max_items) == (1 << 20, 4096)
+
+
 def test_underscores_are_as_good_as_dashes() -> None:
     assert parse_command(["serve", "--max_num_seqs=4"], {}).engine_options == {"max_num_seqs": 4}
 
