@@ -90,7 +90,7 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> ServeComma
         _refuse(rest[0])
     environment = read_environment(environ, OPTION_NAMES)
     settings = resolve_settings(flags, environment)
-    engine = resolve(EngineOptions, flags, environment, prefix=PREFIX)
+    engine = resolve(EngineOptions, flags, environment, PREFIX)
     return ServeCommand(settings, engine.model_dump(exclude_unset=True))
 
 
@@ -132,16 +132,13 @@ def _refuse(argument: str) -> NoReturn:
     if not flag.startswith("--"):
         raise SettingsError(f"{argument}: unexpected argument; name one fusion file, see `ultrafuser serve --help`")
     name = flag.removeprefix("--").replace("-", "_")
-    near = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.75)
-    if near and name not in REFUSED_OPTIONS:
-        raise SettingsError(f"{flag}: there is no such option; did you mean {flag_of(near[0])}?")
-    reason = REFUSED_OPTIONS.get(name) or _refusal(name)
+    if name in REFUSED_OPTIONS:
+        reason = REFUSED_OPTIONS[name]
+    elif near := difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.75):
+        reason = f"there is no such option; did you mean {flag_of(near[0])}?"
+    else:  # only now, on the way out, is it worth the seconds that importing vLLM takes
+        from server.engine.shared.options import refusal
+
+        reason = refusal(name)
     # Where a reason names another option, its flag is meant here.
     raise SettingsError(f"{flag}: " + re.sub(r"\w+_\w+", lambda option: flag_of(option[0]), reason))
-
-
-def _refusal(name: str) -> str:
-    """Only on the way out are the seconds well spent that importing vLLM takes."""
-    from server.engine.shared.options import refusal
-
-    return refusal(name)

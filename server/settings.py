@@ -169,7 +169,7 @@ def resolve_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -
     Raises:
         SettingsError: a value does not fit; names the flag or variable it came from.
     """
-    settings = resolve(ServerSettings, flags, environment, prefix=PREFIX)
+    settings = resolve(ServerSettings, flags, environment, PREFIX)
     if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
         raise SettingsError("--ssl-certfile and --ssl-keyfile: only one is set; set both or none")
     return settings

@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -43,29 +44,23 @@ def require(package: str, extra: str) -> None:
 def parse_command(
     model: type[Settings],
     argv: Sequence[str],
+    cache: str | None = None,
     *,
     prog: str,
     usage: str,
     description: str,
     positional: str = "",
-    defaults: Mapping[str, Any] = _NOTHING,
 ) -> Settings:
-    """Read a command line into its settings; prints and exits for `--help`.
+    """Read a command line (without the command's name) into its settings; prints and exits for `--help`.
 
-    Args:
-        model: what is asked for.
-        argv: without the command's name.
-        prog: the command, for messages.
-        usage: its first line of help.
-        description: its second.
-        positional: the one field that is given without a flag; it may have a default.
-        defaults: replace the model's own.
+    `prog`, `usage` and `description` are for the help. `positional` is the one field that is given without a flag; it
+    may have a default. `cache` is the default of the field of that name, where there is one.
 
     Raises:
         CommandError: an unknown flag, or a value that does not fit.
     """
     parser = build_parser(model, prog=prog, usage=usage, description=description, positional=positional)
-    return resolve(model, vars(parser.parse_args(argv)), defaults=defaults)
+    return resolve(model, {"cache": cache, **vars(parser.parse_args(argv))})
 
 
 def build_parser(
@@ -89,22 +84,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
-    fields: Mapping[str, FieldInfo],
-    title: str = "",
-    positional: str = "",
-    *,
-    overrides: bool = False,
+    parser: Parser, fields: Mapping[str, FieldInfo], title: str = "", positional: str = "", overrides: bool = False
 ) -> None:
-    """Add a flag for each field.
+    """Add a flag for each field, in a section of the help if there is a title; `positional` as in `parse_command`.
 
-    Args:
-        parser: is given the flags.
-        fields: of a model.
-        title: their section of the help; "": none of their own.
-        positional: as in `parse_command`.
-        overrides: whether an environment may have said something before: then a bool can be switched off, too, and a
-            tuple's flag takes one value and is repeated.
+    `overrides`: an environment may have said something before. Then a bool can be switched off, too, and a tuple's flag
+    takes one value and is repeated.
     """
     group = parser.add_argument_group(title) if title else parser
     for name, field in fields.items():
@@ -123,21 +108,11 @@ def flag_of(name: str) -> str:
 
 
 def resolve(
-    model: type[Settings],
-    flags: Mapping[str, Any],
-    environment: Mapping[str, str] = _NOTHING,
-    *,
-    prefix: str = "",
-    defaults: Mapping[str, Any] = _NOTHING,
+    model: type[Settings], flags: Mapping[str, Any], environment: Mapping[str, str] = _NOTHING, prefix: str = ""
 ) -> Settings:
-    """Settings from flags, else the environment, else the defaults, all by name; what is not the model's is left alone.
+    """Settings from parsed flags, else from the environment, both by name; names that the model lacks are left alone.
 
-    Args:
-        model: what is asked for.
-        flags: as parsed.
-        environment: texts, those of tuples with commas between the values.
-        prefix: of the variables, for messages.
-        defaults: replace the model's own.
+    Of the environment all is text, several values with commas between them; `prefix` is that of its variables.
 
     Raises:
         CommandError: a value does not fit; names the flag or variable it came from.
@@ -145,7 +120,7 @@ def resolve(
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     given = {name: value for name, value in {**environment, **flags}.items() if name in fields}
     try:
-        return model(**{**defaults, **{name: _value(fields[name], value) for name, value in given.items()}})
+        return model(**{name: _value(fields[name], value) for name, value in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -193,10 +168,8 @@ def _value(field: FieldInfo, text: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(part.strip() for part in text.split(","))
     if get_origin(kind) is dict:
-        try:
+        with suppress(json.JSONDecodeError):  # the model says that it is none
             return json.loads(text)
-        except json.JSONDecodeError:
-            return text
     return text
 
 
