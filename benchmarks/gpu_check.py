@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
@@ -43,7 +42,6 @@ UTILIZATION = 0.5
 """Share of the memory that vLLM must find free at the start of an engine; what it takes is the fusion file's to say."""
 
 
-@dataclass(frozen=True)
 class OnGPU(Options):
     """Options whose fusion runs with compiled models and CUDA graphs, whatever its file says."""
 
@@ -60,10 +58,10 @@ def measure(options: Options) -> list[Comparison]:
         SystemExit: there is no GPU, and `--quick` was not asked for.
     """
     has_gpu = torch.cuda.is_available()
-    if not (has_gpu or options.is_quick):
+    if not (has_gpu or options.quick):
         raise SystemExit("gpu_check: no GPU answers; --quick runs the part that needs none")
-    options = OnGPU(**vars(options)) if has_gpu else options
-    if options.is_quick:
+    options = OnGPU(**dict(options)) if has_gpu else options
+    if options.quick:
         return check_tiny(options)
     comparisons: list[Comparison] = []
     for part in (check_tiny, check_demo, measure_steps, measure_fusing):
@@ -75,7 +73,7 @@ def measure(options: Options) -> list[Comparison]:
 def check_tiny(options: Options) -> list[Comparison]:
     """Three random specialists of different depth, on random prompts of different lengths."""
     with tiny_fusion() as path:
-        fusion, info = replace(options, fusion=path).load()
+        fusion, info = options.model_copy(update={"fusion": path}).load()
         lengths = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50)]
         requests = random_requests(info, [100] * len(lengths), [0] * len(lengths), seed=0)
         prompts = [

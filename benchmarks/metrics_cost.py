@@ -89,7 +89,7 @@ def measure(options: Options) -> list[Comparison]:
     from benchmarks.engines import fused_engine
     from server.serving.step_metrics import StepMetrics
 
-    sizes = QUICK if options.is_quick else Sizes(num_rounds=24, num_steps=8)
+    sizes = QUICK if options.quick else Sizes(num_rounds=24, num_steps=8)
     fusion, info = options.load()
     engine = fused_engine(fusion)
     engine.llm.steps.listen(StepMetrics(fusion.specialist_names).record)

@@ -48,7 +48,7 @@ def compare_with_transformers(options: Options) -> list[Comparison]:
     from benchmarks.engines import fused_engine
     from benchmarks.lockstep import LockstepLoop
 
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
     engine = fused_engine(fusion) if options.runs_fused else None
     loop = LockstepLoop(fusion, info) if options.runs_baseline else None

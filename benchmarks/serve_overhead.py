@@ -130,7 +130,7 @@ def measure(options: Options) -> list[Comparison]:
     from benchmarks.servers import fused_server, running
     from server.engine.client.async_llm import FusedAsyncLLM
 
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     fusion, _ = options.load()
     prompts = render(fusion, conversations(max(sizes.concurrency)))
     server = fused_server(options)

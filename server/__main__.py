@@ -11,9 +11,9 @@ from types import FrameType
 from gating.errors import UserError
 from gating.model.fusion import load_fusion
 from server.access.keys import with_all_keys
-from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
+from server.cli import OFFLINE_COMMANDS, OPTION_NAMES, ServeCommand, parse_command
 from server.log import LogStream, configure_logging
-from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
+from server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
 from server.start.listener import listen_on
 from server.start.progress import StartupProgress
 from ultrafuser import __version__
@@ -86,8 +86,7 @@ def _import_serve() -> Callable[..., int]:
 
 def _offline(command: str, arguments: Sequence[str]) -> int:
     """The commands of `gating` have settings of their own; of the server's they share the cache folder."""
-    names = [*ServerSettings.model_fields, *EngineFlags.model_fields]
-    cache = read_environment(os.environ, names).get("cache")
+    cache = read_environment(os.environ, OPTION_NAMES).get("cache")
     module = import_module(OFFLINE_COMMANDS[command].module)
     try:
         return int(module.run(arguments, cache))

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 
 from gating.analysis import command as analysis
 from gating.evaluation import command as evaluate
+from gating.model.engine_options import EngineOptions
 from gating.model.fusion import FusionConfig, preset_names
 from gating.model.schema import EngineSettings, SamplingDefaults, SpecialistConfig
 from gating.synthesis import command as synthesize
 from gating.synthesis.stages.domain import Domain, Limits
 from gating.templates import template_names
 from gating.training.settings import TrainSettings, parse_settings
-from server.cli import EngineFlags, parse_command
+from server.cli import parse_command
 from server.settings import PREFIX, ServerSettings
 from tests.rooms import README_FOLDERS
 from ultrafuser import __version__
@@ -30,7 +32,7 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
-OFFLINE = {
+OFFLINE: dict[str, Callable[..., BaseModel]] = {
     "train": parse_settings,
     "eval": evaluate.parse_settings,
     "analyze": analysis.parse_settings,
@@ -77,7 +79,7 @@ def test_every_makefile_target_is_explained_and_phony() -> None:
 @each_page
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
-    known = {*ServerSettings.model_fields, *EngineFlags.model_fields, *TrainSettings.model_fields}
+    known = {*ServerSettings.model_fields, *EngineOptions.model_fields, *TrainSettings.model_fields}
     data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
     for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
@@ -146,7 +148,7 @@ def test_every_setting_is_documented_with_its_default(name: str) -> None:
         assert rows[0][0] == f"`{default}`"
 
 
-@pytest.mark.parametrize("name", sorted(EngineFlags.model_fields.keys() - EngineSettings.model_fields.keys()))
+@pytest.mark.parametrize("name", sorted(EngineOptions.model_fields.keys() - EngineSettings.model_fields.keys()))
 def test_every_engine_option_beyond_the_fusion_file_is_documented(name: str) -> None:
     assert f"| `--{name.replace('_', '-')}` |" in OPERATIONS
 
@@ -154,7 +156,7 @@ def test_every_engine_option_beyond_the_fusion_file_is_documented(name: str) -> 
 @each_page
 def test_environment_variables_that_are_named_exist(page: Path) -> None:
     names = {name.lower() for name in re.findall(rf"{PREFIX}([A-Z_]+)", page.read_text())}
-    assert names <= {*ServerSettings.model_fields, *EngineFlags.model_fields}
+    assert names <= {*ServerSettings.model_fields, *EngineOptions.model_fields}
 
 
 def test_the_example_fusion_file_is_valid_and_has_every_key() -> None:

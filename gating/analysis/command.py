@@ -6,6 +6,7 @@ Puts the parts of `gating/analysis/` together. See docs/evaluation.md.
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,21 +69,15 @@ class AnalysisSettings(CommandSettings):
         return self
 
 
-def parse_settings(argv: Sequence[str], cache: str | None = None) -> AnalysisSettings:
-    """Read the command line of `ultrafuser analyze`; prints and exits for `--help`. `cache` is as in `run`.
-
-    Raises:
-        CommandError: an unknown flag, or a value that does not fit.
-    """
-    return parse_command(
-        AnalysisSettings,
-        argv,
-        prog="ultrafuser analyze",
-        usage="[FUSION --data DOMAIN=FILE ...] [--run FOLDER ...] --output FOLDER",
-        description="Show what a fused model's gate does on conversations, and the curves of training runs.",
-        positional="fusion",
-        defaults={"cache": cache},
-    )
+parse_settings = partial(
+    parse_command,
+    AnalysisSettings,
+    prog="ultrafuser analyze",
+    usage="[FUSION --data DOMAIN=FILE ...] [--run FOLDER ...] --output FOLDER",
+    description="Show what a fused model's gate does on conversations, and the curves of training runs.",
+    positional="fusion",
+)
+"""Reads the command line of `ultrafuser analyze`, as `parse_command` does."""
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:

@@ -3,7 +3,7 @@
 Knows names, types, texts and what needs what. Imports no torch, so that `--help` answers at once.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -111,18 +111,12 @@ class EvalSettings(CommandSettings):
         return Path(self.output)
 
 
-def parse_settings(argv: Sequence[str], cache: str | None = None) -> EvalSettings:
-    """Read the command line of `ultrafuser eval`; prints and exits for `--help`. `cache` is the default of `--cache`.
-
-    Raises:
-        CommandError: an unknown flag, or a value that does not fit.
-    """
-    return parse_command(
-        EvalSettings,
-        argv,
-        prog="ultrafuser eval",
-        usage="(FUSION --loss --data FILE ... | FUSION --variants FOLDER | --benchmark NAME=FILE ... --output FOLDER)",
-        description="Hold a fused model against its specialists, their base and merged weights; or ask a server.",
-        positional="fusion",
-        defaults={"cache": cache},
-    )
+parse_settings = partial(
+    parse_command,
+    EvalSettings,
+    prog="ultrafuser eval",
+    usage="(FUSION --loss --data FILE ... | FUSION --variants FOLDER | --benchmark NAME=FILE ... --output FOLDER)",
+    description="Hold a fused model against its specialists, their base and merged weights; or ask a server.",
+    positional="fusion",
+)
+"""Reads the command line of `ultrafuser eval`, as `parse_command` does."""

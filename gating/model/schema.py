@@ -74,7 +74,7 @@ class EngineSettings(_Section):
     """Number of devices that each hold a shard of every specialist."""
 
     max_model_len: Count | None = None
-    """Longest prompt plus response in tokens; null takes the smallest of the specialists' own limits."""
+    """Longest prompt plus response in tokens; default: the smallest of the specialists' own limits."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of a device's memory for weights, activations and KV cache together."""

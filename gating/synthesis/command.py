@@ -44,15 +44,14 @@ def parse_settings(argv: Sequence[str], cache: str | None = None) -> BaseModel:
     if argv[0] not in _COMMANDS:
         raise CommandError(f"{argv[0]}: no such command; one of {', '.join(_COMMANDS)}, see `ultrafuser data --help`")
     model, _, description = _COMMANDS[argv[0]]
-    defaults = {"cache": cache} if "cache" in model.model_fields else {}
     return parse_command(
         model,
         argv[1:],
+        cache,
         prog=f"ultrafuser data {argv[0]}",
         usage="FOLDER [options]",
         description=description,
         positional="output",
-        defaults=defaults,
     )
 
 

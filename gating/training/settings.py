@@ -3,7 +3,7 @@
 Knows names, types, texts and what excludes what. Imports no torch, so that `--help` answers at once.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -179,18 +179,12 @@ class TrainSettings(CommandSettings):
         return {name: value for name, value in content.items() if name not in _FREE_ON_RESUME}
 
 
-def parse_settings(argv: Sequence[str], cache: str | None = None) -> TrainSettings:
-    """Read the command line of `ultrafuser train`; prints and exits for `--help`. `cache` is the default of `--cache`.
-
-    Raises:
-        CommandError: an unknown flag, or a value that does not fit.
-    """
-    return parse_command(
-        TrainSettings,
-        argv,
-        prog="ultrafuser train",
-        usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
-        description="Train a fused model's gate, its gate and specialists together, or one specialist alone.",
-        positional="fusion",
-        defaults={"cache": cache},
-    )
+parse_settings = partial(
+    parse_command,
+    TrainSettings,
+    prog="ultrafuser train",
+    usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
+    description="Train a fused model's gate, its gate and specialists together, or one specialist alone.",
+    positional="fusion",
+)
+"""Reads the command line of `ultrafuser train`, as `parse_command` does."""

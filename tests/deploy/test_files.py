@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deploy.dashboards import FOLDER, write_dashboards
-from server.cli import EngineFlags
+from gating.model.engine_options import EngineOptions
 from server.settings import PREFIX, ServerSettings
 from ultrafuser import __version__
 
@@ -63,7 +63,7 @@ def test_the_servers_images_carry_its_version() -> None:
 def test_settings_that_are_named_exist() -> None:
     names = set(re.findall(rf"\b{PREFIX}([A-Z_]+)\b", DOCKERFILE + COMPOSE + KUBERNETES))
     assert {"HOST", "PORT", "CACHE", "FUSION", "API_KEY_FILE", "SHUTDOWN_TIMEOUT"} == names
-    known = {*ServerSettings.model_fields, *EngineFlags.model_fields}
+    known = {*ServerSettings.model_fields, *EngineOptions.model_fields}
     assert [name for name in names if name.lower() not in known] == []
 
 

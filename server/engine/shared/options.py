@@ -8,63 +8,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from gating.errors import UserError
+from gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
 from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
 from server.engine.core.scheduler import SCHEDULER
 from server.engine.shared.spec import EngineSpec, SpecialistSpec
 from server.engine.worker.worker import worker_qualname
 
-ALLOWED_ENGINE_OPTIONS: frozenset[str] = frozenset(
-    {
-        "async_scheduling",
-        "block_size",
-        "disable_log_stats",
-        "distributed_executor_backend",
-        "dtype",
-        "enable_chunked_prefill",
-        "enable_log_requests",
-        "enable_prefix_caching",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "logprobs_mode",
-        "max_logprobs",
-        "max_model_len",
-        "max_num_batched_tokens",
-        "max_num_queued_reqs",
-        "max_num_queued_tokens",
-        "max_num_seqs",
-        "num_gpu_blocks_override",
-        "otlp_traces_endpoint",
-        "prefix_caching_hash_algo",
-        "scheduling_policy",
-        "seed",
-        "shutdown_timeout",
-        "structured_outputs_config",
-        "tensor_parallel_size",
-    }
-)
-"""vLLM engine options that a fused model may be started with, by their field names in vLLM's `EngineArgs`."""
-
-REFUSED_ENGINE_OPTIONS: Mapping[str, str] = {
-    "speculative_config": "speculative decoding is not fused yet; start without it",
-    "pipeline_parallel_size": "pipeline parallelism is not fused; use tensor_parallel_size",
-    "data_parallel_size": "data parallelism is not fused; start replicas behind a load balancer",
-    "prefill_context_parallel_size": "context parallelism is not fused; use tensor_parallel_size",
-    "decode_context_parallel_size": "context parallelism is not fused; use tensor_parallel_size",
-    "kv_transfer_config": "KV connectors carry one model's cache only; start without them",
-    "enable_sleep_mode": "sleep and weight reload are not fused; restart the server instead",
-    "enable_lora": "LoRA requests are not fused; name an adapter per specialist in the fusion file",
-    "runner": "pooling is not fused; a fused model generates text",
-    "convert": "pooling is not fused; a fused model generates text",
-    "model": "the fusion file names the models; edit specialists there",
-    "quantization": "quantization is set per specialist in the fusion file",
-    "revision": "revisions are set per specialist in the fusion file",
-}
-"""Options that people will try, each with the way out."""
-
+ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_timeout"}
+"""What a fused model may be started with. The last one is no flag: the server has its own, as it waits for requests
+before it ends the engine."""
 
 OPTIONS_OF_MODELS = frozenset({"max_model_len", "tensor_parallel_size"})
 """Options that must fit every specialist: the fusion is inspected again with them."""
@@ -125,14 +80,18 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
     """
     if options.get("otlp_traces_endpoint") and options.get("disable_log_stats"):
         raise EngineOptionError("otlp_traces_endpoint: traces are made of vLLM's statistics; omit disable_log_stats")
-    known = {field.name for field in fields(EngineArgs)} | {field.name for field in fields(AsyncEngineArgs)}
     for name in options:
-        if name in ALLOWED_ENGINE_OPTIONS:
-            continue
-        if name not in known:
-            raise EngineOptionError(f"{name}: vLLM has no such engine option; see `ultrafuser serve --help`")
-        reason = REFUSED_ENGINE_OPTIONS.get(name, "not tested with fused models; leave it out")
-        raise EngineOptionError(f"{name}: {reason}")
+        if name not in ALLOWED_ENGINE_OPTIONS:
+            raise EngineOptionError(f"{name}: {refusal(name)}")
+
+
+def refusal(name: str) -> str:
+    """Why a fused model may not be started with an option that is not on the allow-list, and the way out."""
+    if name in REFUSED_OPTIONS:
+        return REFUSED_OPTIONS[name]
+    if name in {field.name for field in fields(AsyncEngineArgs)}:
+        return "not tested with fused models; leave it out"
+    return "vLLM has no such engine option; see `ultrafuser serve --help`"
 
 
 def engine_spec(fusion: FusionConfig, info: FusedModelInfo, default_dtype: str) -> EngineSpec:

@@ -9,6 +9,7 @@ from vllm.inputs import tokens_input
 
 import server.engine
 from gating.errors import FusionError
+from gating.model.engine_options import REFUSED_OPTIONS
 from gating.model.fusion import inspect_fusion, load_fusion
 from server.engine.shared.options import (
     ALLOWED_ENGINE_OPTIONS,
@@ -71,6 +72,10 @@ def test_every_allowed_option_exists_in_vllm() -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     assert {field.name for field in fields(AsyncEngineArgs)} >= ALLOWED_ENGINE_OPTIONS
+
+
+def test_no_option_is_both_allowed_and_refused() -> None:
+    assert not ALLOWED_ENGINE_OPTIONS & REFUSED_OPTIONS.keys()
 
 
 @pytest.mark.parametrize(("option", "value"), [("max_model_len", 2048), ("tensor_parallel_size", 3)])
