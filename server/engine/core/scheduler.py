@@ -21,7 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 from server.engine.client.step_feed import add_report
 from server.engine.client.weight_stream import attach, wants_weights
 from server.engine.core.nonfinite import nonfinite_end
-from server.engine.shared.prompts import all_prompts, conceal_tokens
+from server.engine.shared.extra_args import all_prompts, conceal_tokens
 from server.engine.shared.step import StepRecord
 
 
@@ -182,7 +182,3 @@ def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> FusedSchedulerMixi
     """The fused scheduler for what vLLM made of async scheduling; vLLM calls this in the place of a class."""
     scheduler = FusedAsyncScheduler if vllm_config.scheduler_config.async_scheduling else FusedScheduler
     return scheduler(vllm_config, **kwargs)
-
-
-SCHEDULER = f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
-"""What `scheduler_cls` takes."""
