@@ -13,8 +13,8 @@ from gating.model.materialize import materialize
 from server.engine.client.input_processor import FusedInputProcessor
 from server.engine.client.step_feed import StepFeed
 from server.engine.client.weight_stream import Takeover
+from server.engine.shared.extra_args import SPECIALIST_PROMPTS
 from server.engine.shared.options import engine_arguments
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
 from server.serving.rendering import FusedRenderer
 
 

@@ -14,9 +14,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
+from server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS, forced_token_ids
 from server.engine.shared.spec import EngineSpec
-from server.engine.worker.forcing import FORCED_TOKEN_IDS, forced_token_ids
 
 UNFUSED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
 """Sampling parameters that read logits outside the fused decode step."""

@@ -1,4 +1,4 @@
-"""The gate's weights of every generated token, on their way from the scheduler to the caller who asked.
+"""The gate's weights of every generated token, as they arrive in the API process for the caller who asked.
 
 They ride in the field that plain vLLM has for the routing of mixture-of-experts models: an array for each token, which
 it keeps aligned with the tokens.
@@ -12,28 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine import EngineCoreOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from server.engine.shared.step import StepRecord
-
-GATE_WEIGHTS = "gate_weights"
-"""Key in `SamplingParams.extra_args`: true asks for the weights of every token of this request."""
+from server.engine.shared.extra_args import wants_weights
 
 Weights = NDArray[np.float32]
-
-
-def wants_weights(params: SamplingParams | None) -> bool:
-    """Whether a request asked for its weights."""
-    return bool(params is not None and (params.extra_args or {}).get(GATE_WEIGHTS))
-
-
-def attach(outputs: Sequence[EngineCoreOutput], step: StepRecord, wanting: set[str]) -> None:
-    """Give the weights to the tokens of the requests that asked."""
-    for output in outputs:
-        if output.new_token_ids and output.request_id in wanting:
-            output.routed_experts = step.weights_of(output.request_id)
 
 
 class History:

@@ -1,23 +1,33 @@
-"""What is known of a step besides its tokens, on its way from the device to the scheduler, beside vLLM's own output.
-
-Nothing waits for it: it is on the host when the step's tokens are.
+"""What is known of a step besides its tokens, from the workers to the scheduler, beside vLLM's own output.
 
 Shapes: S specialists, B rows that end in a token, X = S + 3 marks of a row (`server.engine.worker.observing`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from vllm.v1.outputs import ModelRunnerOutput
-
-from server.engine.worker.timing import Span, StepClock
 
 NUM_OTHER_MARKS = 3
 """Marks of a row that come after the weights."""
+
+NONFINITE_OUTPUT = "nonfinite_output"
+"""`stop_reason` of a request that has ended since a value was not finite; its `finish_reason` is "error"."""
+
+
+class Span(NamedTuple):
+    """How long one part of a step took."""
+
+    part: str
+    """What was done: "prefill" or "decode" by a specialist, "gate" or "mix" for all."""
+
+    specialist: str | None
+    """Whose forward pass it was; None for what is done for all."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -51,31 +61,8 @@ class StepRecord:
         return {self.requests[row]: int(culprits_B[row]) for row in culprits_B.nonzero()[0]}
 
 
-class StepOnTheWay:
-    """One step's record, being copied to the host; it is there when the step's tokens are."""
-
-    def __init__(self, requests: list[str], marks_XB: Tensor | None, clock: StepClock) -> None:
-        """Begin to copy; `requests` in the order of B, no marks if there is none."""
-        self._requests = requests
-        self._clock = clock
-        self._marks_XB = torch.empty(NUM_OTHER_MARKS, 0) if marks_XB is None else marks_XB
-        if self._marks_XB.device.type != "cpu":
-            pinned_XB = torch.empty(self._marks_XB.shape, dtype=self._marks_XB.dtype, pin_memory=True)
-            self._marks_XB = pinned_XB.copy_(self._marks_XB, non_blocking=True)
-
-    def arrive(self) -> StepRecord:
-        """To be called when the step's tokens are on the host."""
-        return StepRecord(self._requests, self._marks_XB.numpy().T.copy(), self._clock.take())
-
-
 @dataclass
 class FusedRunnerOutput(ModelRunnerOutput):
     """A step's output with its record."""
 
     step: StepRecord | None = None
-
-
-def with_step(output: ModelRunnerOutput, step: StepOnTheWay) -> FusedRunnerOutput:
-    """The output of a step whose tokens are on the host, with its record."""
-    own = {field.name: getattr(output, field.name) for field in fields(ModelRunnerOutput)}
-    return FusedRunnerOutput(**own, step=step.arrive())

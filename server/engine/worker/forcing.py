@@ -14,15 +14,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.sampler import Sampler
 
+from server.engine.shared.extra_args import forced_token_ids
 from server.engine.worker.view import scheduled_requests
-
-FORCED_TOKEN_IDS = "forced_token_ids"
-"""Key in `SamplingParams.extra_args`: the tokens of the response. The server's own; users who send it are refused."""
-
-
-def forced_token_ids(params: SamplingParams | None) -> list[int] | None:
-    """The given response of a request; None if it is to be sampled."""
-    return (params.extra_args or {}).get(FORCED_TOKEN_IDS) if params is not None else None
 
 
 def forced_in_step(output: SchedulerOutput, params_of: Callable[[str], SamplingParams | None]) -> dict[str, int]:

@@ -21,9 +21,9 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_workspace
 
-from server.engine.shared.step import StepOnTheWay, with_step
 from server.engine.worker.forcing import Forcing, forced_in_step
 from server.engine.worker.mixing import Mixer, Rows
+from server.engine.worker.output import FusedAsyncOutput, StepOnTheWay, name_all, with_step
 from server.engine.worker.prompt_logprobs import PromptLogprobs
 from server.engine.worker.sampling import FollowerSampler, LeaderSampler
 from server.engine.worker.timing import StepClock
@@ -188,7 +188,7 @@ class FusedModelRunner:
                 follower.sample_tokens(None)
         if isinstance(output, AsyncModelRunnerOutput):
             return FusedAsyncOutput(output, scheduled, step)
-        return with_step(_name_all(output, scheduled), step)
+        return with_step(name_all(output, scheduled), step)
 
     def _mix(self, ending: dict[str, int]) -> Tensor:
         rows = []
@@ -235,29 +235,6 @@ class FusedModelRunner:
             with set_current_vllm_config(runner.vllm_config):
                 results.append(call(runner))
         return results
-
-
-class FusedAsyncOutput(AsyncModelRunnerOutput):
-    """The leader's asynchronous output, completed when it is collected."""
-
-    def __init__(self, leader_output: AsyncModelRunnerOutput, scheduled: list[str], step: StepOnTheWay) -> None:
-        self._leader_output = leader_output
-        self._scheduled = scheduled
-        self._step = step
-
-    def get_output(self) -> ModelRunnerOutput:
-        """Block until the leader's tokens are on the host, and with them the record; then name every request."""
-        return with_step(_name_all(self._leader_output.get_output(), self._scheduled), self._step)
-
-
-def _name_all(output: ModelRunnerOutput, scheduled: list[str]) -> ModelRunnerOutput:
-    """Add the scheduled requests that the leader skipped, with no token: the scheduler looks each one up."""
-    for req_id in scheduled:
-        if req_id not in output.req_id_to_index:
-            output.req_id_to_index[req_id] = len(output.req_ids)
-            output.req_ids.append(req_id)
-            output.sampled_token_ids.append([])
-    return output
 
 
 def _ending_rows(runner: GPUModelRunner) -> dict[str, int]:

@@ -11,10 +11,11 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from server.engine.client.step_feed import StepFeed, StepReport, add_report
-from server.engine.client.weight_stream import GATE_WEIGHTS
-from server.engine.shared.step import StepRecord
-from server.engine.worker.timing import Span
+from server.engine.client.step_feed import StepFeed
+from server.engine.core.outputs import add_report
+from server.engine.shared.extra_args import GATE_WEIGHTS
+from server.engine.shared.report import StepReport
+from server.engine.shared.step import Span, StepRecord
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
 

@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
+from server.engine.shared.extra_args import SPECIALIST_PROMPTS
 from server.engine.worker.view import SpecialistView, leader_sampling_params, neutral_sampling_params, own_span
 
 
