@@ -37,7 +37,7 @@ class StepFeed:
 
         def process_outputs(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
             waiting = processor.request_states
-            self._is_counted += [output.request_id in waiting for output in outputs if output.new_token_ids]
+            self._is_counted += [output.request_id in waiting for output in outputs for _ in output.new_token_ids]
             return process(outputs, *args, **kwargs)
 
         def update_scheduler_stats(stats: SchedulerStats | None) -> None:

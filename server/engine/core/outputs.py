@@ -17,7 +17,7 @@ def add_weights(outputs: Sequence[EngineCoreOutput], step: StepRecord, wanting: 
     """Give the gate's weights to the tokens of the requests that asked."""
     for output in outputs:
         if output.new_token_ids and output.request_id in wanting:
-            output.routed_experts = step.weights_of(output.request_id)
+            output.routed_experts = step.weights_of(output.request_id, len(output.new_token_ids))
 
 
 def add_report(outputs: dict[int, EngineCoreOutputs], step: StepRecord, culprits: Iterable[int]) -> None:
@@ -26,7 +26,7 @@ def add_report(outputs: dict[int, EngineCoreOutputs], step: StepRecord, culprits
     `culprits` are those of the requests that were ended, as bits.
     """
     own = next(iter(outputs.values()), None) or outputs.setdefault(0, EngineCoreOutputs())
-    marks_TX = step.rows_of([output.request_id for output in own.outputs if output.new_token_ids])
+    marks_TX = step.rows_of((output.request_id, len(output.new_token_ids)) for output in own.outputs)
     own.scheduler_stats = own.scheduler_stats or SchedulerStats()
     own.scheduler_stats.ec_connector_stats = pack(marks_TX, culprits, step.spans)
 

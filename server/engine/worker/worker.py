@@ -18,6 +18,7 @@ from gating.model.gate import load_gate
 from server.engine.shared.spec import EngineSpec, SpecialistSpec
 from server.engine.worker.fused_step import FusedModelRunner
 from server.engine.worker.mixing import Mixer
+from server.engine.worker.specialists import Specialists
 
 
 class FusedWorkerMixin(Worker):
@@ -35,7 +36,7 @@ class FusedWorkerMixin(Worker):
             config = follower_config(self.vllm_config, specialist)
             with set_current_vllm_config(config):
                 runners.append(type(runners[0])(config, self.device))
-        self.model_runner = FusedModelRunner(runners, spec.names, lambda: self._load_mixer(spec))
+        self.model_runner = FusedModelRunner(Specialists(runners, spec.names), lambda: self._load_mixer(spec))
 
     def _load_mixer(self, spec: EngineSpec) -> Mixer:
         if spec.gate is None:
