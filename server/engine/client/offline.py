@@ -25,12 +25,7 @@ class OfflineEngine(LLM):
     input_processor: InputProcessor
 
     def __init__(self, fusion: FusionConfig, info: FusedModelInfo, engine_options: Mapping[str, Any]) -> None:
-        """Start the engine of a materialized fusion.
-
-        Raises:
-            FusionError, GateError: the fusion does not fit together.
-            EngineOptionError: an option is not on the allow-list.
-        """
+        """Start the engine of a materialized fusion; raises what `engine_arguments` does."""
         super().__init__(**engine_arguments(fusion, info, engine_options))
         self.input_processor = FusedInputProcessor(self.input_processor)
         self.llm_engine.input_processor = self.input_processor

@@ -24,30 +24,25 @@ class StepFeed:
     def __init__(self, processor: OutputProcessor, specialists: Sequence[str]) -> None:
         """Stand between vLLM's output processor and its caller, from now on."""
         self._specialists = specialists
+        self._waiting = processor.request_states
         self._listeners: list[Callable[[StepReport], None]] = []
         self._is_counted: list[bool] = []
-        self._watch(processor)
+        self._process, processor.process_outputs = processor.process_outputs, self._process_outputs
+        self._update, processor.update_scheduler_stats = processor.update_scheduler_stats, self._take_report
 
     def listen(self, listener: Callable[[StepReport], None]) -> None:
         """Call back with each step's report; to be called before the first request."""
         self._listeners.append(listener)
 
-    def _watch(self, processor: OutputProcessor) -> None:
-        process, update = processor.process_outputs, processor.update_scheduler_stats
+    def _process_outputs(self, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
+        self._is_counted += [output.request_id in self._waiting for output in outputs for _ in output.new_token_ids]
+        return self._process(outputs, *args, **kwargs)
 
-        def process_outputs(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
-            waiting = processor.request_states
-            self._is_counted += [output.request_id in waiting for output in outputs for _ in output.new_token_ids]
-            return process(outputs, *args, **kwargs)
-
-        def update_scheduler_stats(stats: SchedulerStats | None) -> None:
-            if stats is not None and stats.ec_connector_stats is not None:
-                payload, stats.ec_connector_stats = stats.ec_connector_stats, None
-                report = unpack(payload, self._specialists, self._is_counted)
-                for listener in self._listeners:
-                    listener(report)
-            self._is_counted.clear()
-            update(stats)
-
-        processor.process_outputs = process_outputs
-        processor.update_scheduler_stats = update_scheduler_stats
+    def _take_report(self, stats: SchedulerStats | None) -> None:
+        if stats is not None and stats.ec_connector_stats is not None:
+            payload, stats.ec_connector_stats = stats.ec_connector_stats, None
+            report = unpack(payload, self._specialists, self._is_counted)
+            for listener in self._listeners:
+                listener(report)
+        self._is_counted.clear()
+        self._update(stats)

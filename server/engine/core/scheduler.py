@@ -36,8 +36,6 @@ class FusedSchedulerMixin(Scheduler):
         self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()
-        self._num_found: dict[str, int] = {}
-        """Tokens whose blocks were found in the prefix cache, by request."""
         self._soiled_block_ids: set[int] = set()
         coordinator = self.kv_cache_manager.coordinator
         announce = coordinator.cache_blocks
@@ -60,13 +58,6 @@ class FusedSchedulerMixin(Scheduler):
         if wants_weights(request.sampling_params):
             self._wanting.add(request.request_id)
         super().add_request(request)
-
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """As vLLM's; notes what new requests find in the prefix cache."""
-        output = super().schedule(*args, **kwargs)
-        for request in output.scheduled_new_reqs:
-            self._num_found[request.req_id] = request.num_computed_tokens
-        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -116,18 +107,17 @@ class FusedSchedulerMixin(Scheduler):
 
     def _unseen_blocks(self, request: Request) -> set[int]:
         """Blocks of which no row has shown yet that all in them is finite: the last ones, or of a prompt that is not
-        read to its end all that were computed. A step that is under way may still write to them."""
+        read to its end all but those found in the cache. A step that is under way may still write to them."""
         if request.num_output_tokens:
             start = max(request.num_tokens - self._lags[request.request_id], 0)
         else:
-            start = self._num_found.get(request.request_id, 0)
+            start = request.prefill_stats.num_cached_tokens if request.prefill_stats else 0
         groups = self.kv_cache_manager.get_block_ids(request.request_id)
         return {block_id for group in groups for block_id in group[start // self.block_size :]}
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._lags.pop(request.request_id, None)
-        self._num_found.pop(request.request_id, None)
         self._wanting.discard(request.request_id)
 
 

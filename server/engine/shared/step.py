@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.v1.outputs import ModelRunnerOutput
 
 from server.engine.shared.row import Row
 
@@ -36,7 +35,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step, on the host. Arrays: a tensor would take ten times as long between processes."""
+    """One step, on the host; its output carries it as `step`. Arrays: tensors take ten times as long to be sent."""
 
     rows: list[Row]
     """Those that ended in a token; a request's rows are neighbours, by position."""
@@ -76,10 +75,3 @@ class StepRecord:
 
 def _from_columns(columns: list[Any], marks_BX: NDArray[np.float32], spans: list[Span]) -> StepRecord:
     return StepRecord([Row(*own) for own in zip(*columns, strict=True)], marks_BX, spans)
-
-
-@dataclass
-class FusedRunnerOutput(ModelRunnerOutput):
-    """A step's output with its record."""
-
-    step: StepRecord | None = None

@@ -46,7 +46,7 @@ class FusedModelRunner:
         """Load every specialist's weights, then the gate."""
         self.specialists.load_model(load_dummy_weights)
         self._mixer = self._load_mixer()
-        PromptLogprobs(self.runners, self._mixer).attach()
+        PromptLogprobs(self.runners, self._mixer)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Run every specialist once with the largest batch, then mix and sample once with all their results held."""

@@ -6,14 +6,13 @@ Shapes: B rows that end in a token, X marks of a row (`server.engine.worker.obse
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from server.engine.shared.row import Row
-from server.engine.shared.step import NUM_OTHER_MARKS, FusedRunnerOutput, StepRecord
+from server.engine.shared.step import NUM_OTHER_MARKS, StepRecord
 from server.engine.worker.timing import StepClock
 
 
@@ -44,7 +43,7 @@ class FusedAsyncOutput(AsyncModelRunnerOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         """Block until the leader's tokens are on the host, and with them the record; then complete them."""
-        return _complete(self._leader_output.get_output(), self._scheduled, self._step)
+        return completed(self._leader_output.get_output(), self._scheduled, self._step)
 
 
 def completed(
@@ -56,14 +55,10 @@ def completed(
     """
     if isinstance(output, AsyncModelRunnerOutput):
         return FusedAsyncOutput(output, scheduled, step)
-    return _complete(output, scheduled, step)
-
-
-def _complete(output: ModelRunnerOutput, scheduled: Sequence[str], step: StepOnTheWay) -> FusedRunnerOutput:
     for request in scheduled:
         if request not in output.req_id_to_index:
             output.req_id_to_index[request] = len(output.req_ids)
             output.req_ids.append(request)
             output.sampled_token_ids.append([])
-    own = {field.name: getattr(output, field.name) for field in fields(ModelRunnerOutput)}
-    return FusedRunnerOutput(**own, step=step.arrive())
+    output.step = step.arrive()
+    return output

@@ -8,6 +8,7 @@ answered by the leader, the first.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -20,7 +21,7 @@ from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_wo
 
 from server.engine.shared.row import Row
 from server.engine.worker.timing import StepClock
-from server.engine.worker.warming import JitWarmups, keeping_workspace
+from server.engine.worker.warming import keeping_workspace
 
 _ASKED_OF_ALL = frozenset(
     {
@@ -108,9 +109,9 @@ class Specialists:
         return sum(self._for_each(lambda runner: runner.profile_cudagraph_memory()))
 
     @property
-    def jit_warmup_registry(self) -> JitWarmups:
-        """What vLLM's warm-up compiles before the first request."""
-        return JitWarmups(self.runners)
+    def jit_warmup_registry(self) -> SimpleNamespace:
+        """What vLLM's warm-up compiles before the first request: the kernels that all specialists have registered."""
+        return SimpleNamespace(warmup=lambda: self._for_each(lambda runner: runner.jit_warmup_registry.warmup()))
 
     def capture_model(self) -> int:
         """Capture every specialist's CUDA graphs; the sum of their bytes."""
@@ -149,11 +150,7 @@ def unfinished_slots(runner: GPUModelRunner) -> list[int]:
 
 
 def _is_full_attention(spec: KVCacheSpec) -> bool:
-    return (
-        isinstance(spec, FullAttentionSpec)
-        and getattr(spec, "sliding_window", None) is None
-        and getattr(spec, "attention_chunk_size", None) is None
-    )
+    return isinstance(spec, FullAttentionSpec) and spec.sliding_window is None and spec.attention_chunk_size is None
 
 
 def _own_kv_cache_config(runner: GPUModelRunner, common: KVCacheConfig) -> KVCacheConfig:

@@ -1,4 +1,4 @@
-"""What n runners need beyond a loop before they serve: memory to mix in, kernels, a workspace that stays where it is.
+"""What n runners need beyond a loop before they serve: memory to mix in, a workspace that stays where it is.
 
 vLLM profiles, warms up and captures one model; here it does so n times over, and what the models share must survive the
 next one's turn. Knows runners, no requests.
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
@@ -31,19 +30,6 @@ def largest_step(runners: Sequence[GPUModelRunner]) -> list[Rows]:
         each_R = [Row(str(slot), position=0, is_draft=False, slot=slot) for slot in range(num_rows)]
         rows.append(Rows(each_R, hidden_RD, logits_RV))
     return rows
-
-
-class JitWarmups:
-    """The kernels that all specialists have registered, for vLLM's warm-up, which asks one runner for them."""
-
-    def __init__(self, runners: Sequence[GPUModelRunner]) -> None:
-        self._runners = runners
-
-    def warmup(self) -> None:
-        """Compile them."""
-        for runner in self._runners:
-            with set_current_vllm_config(runner.vllm_config):
-                runner.jit_warmup_registry.warmup()
 
 
 @contextmanager

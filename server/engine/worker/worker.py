@@ -77,10 +77,7 @@ def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfi
         generation_config="vllm",
     )
     config = args.create_engine_config()
-    config.parallel_config = parallel
-    config.cache_config = leader.cache_config
-    config.scheduler_config = leader.scheduler_config
-    config.device_config = leader.device_config
-    config.load_config = leader.load_config
+    for shared in ("parallel_config", "cache_config", "scheduler_config", "device_config", "load_config"):
+        setattr(config, shared, getattr(leader, shared))
     config.additional_config = copy.copy(leader.additional_config)
     return config

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from gating.model.gate import fuse
 from server.engine.client.step_feed import StepFeed
+from server.engine.client.weight_stream import History, Takeover
 from server.engine.core.outputs import add_report, add_weights
 from server.engine.shared.extra_args import FORCED_TOKEN_IDS
 from server.engine.shared.report import StepReport
@@ -107,6 +109,18 @@ def test_several_tokens_of_a_request_get_as_many_rows_of_weights() -> None:
     short = EngineCoreOutput("two", [5])
     add_weights([short], record(), {"two"})
     assert short.routed_experts.tolist() == MARKS_BX[1:2, :3].tolist()
+
+
+def test_parts_of_a_stream_take_several_rows_of_a_step_or_some_of_them() -> None:
+    chunks = [MARKS_BX[:1, :3], MARKS_BX[1:, :3]]
+    for counts in ([1, 2], [2, 1], [3], [1, 1, 1]):
+        takeover, taken = Takeover(), []
+        for count in counts:
+            part = CompletionOutput(0, "", [0] * count, 0.0, None, routed_experts=History(chunks))
+            takeover.take(part)
+            assert len(part.gate_weights) == count
+            taken += part.gate_weights.tolist()
+        assert taken == MARKS_BX[:, :3].tolist()
 
 
 def test_a_report_has_a_row_for_each_token_that_is_handed_out() -> None:
