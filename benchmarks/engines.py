@@ -19,7 +19,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.workload import Prompts, Request
 from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.llm import FusedLLM, fused_input
+from server.engine.shared.extra_args import fused_input
+from server.llm import FusedLLM
 
 
 class StepEngine:

@@ -116,7 +116,7 @@ class EngineSide:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from server.llm import fused_input
+        from server.engine.shared.extra_args import fused_input
 
         params = SamplingParams(
             temperature=0.0, max_tokens=num_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA

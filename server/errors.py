@@ -38,7 +38,8 @@ from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from server.engine.core.nonfinite import NONFINITE_OUTPUT, NonfiniteOutputError
+from server.engine.client.nonfinite import NonfiniteOutputError
+from server.engine.shared.step import NONFINITE_OUTPUT
 
 MAX_MESSAGE_CHARS = 1000
 """A message may quote the request, but must not send it back whole."""

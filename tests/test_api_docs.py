@@ -14,7 +14,7 @@ from server import errors, metrics
 from server.access import connections
 from server.access import header_count as heads
 from server.app import ROUTERS
-from server.engine.core.nonfinite import NONFINITE_OUTPUT
+from server.engine.shared.step import NONFINITE_OUTPUT
 from server.requests.bodies import MAX_DEPTH
 from server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
 from server.serving import step_metrics

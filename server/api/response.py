@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.access.admission import DONE_EVENT
-from server.engine.core.nonfinite import NONFINITE_OUTPUT
+from server.engine.shared.step import NONFINITE_OUTPUT
 from server.errors import ApiError, Rejection, as_api_error
 from server.metrics import REJECTIONS
 

@@ -20,7 +20,7 @@ from vllm.tokenizers import get_tokenizer
 
 from gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
 from gating.templates import Literals, Marked, TemplateError, fold_messages
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
+from server.engine.shared.extra_args import SPECIALIST_PROMPTS
 from server.errors import ContextTooLong, InvalidRequest
 
 Messages = Sequence[Any]

@@ -9,7 +9,7 @@ from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationE
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from server.api.probes import Readiness
-from server.engine.core.nonfinite import NonfiniteOutputError
+from server.engine.client.nonfinite import NonfiniteOutputError
 from server.errors import MAX_MESSAGE_CHARS
 from tests.server.scripted import SCRIPT, ScriptedEngine
 

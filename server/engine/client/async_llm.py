@@ -15,9 +15,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from gating.model.fusion import FusionConfig, inspect_fusion
 from server.engine.client.input_processor import FusedInputProcessor
+from server.engine.client.nonfinite import raise_if_nan, raise_if_nonfinite
 from server.engine.client.step_feed import StepFeed
 from server.engine.client.weight_stream import Takeover, stream_weights
-from server.engine.core.nonfinite import raise_if_nan, raise_if_nonfinite
 from server.engine.shared.options import build_engine_args
 from server.engine.shared.spec import EngineSpec
 

@@ -9,13 +9,18 @@ from dataclasses import fields
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 
 from gating.errors import UserError
 from gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
 from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
-from server.engine.core.scheduler import SCHEDULER
 from server.engine.shared.spec import EngineSpec, SpecialistSpec
-from server.engine.worker.worker import worker_qualname
+
+_ENGINE = __name__.removesuffix(".shared.options")
+SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"
+CPU_WORKER = f"{_ENGINE}.worker.cpu_worker.FusedCPUWorker"
+GPU_WORKER = f"{_ENGINE}.worker.worker.FusedGPUWorker"
+"""Names, for vLLM to import in the process they are for: what is imported here is imported in the API process, too."""
 
 ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_timeout"}
 """What a fused model may be started with. The last one is no flag: the server has its own, as it waits for requests
@@ -63,7 +68,7 @@ def engine_arguments(
         "dtype": leader.dtype,
         "quantization": leader.quantization,
         "served_model_name": [fusion.name],
-        "worker_cls": worker_qualname(),
+        "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "scheduler_cls": SCHEDULER,
         "additional_config": spec.to_additional_config(),
         "generation_config": "vllm",

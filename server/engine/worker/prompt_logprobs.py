@@ -2,7 +2,8 @@
 
 Stands in for the leader's own computation, which would ask the leader alone; chunks, preemption and the way out are
 vLLM's as before. A position of a prompt means the same to all specialists only if they read the same prompt: requests
-whose n prompts differ are refused where they enter (`inputs.py`). Knows runners and rows, neither text nor schedule.
+whose n prompts differ are refused where they enter (`client/input_processor.py`). Knows runners and rows, neither text
+nor schedule.
 
 Shapes: S specialists, T tokens of the step, B positions that are scored together, D hidden size, V vocabulary.
 """
@@ -24,16 +25,12 @@ _LOGITS_MODES = ("raw_logits", "processed_logits")
 
 
 class PromptLogprobs:
-    """What `GPUModelRunner._get_prompt_logprobs_dict` gives, for n specialists; see `attach`."""
+    """What `GPUModelRunner._get_prompt_logprobs_dict` gives, for n specialists."""
 
     def __init__(self, runners: Sequence[GPUModelRunner], mixer: Mixer) -> None:
-        """`runners[0]` is the leader."""
-        self._leader = runners[0]
-        self._followers = runners[1:]
+        """Have the leader, `runners[0]`, ask here; it does so at the end of a step, before the followers sample."""
+        self._leader, *self._followers = runners
         self._mixer = mixer
-
-    def attach(self) -> None:
-        """Have the leader ask here; it does so at the end of a step, before the followers sample."""
         self._leader._get_prompt_logprobs_dict = self.of_step
 
     def of_step(self, leader_TD: Tensor, num_scheduled: Mapping[str, int]) -> dict[str, LogprobsTensors]:

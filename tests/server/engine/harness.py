@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm import RequestOutput, SamplingParams
-from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from gating.model.fusion import inspect_fusion, load_fusion
 from server.engine.client.input_processor import FusedInputProcessor
-from server.engine.client.step_feed import StepFeed, StepReport
+from server.engine.client.step_feed import StepFeed
+from server.engine.shared.extra_args import fused_input
 from server.engine.shared.options import build_engine_args
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
+from server.engine.shared.report import StepReport
 from server.engine.worker.fused_step import FusedModelRunner
 from tests.server.engine.async_cpu import AsyncOnCPUEngineArgs
 
@@ -112,7 +112,7 @@ def keep_alive(engine: Any) -> Any:
 
 def engine_input(prompts: Prompts, **extras: Any) -> Any:
     """An engine input as rendering makes it: the longest prompt is canonical."""
-    return {**tokens_input(max(prompts, key=len)), SPECIALIST_PROMPTS: prompts, **extras}
+    return {**fused_input(prompts), **extras}
 
 
 def random_prompts(lengths: Sequence[int], seed: int, num_ids: int = 256) -> Prompts:

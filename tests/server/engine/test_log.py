@@ -2,8 +2,7 @@
 
 import pickle
 
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
-from server.engine.worker.forcing import FORCED_TOKEN_IDS
+from server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS
 from tests.server.engine.harness import InProcessEngine, engine_input, greedy, random_prompts
 
 PROMPTS = random_prompts((5, 6, 7), seed=0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
-from server.engine.client.step_feed import StepReport
-from server.engine.worker.timing import Span
+from server.engine.shared.report import StepReport
+from server.engine.shared.step import Span
 from server.serving.step_metrics import BulkHistogram, StepMetrics, entropy_ratio
 
 NAMES = itertools.count()

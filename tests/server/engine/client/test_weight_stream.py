@@ -12,7 +12,8 @@ from vllm.outputs import CompletionOutput
 from gating.model.fusion import load_fusion, save_fusion
 from gating.model.materialize import materialize
 from gating.model.reference import UltraFuserForCausalLM
-from server.engine.client.weight_stream import GATE_WEIGHTS, History, Takeover
+from server.engine.client.weight_stream import History, Takeover
+from server.engine.shared.extra_args import GATE_WEIGHTS
 from tests.prompts import prompts_of
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts

@@ -6,13 +6,18 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.worker.gpu_worker import Worker
 
 import server.engine
 from gating.errors import FusionError
 from gating.model.engine_options import REFUSED_OPTIONS
 from gating.model.fusion import inspect_fusion, load_fusion
+from server.engine.core.scheduler import make_scheduler
 from server.engine.shared.options import (
     ALLOWED_ENGINE_OPTIONS,
+    GPU_WORKER,
+    SCHEDULER,
     EngineOptionError,
     build_engine_args,
     check_engine_options,
@@ -91,6 +96,15 @@ def test_engine_options_override_the_fusion_file(tiny_fusion: Path) -> None:
     fusion = load_fusion(tiny_fusion)
     args = build_engine_args(fusion, inspect_fusion(fusion), {"block_size": 64, "seed": 9})
     assert (args.block_size, args.seed, args.enforce_eager) == (64, 9, True)
+
+
+def test_scheduler_and_worker_are_found_by_their_names(tiny_fusion: Path) -> None:
+    fusion = load_fusion(tiny_fusion)
+    args = build_engine_args(fusion, inspect_fusion(fusion))
+    assert args.scheduler_cls == SCHEDULER
+    assert resolve_obj_by_qualname(SCHEDULER) is make_scheduler
+    for name in (args.worker_cls, GPU_WORKER):
+        assert issubclass(resolve_obj_by_qualname(name), Worker)
 
 
 @pytest.mark.parametrize(

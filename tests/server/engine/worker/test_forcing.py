@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from server.engine.client.weight_stream import GATE_WEIGHTS
-from server.engine.worker.forcing import FORCED_TOKEN_IDS
+from server.engine.shared.extra_args import FORCED_TOKEN_IDS, GATE_WEIGHTS
 from tests.reference import read
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts

@@ -20,7 +20,7 @@ def test_profiling_mixes_the_largest_step_and_leaves_the_engine_exact(
     fuse = Mixer.fuse_into_leader
 
     def spy(mixer: Mixer, rows, *args):
-        mixed.append((len(rows), len(rows[0].indices)))
+        mixed.append((len(rows), len(rows[0].rows)))
         return fuse(mixer, rows, *args)
 
     monkeypatch.setattr(Mixer, "fuse_into_leader", spy)

@@ -1,16 +1,28 @@
-"""The specialists' own prompts on their way through vLLM: one key in a request's sampling parameters.
+"""What of ours travels with a request through vLLM, in `SamplingParams.extra_args`: prompts, a given response, a wish.
 
-Knows where the n prompts of a request travel, not how they were rendered. The key is ours alone: a user
-who sends it is refused where requests enter (`inputs.py`).
+Knows the keys and what they hold, not how prompts were rendered. Prompts and given responses are the server's own to
+send: a user who does so is refused where requests enter.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.inputs import EngineInput, tokens_input
 from vllm.sampling_params import SamplingParams
 
 SPECIALIST_PROMPTS = "specialist_prompts"
-"""Key in `SamplingParams.extra_args` and in engine inputs: n lists of token ids, in the fusion file's order."""
+"""Key, of engine inputs too: n lists of token ids, in the fusion file's order."""
+
+FORCED_TOKEN_IDS = "forced_token_ids"
+"""Key: the tokens of a response that is given, not sampled."""
+
+GATE_WEIGHTS = "gate_weights"
+"""Key: true asks for the gate's weights of every token of this request."""
+
+
+def fused_input(prompts: list[list[int]]) -> EngineInput:
+    """An engine input from one prompt of token ids per specialist; the longest is canonical."""
+    return {**tokens_input(max(prompts, key=len)), SPECIALIST_PROMPTS: prompts}
 
 
 def specialist_prompts(params: SamplingParams, index: int, canonical: Sequence[int]) -> list[int]:
@@ -23,6 +35,16 @@ def all_prompts(params: SamplingParams, canonical: Sequence[int]) -> list[list[i
     """All n own prompts; the canonical one alone when every specialist reads the same."""
     prompts = (params.extra_args or {}).get(SPECIALIST_PROMPTS)
     return [list(canonical)] if prompts is None else [list(prompt) for prompt in prompts]
+
+
+def forced_token_ids(params: SamplingParams | None) -> list[int] | None:
+    """The given response of a request; None if it is to be sampled."""
+    return (params.extra_args or {}).get(FORCED_TOKEN_IDS) if params is not None else None
+
+
+def wants_weights(params: SamplingParams | None) -> bool:
+    """Whether a request asked for its weights."""
+    return bool(params is not None and (params.extra_args or {}).get(GATE_WEIGHTS))
 
 
 class Unprinted(list[Any]):

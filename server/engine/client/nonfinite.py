@@ -1,20 +1,12 @@
-"""The end of a request for which a specialist or the gate computed NaN or infinity; no other request is touched.
-
-Such values stay in the request's KV blocks, so these must not be found again by their content, and must be zeroed
-before they hold another request's values: attention multiplies what it does not see by zero, and NaN stays NaN. A
-request may also leave, or be preempted, before such a value is found: what no row has vouched for is zeroed, too.
-"""
+"""What a caller is told of a request for which a specialist or the gate computed NaN or infinity."""
 
 import math
 
 from vllm.exceptions import GenerationError
 from vllm.logprobs import PromptLogprobs
 from vllm.outputs import CompletionOutput
-from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.request import Request
 
-NONFINITE_OUTPUT = "nonfinite_output"
-"""`stop_reason` of a request that ended so; its `finish_reason` is "error"."""
+from server.engine.shared.step import NONFINITE_OUTPUT
 
 
 class NonfiniteOutputError(GenerationError):
@@ -22,18 +14,6 @@ class NonfiniteOutputError(GenerationError):
 
     def __init__(self) -> None:
         super().__init__("The model computed a value that is not a finite number, and cannot go on with this request.")
-
-
-def nonfinite_end(request: Request) -> EngineCoreOutput:
-    """The last output of a request that has ended so: no token."""
-    return EngineCoreOutput(
-        request_id=request.request_id,
-        new_token_ids=[],
-        finish_reason=request.get_finished_reason(),
-        stop_reason=NONFINITE_OUTPUT,
-        events=request.take_events(),
-        trace_headers=request.trace_headers,
-    )
 
 
 def raise_if_nonfinite(completion: CompletionOutput) -> None:
