@@ -1,12 +1,11 @@
 """Tiny fused models, written once per test run; tests that break one work on a copy. And short training runs."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gating.model.fusion import load_fusion
 from gating.model.reference import UltraFuserForCausalLM
@@ -14,15 +13,6 @@ from gating.training.command import train
 from gating.training.settings import TrainSettings
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small lose more by waking a second thread than they win, ten times over on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ caller brings.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from vllm import LLM
 from vllm.inputs import EngineInput
@@ -30,6 +30,17 @@ class OfflineEngine(LLM):
         self.input_processor = FusedInputProcessor(self.input_processor)
         self.llm_engine.input_processor = self.input_processor
         self.steps = StepFeed(self.llm_engine.output_processor, fusion.specialist_names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the engine: when this returns its processes are gone and its memory is free; it answers nothing more."""
+        self.renderer.shutdown()
+        self.llm_engine.engine_core.shutdown()
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:
         outputs = super()._run_engine(*args, **kwargs)

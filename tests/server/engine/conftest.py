@@ -1,8 +1,11 @@
 """Engines and references shared by the engine tests: one engine per configuration, started when first asked for."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from vllm.config import StructuredOutputsConfig
@@ -32,6 +35,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_groups() -> Iterator[None]:
+    """Engines of one process share communication groups, which vLLM takes away with the first engine that ends."""
+    with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", gc.collect):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three random specialists of different depth and vocabulary, with a random gate."""
@@ -45,16 +55,18 @@ def judge(tiny_fusion: Path) -> Judge:
 
 
 @pytest.fixture(scope="session")
-def engine_of(tiny_fusion: Path) -> Callable[[str], InProcessEngine]:
+def engine_of(tiny_fusion: Path, shared_groups: None) -> Iterator[Callable[[str], InProcessEngine]]:
     """The tiny fusion's engine in a configuration of the table above."""
     engines: dict[str, InProcessEngine] = {}
 
     def get(configuration: str) -> InProcessEngine:
         if configuration not in engines:
-            engines[configuration] = InProcessEngine(tiny_fusion, **CONFIGURATIONS[configuration], **GRAMMAR)
+            engine = InProcessEngine(tiny_fusion, **CONFIGURATIONS[configuration], **GRAMMAR)
+            engines[configuration] = stack.enter_context(engine)
         return engines[configuration]
 
-    return get
+    with ExitStack() as stack:
+        yield get
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """An in-process fused engine whose inside can be looked at, and requests that arrive when a test says."""
 
+import gc
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -19,8 +20,6 @@ from server.engine.shared.options import build_engine_args
 from server.engine.shared.report import StepReport
 from server.engine.worker.fused_step import FusedModelRunner
 from tests.server.engine.async_cpu import AsyncOnCPUEngineArgs
-
-_ALIVE: list[Any] = []
 
 Prompts = list[list[int]]
 """A request's own prompts, one per specialist."""
@@ -42,8 +41,7 @@ class Arrival:
 class InProcessEngine:
     """vLLM's synchronous engine with our worker, scheduler and input processor in this process.
 
-    Never shut down, and kept alive to the end: vLLM takes the process's communication groups away from every
-    other engine in it when one is shut down or collected.
+    A context, after which its memory is free. Other engines of the process go on: see `conftest.shared_groups`.
     """
 
     def __init__(self, fusion_path: Path, *, force_async: bool = False, **options: Any) -> None:
@@ -51,12 +49,19 @@ class InProcessEngine:
         args = build_engine_args(fusion, inspect_fusion(fusion), options)
         if force_async:
             args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
-        self.llm = keep_alive(LLMEngine.from_engine_args(args))
+        gc.freeze()  # a start collects garbage nine times, half a second each among all that tests have imported
+        self.llm = LLMEngine.from_engine_args(args)
         self.llm.input_processor = FusedInputProcessor(self.llm.input_processor)
         self.steps = StepFeed(self.llm.output_processor, fusion.specialist_names)
         self.reports: list[StepReport] = []
         self.steps.listen(self.reports.append)
         self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.llm.engine_core.shutdown()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -102,12 +107,6 @@ class InProcessEngine:
         params = arrival.params.clone()
         params.output_kind = RequestOutputKind.FINAL_ONLY
         self.llm.add_request(name, engine_input(arrival.prompts, **extras), params)
-
-
-def keep_alive(engine: Any) -> Any:
-    """Hold an engine of vLLM until the process ends."""
-    _ALIVE.append(engine)
-    return engine
 
 
 def engine_input(prompts: Prompts, **extras: Any) -> Any:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
+from vllm.utils.cpu_resource_utils import get_memory_node_info
 
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
@@ -122,12 +124,19 @@ def test_a_follow_up_turn_equals_the_reference(engine: InProcessEngine, judge: J
         {"enable_prefix_caching": False, "enable_chunked_prefill": False},
         {"block_size": 96, "prefix_caching_hash_algo": "sha256_cbor", "scheduling_policy": "priority"},
         {"block_size": 64, "max_num_seqs": 2, "disable_log_stats": True, "logprobs_mode": "processed_logprobs"},
-        {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.4, "seed": 7, "max_logprobs": -1},
+        {"kv_cache_memory_bytes": None, "gpu_memory_utilization": None, "seed": 7, "max_logprobs": -1},
     ],
     ids=lambda options: "-".join(options),
 )
 def test_every_other_allowed_option_is_exact_too(tiny_fusion: Path, judge: Judge, options: dict[str, Any]) -> None:
-    engine = InProcessEngine(tiny_fusion, **options)
+    if "gpu_memory_utilization" in options:
+        options = {**options, "gpu_memory_utilization": share_with_room_for(2**28)}
     arrivals = [Arrival(prompts, greedy(MAX_TOKENS), step=i) for i, prompts in enumerate(BATCH)]
-    assert engine.tokens(arrivals) == [judge.tokens(prompts, MAX_TOKENS) for prompts in BATCH]
+    with InProcessEngine(tiny_fusion, **options) as engine:
+        assert engine.tokens(arrivals) == [judge.tokens(prompts, MAX_TOKENS) for prompts in BATCH]
     assert sum(len(report.weights_TS) for report in engine.reports) == len(BATCH) * MAX_TOKENS
+
+
+def share_with_room_for(num_bytes: int) -> float:
+    """The share of the machine's memory that leaves so many bytes for the cache, beside what this process has now."""
+    return float((psutil.Process().memory_info().rss + num_bytes) / get_memory_node_info().total_memory)

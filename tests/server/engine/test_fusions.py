@@ -1,5 +1,6 @@
 """Other fusions: closed and open gates, one specialist, unequal widths and vocabularies, bfloat16."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from gating.model.fusion import load_fusion
 from gating.model.reference import UltraFuserForCausalLM
 from tests.fakes import write_tiny_fusion
-from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, keep_alive, random_prompts
+from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import Judge
 
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate([(13, 16, 36), (60, 5, 20), (7, 44, 44)])]
@@ -28,8 +29,8 @@ def specialist_alone(folder: Path, prompt: list[int], num_shared: int = 320) -> 
 
 @pytest.mark.parametrize(("name", "index"), [("text", 0), ("code", 1), ("math", 2)])
 def test_a_gate_closed_on_a_specialist_gives_that_specialist_exactly(tmp_path: Path, name: str, index: int) -> None:
-    engine = InProcessEngine(write_tiny_fusion(tmp_path, gate=f"closed:{name}"))
-    tokens = engine.tokens([Arrival(prompts, greedy(MAX_TOKENS)) for prompts in BATCH])
+    with InProcessEngine(write_tiny_fusion(tmp_path, gate=f"closed:{name}")) as engine:
+        tokens = engine.tokens([Arrival(prompts, greedy(MAX_TOKENS)) for prompts in BATCH])
     assert tokens == [specialist_alone(tmp_path / name, prompts[index]) for prompts in BATCH]
 
 
@@ -41,29 +42,30 @@ def test_a_single_specialist_equals_plain_vllm(tmp_path: Path) -> None:
     )
     prompts = [own[1] for own in BATCH]
     seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=2)
-    fused = InProcessEngine(path)
     arrivals = [Arrival([prompt], params) for prompt in prompts for params in (greedy(MAX_TOKENS), seeded)]
-    outputs = fused.generate(arrivals)
+    with InProcessEngine(path) as fused:
+        outputs = fused.generate(arrivals)
     options = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 2**26}
-    plain = keep_alive(LLM(str(tmp_path / "text"), **options))
+    plain = LLM(str(tmp_path / "text"), **options)
     expected = plain.generate(
         [{"prompt_token_ids": arrival.prompts[0]} for arrival in arrivals],
         [arrival.params for arrival in arrivals],
         use_tqdm=False,
     )
+    plain.llm_engine.engine_core.shutdown()
     for ours, theirs in zip(outputs, expected, strict=True):
         assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
         assert ours.outputs[0].logprobs == theirs.outputs[0].logprobs
 
 
 @pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[InProcessEngine, Judge]:
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[InProcessEngine, Judge]]:
     """Widths and vocabularies differ; the leader has ids that nobody else knows."""
     path = write_tiny_fusion(
         tmp_path_factory.mktemp("uneven"), hidden_sizes=(64, 128, 96), vocab_sizes=(336, 320, 352), seed=3
     )
-    engine = InProcessEngine(path)
-    return engine, Judge(UltraFuserForCausalLM.from_fusion(load_fusion(path)))
+    with InProcessEngine(path) as engine:
+        yield engine, Judge(UltraFuserForCausalLM.from_fusion(load_fusion(path)))
 
 
 @pytest.mark.parametrize("prompts", BATCH, ids=["leader-short", "leader-long", "leader-shortest"])
@@ -82,7 +84,7 @@ def test_ids_outside_the_shared_vocabulary_are_never_sampled(uneven: tuple[InPro
 
 
 def test_bfloat16_serves_and_every_request_ends(tmp_path: Path) -> None:
-    engine = InProcessEngine(write_tiny_fusion(tmp_path, dtype="bfloat16"))
-    tokens = engine.tokens([Arrival(prompts, greedy(MAX_TOKENS)) for prompts in BATCH])
+    with InProcessEngine(write_tiny_fusion(tmp_path, dtype="bfloat16")) as engine:
+        tokens = engine.tokens([Arrival(prompts, greedy(MAX_TOKENS)) for prompts in BATCH])
     assert [len(own) for own in tokens] == [MAX_TOKENS] * 3
     assert all(0 <= token < 320 for own in tokens for token in own)

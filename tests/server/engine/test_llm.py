@@ -1,8 +1,11 @@
 """Offline inference: `FusedLLM` takes what vLLM's `LLM` takes, and answers as the fused model."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from transformers import AutoTokenizer
 
@@ -10,14 +13,15 @@ from gating.model.fusion import load_fusion
 from gating.templates import fold_messages
 from server.engine.shared.options import EngineOptionError
 from server.llm import FusedLLM
-from tests.server.engine.harness import greedy, keep_alive, random_prompts
+from tests.server.engine.harness import greedy, random_prompts
 from tests.server.engine.judge import Judge
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_fusion: Path) -> FusedLLM:
+def llm(tiny_fusion: Path) -> Iterator[FusedLLM]:
     """The tiny fusion, offline."""
-    return keep_alive(FusedLLM(tiny_fusion))
+    with FusedLLM(tiny_fusion) as llm:
+        yield llm
 
 
 def test_generate_takes_text_token_ids_and_own_prompts(llm: FusedLLM, judge: Judge) -> None:
@@ -61,3 +65,33 @@ def test_completions_carry_the_gates_weights_if_they_are_asked_for(llm: FusedLLM
     wanted = judge.generation(own, 8).gate_weights
     assert asked.outputs[0].gate_weights == pytest.approx(wanted.numpy(), abs=1e-4)
     assert plain.outputs[0].gate_weights is None
+
+
+def test_an_ended_engine_has_given_its_memory_back(tiny_fusion: Path) -> None:
+    """The cache was kept to the end of the process: a dozen engines in turn took all of the machine's memory."""
+    process = psutil.Process()
+    num_bytes = 2**29
+    before = process.memory_info().rss
+    with FusedLLM(tiny_fusion, kv_cache_memory_bytes=num_bytes) as llm:
+        llm.generate([{"specialist_prompts": random_prompts((13, 16, 36), seed=0)}], greedy(4), use_tqdm=False)
+        assert process.memory_info().rss - before > num_bytes
+    assert process.memory_info().rss - before < num_bytes / 8
+
+
+def engine_processes() -> list[psutil.Process]:
+    """vLLM's processes below this one."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.name().startswith("VLLM") and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")  # vLLM leaves its sockets' to the collector
+def test_its_processes_end_with_it(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it runs by default, in processes of its own."""
+    monkeypatch.setattr("vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING", True, raising=False)
+    with FusedLLM(tiny_fusion) as llm:
+        (output,) = llm.generate(["Go on."], greedy(4), use_tqdm=False)
+        assert len(engine_processes()) >= 1
+    assert engine_processes() == []
+    assert len(output.outputs[0].token_ids) == 4
+    del llm
+    gc.collect()

@@ -115,14 +115,14 @@ def test_the_demos_trained_gate_gives_the_references_weights(
     path = tmp_path_factory.mktemp("demo") / "fusion.yaml"
     save_fusion(fusion, path)
     options: dict[str, Any] = {"kv_cache_memory_bytes": 2**28, "max_model_len": 512, "max_num_batched_tokens": budget}
-    engine = InProcessEngine(path, dtype="float32", max_num_seqs=8, **options)
     prompts = [prompts_of(fusion, question) for question in QUESTIONS]
     assert len({len(prompt) for prompt in prompts[0]}) == 3, "specialists must differ in the step they are ready in"
     reference = UltraFuserForCausalLM.from_fusion(fusion)
     ends = fusion.eos_token_ids
     wanted = reference.generate(prompts, max_new_tokens=MAX_TOKENS, eos_token_ids=ends, use_cache=True)
     params = greedy(MAX_TOKENS, ignore_eos=False, stop_token_ids=list(ends), extra_args=ASKING)
-    outputs = engine.generate([Arrival(own, params) for own in prompts])
+    with InProcessEngine(path, dtype="float32", max_num_seqs=8, **options) as engine:
+        outputs = engine.generate([Arrival(own, params) for own in prompts])
     leaders = set()
     for output, generation in zip(outputs, wanted, strict=True):
         # From the first near-tie on, two float32 programs may part.

@@ -202,9 +202,9 @@ def test_a_single_specialist_scores_prompts_too(tmp_path: Path) -> None:
     one: dict[str, Any] = {"num_layers": (2,), "hidden_sizes": (64,), "vocab_sizes": (320,)}
     path = write_tiny_fusion(tmp_path, names=("only",), gate="none", **one)
     judge = Judge(UltraFuserForCausalLM.from_fusion(load_fusion(path)))
-    engine = InProcessEngine(path, max_num_seqs=4)
     text = TEXTS[0]
-    (output,) = engine.generate([Arrival([text], greedy(1, prompt_logprobs=1))])
+    with InProcessEngine(path, max_num_seqs=4) as engine:
+        (output,) = engine.generate([Arrival([text], greedy(1, prompt_logprobs=1))])
     logprobs_TV = read_text(judge.model, text)
     for entries, target, logprobs_V in zip(output.prompt_logprobs[1:], text[1:], logprobs_TV, strict=True):
         assert entries[target].logprob == pytest.approx(float(logprobs_V[target]), abs=TOLERANCE)

@@ -17,18 +17,9 @@ BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate([(13, 16, 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_fusion: Path) -> Iterator[InProcessEngine]:
     """The tiny fusion over two processes, one core each, with a 16-token prefill budget."""
-    engine = InProcessEngine(
-        tiny_fusion,
-        tensor_parallel_size=2,
-        distributed_executor_backend="mp",
-        max_num_batched_tokens=16,
-        max_num_seqs=8,
-    )
-    yield engine
-    with pytest.MonkeyPatch.context() as patch:
-        # It would end this process's own groups, which the engines of other tests still use.
-        patch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)
-        engine.llm.engine_core.shutdown()
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with InProcessEngine(tiny_fusion, **options, max_num_batched_tokens=16, max_num_seqs=8) as engine:
+        yield engine
 
 
 def outputs_by_specialist(worker: Any) -> list[dict[str, list[int]]]:
