@@ -1,8 +1,5 @@
 """The HTTP application: routes, error handlers, middleware. Knows the serving classes, starts nothing."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
@@ -57,7 +54,6 @@ def create_app(
         redirect_slashes=False,  # a redirect would be an answer without OpenAI's error body
         docs_url=None,  # these two load scripts from elsewhere; /openapi.json stays
         redoc_url=None,
-        lifespan=_ended_with(serving),
     )
     app.state.serving = serving
     app.state.readiness = readiness
@@ -72,15 +68,6 @@ def create_app(
         app.add_exception_handler(error, answer_error)
     _add_middleware(app, settings, admission or Admission())
     return app
-
-
-def _ended_with(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await serving.grammars.close()
-
-    return lifespan
 
 
 def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission) -> None:

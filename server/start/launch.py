@@ -8,9 +8,10 @@ import logging
 import platform
 import signal
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -84,8 +85,8 @@ def serve(
     # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
     with progress.step("load all specialists into one engine"), tied_children():
         engine = _start_engine(fusion, engine_options)
-    adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
     try:
+        adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
         engine.steps.listen(StepMetrics(fusion.specialist_names).record)
         serving = build_serving(engine, fusion, info, settings)
         name = serving.models.model_name()
@@ -137,6 +138,7 @@ class _Service:
         self._serving = serving
         self._settings = settings
         self._listener = listener
+        self._url = base_url(settings, listener)  # while it can say: at the end uvicorn closes the listener
         self._progress = progress
         self._readiness = Readiness()
         self._engine_failed = False
@@ -152,14 +154,16 @@ class _Service:
     async def run(self) -> int:
         """Serve until asked to end; the exit status."""
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop)
+        # Not the loop's own handlers: it would give the signals back to Python when it closes, with the engine to end.
+        _at_stop_signals(lambda *_: loop.call_soon_threadsafe(self._stop))
         self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
         try:
             await self._server.serve(sockets=[self._listener])
         finally:
+            _at_stop_signals(signal.SIG_IGN)
             for task in self._companions:
                 task.cancel()
+            await self._serving.grammars.close()
         results = await asyncio.gather(*self._companions, return_exceptions=True)
         failures = [result for result in results if isinstance(result, Exception)]
         for failure in failures:
@@ -171,11 +175,13 @@ class _Service:
             with self._progress.step("generate a first token"):
                 await warm_up(self._serving)
         except Exception:
+            if self._readiness.is_ending:
+                return  # vLLM answers a request that the end has cancelled with an error
             self._stop()
             raise
-        self._readiness.is_warm = True
-        name = self._serving.models.model_name()
-        self._progress.say(f"ready: {base_url(self._settings, self._listener)}/v1  model {name}")
+        if not self._readiness.is_ending:
+            self._readiness.is_warm = True
+            self._progress.say(f"ready: {self._url}/v1  model {self._serving.models.model_name()}")
 
     async def _watch_engine(self) -> None:
         """An engine that has stopped answers nothing more: end, so that whoever runs the server starts a new one."""
@@ -207,6 +213,11 @@ class _Service:
         self._companions += [asyncio.create_task(task) for task in tasks]
 
 
+def _at_stop_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handling: it would raise the signal again at its end and decide the exit status."""
 
@@ -222,6 +233,7 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         ws="none",
+        lifespan="off",  # when it is told to end at once uvicorn cancels one, and prints the traceback
         http=guarded_protocol(settings.read_timeout, settings.write_timeout),
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,  # of responses that are complete already
         ssl_certfile=settings.ssl_certfile,
