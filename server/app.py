@@ -1,5 +1,7 @@
 """The HTTP application: routes, error handlers, middleware. Knows the serving classes, starts nothing."""
 
+from typing import Any
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
@@ -11,21 +13,22 @@ from server import __version__
 from server.access.admission import Admission, AdmissionControl
 from server.access.header_count import HeaderCount
 from server.access.keys import KeyRing
-from server.access.middleware import ApiKeys, RequestLog, TrustedHosts
+from server.access.middleware import PROBE_PATHS, ApiKeys, RequestLog, TrustedHosts
 from server.access.quotas import Quota
-from server.api import analyze as gate
-from server.api import chat, completions, models, tokenize
-from server.api import probes as health
-from server.api.playground import playground_router
-from server.api.probes import Readiness
+from server.api import analyze, chat, completions, models, probes, tokenize
+from server.api.playground import FILES, playground_router
 from server.api.response import answer_error
 from server.errors import ApiError
+from server.health import Readiness
 from server.metrics import count_http_requests
 from server.serving.openapi import describe
 from server.serving.serving import Serving
 from server.settings import ServerSettings
 
-ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))
+ROUTERS = tuple(module.router for module in (chat, completions, analyze, models, tokenize, probes))
+
+PUBLIC_PATHS = PROBE_PATHS | FILES.keys()
+"""Paths that need no key and are never turned away: there is nothing secret in the playground's files."""
 
 # The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
 TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
@@ -73,15 +76,15 @@ def create_app(
 def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission) -> None:
     """From the inside out: admission, keys, request counts (of refused ones, too), hosts, headers, CORS (whose
     preflights carry no key), log."""
-    app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout)
+    public: dict[str, Any] = {"public_paths": PUBLIC_PATHS}
+    app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout, **public)
     if settings.api_key:
         quotas = [Quota(settings.requests_per_minute, settings.concurrent_requests) for _ in settings.api_key]
-        app.add_middleware(
-            ApiKeys, keys=KeyRing(settings.api_key), quotas=quotas, salts_cache=settings.cache_salt_per_key
-        )
+        salts_cache = settings.cache_salt_per_key
+        app.add_middleware(ApiKeys, keys=KeyRing(settings.api_key), quotas=quotas, salts_cache=salts_cache, **public)
     count_http_requests(app)
     if settings.allowed_host:
-        app.add_middleware(TrustedHosts, hosts=settings.allowed_host)
+        app.add_middleware(TrustedHosts, hosts=settings.allowed_host, **public)
     app.add_middleware(HeaderCount)
     if settings.allowed_origin:
         app.add_middleware(
@@ -91,4 +94,4 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-should-retry", "retry-after"],
         )
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, quiet_paths=PUBLIC_PATHS | {"/version"})

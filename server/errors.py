@@ -98,9 +98,9 @@ class ApiError(Exception):
         """The HTTP response."""
         return JSONResponse(self.body(), status_code=self.status, headers=dict(self.headers))
 
-    def event(self) -> str:
-        """The server-sent event that ends a stream which has already begun."""
-        return f"data: {json.dumps(self.body(), ensure_ascii=False)}\n\n"
+    def last_events(self) -> str:
+        """The server-sent events that end a stream which has already begun: this error, and that there is no more."""
+        return f"data: {json.dumps(self.body(), ensure_ascii=False)}\n\ndata: [DONE]\n\n"
 
 
 class InvalidRequest(ApiError, ValueError):

@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from server.access.admission import DONE_EVENT
 from server.engine.core.nonfinite import NONFINITE_OUTPUT
 from server.errors import ApiError, Rejection, as_api_error
 from server.metrics import REJECTIONS
@@ -125,8 +124,7 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
             told = as_api_error(error)
             if told.status >= 500:
                 _log_failure("a stream ended early", told, error)
-            yield told.event()
-            yield DONE_EVENT
+            yield told.last_events()
 
 
 def _log_failure(what: str, told: ApiError, error: Exception) -> None:

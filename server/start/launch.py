@@ -27,11 +27,10 @@ from gating.model.gate import GateError, gate_digest
 from gating.model.materialize import materialize
 from server.access.admission import DEFAULT_MAX_REQUESTS, Admission
 from server.access.connections import guarded_protocol
-from server.api.probes import Readiness
 from server.app import create_app
 from server.engine.client.async_llm import FusedAsyncLLM
 from server.engine.shared.options import EngineOptionError, check_engine_options
-from server.health import Heartbeat, StallWatch
+from server.health import Heartbeat, Readiness, StallWatch
 from server.log import adopt_vllm_logging
 from server.metrics import describe_build
 from server.serving.serving import Serving, build_serving, warm_up
