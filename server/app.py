@@ -3,11 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from jinja2 import TemplateError
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from vllm.exceptions import VLLMError
 
 from server import __version__
 from server.access.admission import Admission, AdmissionControl
@@ -18,31 +14,17 @@ from server.access.quotas import Quota
 from server.api import analyze, chat, completions, models, probes, tokenize
 from server.api.playground import FILES, playground_router
 from server.api.response import answer_error
-from server.errors import ApiError
 from server.health import Readiness
 from server.metrics import count_http_requests
 from server.serving.openapi import describe
 from server.serving.serving import Serving
+from server.serving.translation import TRANSLATED_ERRORS
 from server.settings import ServerSettings
 
 ROUTERS = tuple(module.router for module in (chat, completions, analyze, models, tokenize, probes))
 
 PUBLIC_PATHS = PROBE_PATHS | FILES.keys()
 """Paths that need no key and are never turned away: there is nothing secret in the playground's files."""
-
-# The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
-TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
-    ApiError,
-    VLLMError,
-    HTTPException,
-    RequestValidationError,
-    TemplateError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    NotImplementedError,
-)
-"""Exceptions that become OpenAI's error object inside the app, where the request metrics see their status."""
 
 
 def create_app(

@@ -17,7 +17,7 @@ from server.app import ROUTERS
 from server.engine.core.nonfinite import NONFINITE_OUTPUT
 from server.requests.bodies import MAX_DEPTH
 from server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
-from server.serving import step_metrics
+from server.serving import step_metrics, translation
 from server.settings import Limits
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def test_every_error_code_is_listed() -> None:
     classes: list[type[errors.ApiError]] = [errors.ApiError]
     for kind in classes:
         classes += kind.__subclasses__()
-    own = {kind.code for kind in classes} | set(errors._CODES.values())
+    own = {kind.code for kind in classes} | set(translation._CODES.values())
     assert codes == (own | {"model_not_found", "engine_dead", NONFINITE_OUTPUT}) - {None}
 
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access.keys import CACHE_SALT, KeyRing
 from server.access.quotas import Quota
-from server.errors import InvalidApiKey, RateLimited, Rejection, UntrustedHost, as_api_error
+from server.errors import UNFORESEEN, ApiError, InvalidApiKey, RateLimited, Rejection, UntrustedHost
 from server.log import request_id
 from server.metrics import DISCONNECTS, REJECTIONS
 
@@ -47,11 +47,11 @@ class RequestLog:
         token = request_id.set(exchange.id)
         try:
             await self.app(scope, exchange.receive, exchange.send)
-        except Exception as error:
+        except Exception:
             logger.exception("the request failed")
             if exchange.status is not None:
                 raise
-            await as_api_error(error).response()(scope, exchange.receive, exchange.send)
+            await ApiError(UNFORESEEN).response()(scope, exchange.receive, exchange.send)
         finally:
             exchange.log(logging.DEBUG if scope["path"] in self._quiet_paths else logging.INFO)
             request_id.reset(token)

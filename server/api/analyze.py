@@ -2,25 +2,24 @@
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
-from vllm.exceptions import VLLMError
 
 from server.api.response import BODY_ERRORS
-from server.errors import ContextTooLong, InvalidRequest, as_api_error
+from server.errors import ContextTooLong, InvalidRequest
 from server.requests.bodies import JsonRoute
 from server.requests.unsupported import refuse_unfused_chat
 from server.serving.gate_weights import FIELD
 from server.serving.serving import Serving
+from server.serving.translation import TRANSLATED_ERRORS, as_api_error, error_in
 
 router = APIRouter(route_class=JsonRoute)
-Response = TypeVar("Response", ChatCompletionResponse, CompletionResponse)
 
 
 class GateAnalysisRequest(BaseModel):
@@ -62,7 +61,7 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
         raise InvalidRequest("text: has one token only, which nothing predicts; send more.", "text")
     own: dict[str, Any] = {"prompt": [first], "logprobs": 0}
     asked = CompletionRequest(**_common(request, rest), **own)
-    response = await _answered(serving.completion.create_completion(asked, raw_request), CompletionResponse, "text")
+    response = await _answered(serving.completion.create_completion(asked, raw_request), "text")
     (choice,) = response.choices
     tokens = _tokens(serving, rest, choice, choice.logprobs.token_logprobs, "text")
     start = {"token": serving.tokenizer.decode([first]), "token_id": first, "logprob": None, FIELD: None}
@@ -75,15 +74,13 @@ async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_re
     given, asked.vllm_xargs = asked.vllm_xargs, None  # the server's own; what the user sent is looked at
     refuse_unfused_chat(asked)
     asked.vllm_xargs = given
-    response = await _answered(
-        serving.chat.create_chat_completion(asked, raw_request), ChatCompletionResponse, "answer"
-    )
+    response = await _answered(serving.chat.create_chat_completion(asked, raw_request), "answer")
     (choice,) = response.choices
     logprobs = [entry.logprob for entry in choice.logprobs.content]
     return _body(serving, response, _tokens(serving, answer, choice, logprobs, "answer"))
 
 
-async def _answered(asking: Awaitable[Any], kind: type[Response], param: str) -> Response:
+async def _answered(asking: Awaitable[Any], param: str) -> Any:
     """What the serving class gave; a text that is too long for the context is no matter of `max_tokens` here.
 
     Raises:
@@ -91,14 +88,13 @@ async def _answered(asking: Awaitable[Any], kind: type[Response], param: str) ->
     """
     try:
         response = await asking
-    except (ValueError, VLLMError) as error:
-        response = error
-    if isinstance(response, kind):
-        return response
-    told = as_api_error(response)
-    if told.param == "max_tokens":
-        raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param)
-    raise told
+        if (told := error_in(response)) is not None:
+            raise told
+    except TRANSLATED_ERRORS as error:
+        if as_api_error(error).param == "max_tokens":
+            raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param) from error
+        raise
+    return response
 
 
 def _common(request: GateAnalysisRequest, given: list[int]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 
 from server.api.response import READ_ERRORS, error_responses, to_response
+from server.errors import ModelNotFound
 from server.serving.serving import Serving
 
 router = APIRouter(responses=READ_ERRORS)
@@ -22,8 +23,7 @@ async def retrieve_model(name: str, raw_request: Request) -> Response:
     for model in (await _models(raw_request)).data:
         if model.id == name:
             return await to_response(model)
-    error = ErrorInfo(message=f"The model `{name}` does not exist.", type="NotFoundError", param="model", code=404)
-    return await to_response(ErrorResponse(error=error))
+    raise ModelNotFound(f"The model `{name}` does not exist.", "model")
 
 
 async def _models(raw_request: Request) -> ModelList:

@@ -11,11 +11,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from server.engine.core.nonfinite import NONFINITE_OUTPUT
-from server.errors import ApiError, Rejection, as_api_error
+from server.errors import ApiError, NonfiniteOutput, Rejection
 from server.metrics import REJECTIONS
+from server.serving.translation import as_api_error, error_in
 
 EARLY_SECONDS = 1.0
 """How long a stream's headers wait for its first event.
@@ -31,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 async def to_response(result: AsyncGenerator[str, None] | BaseModel) -> Response:
     """The response for what a vLLM serving class returned."""
-    if isinstance(result, ErrorResponse):
-        return as_api_error(result).response()
+    if (error := error_in(result)) is not None:
+        return error.response()
     if isinstance(result, BaseModel):
         return JSONResponse(result.model_dump())
     return await _stream(result)
@@ -129,8 +128,7 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
 
 def _log_failure(what: str, told: ApiError, error: Exception) -> None:
     """A fault of ours, with its traceback where that says more than the error."""
-    is_known = told.code == NONFINITE_OUTPUT
-    logger.error("%s: %s", what, told.message, exc_info=None if is_known else error)
+    logger.error("%s: %s", what, told.message, exc_info=None if isinstance(told, NonfiniteOutput) else error)
 
 
 class ErrorObject(BaseModel):

@@ -26,12 +26,13 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from gating.model.fusion import FusedModelInfo, FusionConfig
 from server.access.keys import salt_cache
-from server.errors import ApiError, as_api_error
+from server.errors import ApiError
 from server.requests.grammars import GrammarCheck
 from server.requests.limits import EngineBounds
 from server.serving.fingerprint import fingerprint
 from server.serving.gate_weights import WeightsInEvents, add_to_choices, is_asked
 from server.serving.rendering import FusedRenderer
+from server.serving.translation import as_api_error, error_in
 from server.settings import ServerSettings
 
 
@@ -217,7 +218,7 @@ async def warm_up(serving: Serving) -> None:
     """
     request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
     result = await serving.chat.create_chat_completion(request)
-    if not isinstance(result, ChatCompletionResponse):
-        raise as_api_error(result)
+    if (error := error_in(result)) is not None:
+        raise error
     if result.usage.completion_tokens != 1:
         raise ApiError("the engine produced no token")
