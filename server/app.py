@@ -43,7 +43,7 @@ def create_app(
     app.state.serving = serving
     app.state.readiness = readiness
     app.state.keep_alive_interval = settings.keep_alive_interval
-    app.state.limits = settings
+    app.state.bounds = serving.bounds
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     for router in ROUTERS:
         app.include_router(router)

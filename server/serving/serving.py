@@ -28,9 +28,11 @@ from gating.model.fusion import FusedModelInfo, FusionConfig
 from server.access.keys import salt_cache
 from server.errors import ApiError
 from server.requests.grammars import GrammarCheck
-from server.requests.limits import EngineBounds
+from server.requests.limits import RequestBounds
+from server.requests.weights_field import is_asked
+from server.serving.constraints import constraint_of, leading_vocabulary
 from server.serving.fingerprint import fingerprint
-from server.serving.gate_weights import WeightsInEvents, add_to_choices, is_asked
+from server.serving.gate_weights import WeightsInEvents, add_to_choices
 from server.serving.rendering import FusedRenderer
 from server.serving.translation import as_api_error, error_in
 from server.settings import ServerSettings
@@ -63,7 +65,7 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         rendered = await super().render_chat_request(request)
         # Only now: rendering turns a demand for a tool into a constraint.
-        await self.grammars.check(request.extract_structured_outputs())
+        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
 
     async def create_chat_completion(
@@ -112,7 +114,7 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         rendered = await super().render_completion_request(request)
-        await self.grammars.check(request.extract_structured_outputs())
+        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
 
     async def create_completion(
@@ -156,9 +158,8 @@ class Serving:
     tokenizer: Any
     """The leader's; it gives text the ids that all specialists share."""
     specialists: tuple[str, ...]
-    num_shared_ids: int
     grammars: GrammarCheck
-    bounds: EngineBounds
+    bounds: RequestBounds
 
 
 def build_serving(
@@ -174,7 +175,8 @@ def build_serving(
     is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
     tools: dict[str, Any] = {"tool_parser": parser, "enable_auto_tools": is_auto}
     template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
-    fused_renderer = FusedRenderer(engine.vllm_config, fusion, info)
+    config = engine.vllm_config
+    fused_renderer = FusedRenderer(config, fusion, info)
     renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
     chat = FusedServingChat(
         engine,
@@ -188,7 +190,7 @@ def build_serving(
     completion = FusedServingCompletion(
         engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
     )
-    grammars = GrammarCheck(engine.vllm_config, settings.grammar_timeout)
+    grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
     for serving in (chat, completion):
         serving.grammars = grammars
         serving.specialists = fusion.specialist_names
@@ -204,9 +206,13 @@ def build_serving(
         tokenization,
         fused_renderer.tokenizer,
         fusion.specialist_names,
-        info.num_shared_ids,
         grammars,
-        EngineBounds.of(engine.vllm_config),
+        RequestBounds(
+            settings,
+            config.model_config.max_logprobs,
+            config.scheduler_config.policy == "priority",
+            info.num_shared_ids,
+        ),
     )
 
 
