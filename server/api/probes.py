@@ -5,12 +5,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
-from vllm.version import __version__ as vllm_version
 
 from server import __version__
 from server.api.response import READ_ERRORS
 from server.health import Readiness
 from server.metrics import scrape, show_state
+from server.serving.installation import VLLM_VERSION
 from server.serving.serving import Serving
 
 router = APIRouter(responses=READ_ERRORS)
@@ -43,7 +43,7 @@ async def ready(raw_request: Request) -> Response:
 @router.get("/version")
 async def version() -> Response:
     """Versions of UltraFuser and of the vLLM it runs on."""
-    return JSONResponse({"version": __version__, "vllm_version": vllm_version})
+    return JSONResponse({"version": __version__, "vllm_version": VLLM_VERSION})
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

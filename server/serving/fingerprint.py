@@ -4,10 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from vllm.version import __version__ as vllm_version
-
 from gating.model.fusion import FusionConfig
 from server import __version__
+from server.serving.installation import VLLM_VERSION
 
 _HEX_DIGITS = 12
 
@@ -21,7 +20,7 @@ def fingerprint(fusion: FusionConfig) -> str:
     described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
     for specialist in described["specialists"]:
         specialist["model"] = Path(specialist["model"]).name
-    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, vllm_version], "gate": _gate(fusion)}
+    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, VLLM_VERSION], "gate": _gate(fusion)}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return f"fused-{__version__}-{digest[:_HEX_DIGITS]}"
 

@@ -17,10 +17,6 @@ from typing import Any
 import torch
 import uvicorn
 from pydantic import ValidationError
-from vllm.platforms import current_platform
-from vllm.tool_parsers import ToolParserManager
-from vllm.utils.system_utils import set_ulimit
-from vllm.version import __version__ as vllm_version
 
 from gating.model.fusion import EngineSettings, FusionConfig, FusionError, inspect_fusion
 from gating.model.gate import GateError, gate_digest
@@ -33,6 +29,7 @@ from server.engine.shared.options import EngineOptionError, check_engine_options
 from server.health import Heartbeat, Readiness, StallWatch
 from server.log import adopt_vllm_logging
 from server.metrics import describe_build
+from server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
 from server.serving.serving import Serving, build_serving, warm_up
 from server.serving.step_metrics import StepMetrics
 from server.settings import EngineStartError, ServerSettings, SettingsError
@@ -73,7 +70,7 @@ def serve(
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
     progress.say(_versions())
-    set_ulimit()  # every connection is an open file
+    allow_many_connections()
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
     fusion = _override_engine(fusion, engine_options)
@@ -89,7 +86,7 @@ def serve(
         engine.steps.listen(StepMetrics(fusion.specialist_names).record)
         serving = build_serving(engine, fusion, info, settings)
         name = serving.models.model_name()
-        describe_build(name, len(fusion.specialists), vllm_version, gate_digest(fusion.gate))
+        describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_Service(serving, settings, listener, progress).run())
     finally:
@@ -241,7 +238,7 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
 
 
 def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
-    parsers = ToolParserManager.list_registered()
+    parsers = tool_parsers()
     if name is not None and name not in parsers:
         raise SettingsError(f"tool_call_parser: vLLM has no parser {name!r}; it has {', '.join(parsers)}")
     if enable_auto and name is None:
@@ -249,8 +246,8 @@ def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
 
 
 def _versions() -> str:
-    device = current_platform.get_device_name() if current_platform.is_cuda() else current_platform.device_type
-    return f"vLLM {vllm_version}, torch {torch.__version__}, Python {platform.python_version()}, device {device}"
+    python = platform.python_version()
+    return f"vLLM {VLLM_VERSION}, torch {torch.__version__}, Python {python}, device {device_name()}"
 
 
 def _loop_factory() -> Any:
