@@ -9,7 +9,7 @@ on the other. Knows no engine; absent fields cost nothing.
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,11 @@ class WeightsInEvents:
         async for prompt, output in outputs:
             self._note(output, prompt)
             yield prompt, output
+
+    async def decorated(self, events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+        """The events, each with the weights of its tokens."""
+        async for event in events:
+            yield self.decorate(event)
 
     def decorate(self, event: str) -> str:
         """The event with the weights of its tokens."""

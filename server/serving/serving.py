@@ -75,17 +75,14 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
             salt_cache(request, raw_request.state)
         return await super().create_chat_completion(request, raw_request)
 
-    async def chat_completion_stream_generator(
+    def chat_completion_stream_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().chat_completion_stream_generator
         if not is_asked(request):
-            async for event in base(request, result_generator, *args, **kwargs):
-                yield event
-            return
+            return base(request, result_generator, *args, **kwargs)
         weights = WeightsInEvents(request, self.specialists)
-        async for event in base(request, weights.watch(result_generator), *args, **kwargs):
-            yield weights.decorate(event)
+        return weights.decorated(base(request, weights.watch(result_generator), *args, **kwargs))
 
     async def chat_completion_full_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
@@ -124,18 +121,16 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
             salt_cache(request, raw_request.state)
         return await super().create_completion(request, raw_request)
 
-    async def completion_stream_generator(
+    def completion_stream_generator(
         self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().completion_stream_generator
         if not is_asked(request):
-            async for event in base(request, engine_inputs, result_generator, *args, **kwargs):
-                yield event
-            return
+            return base(request, engine_inputs, result_generator, *args, **kwargs)
         prompts = [self._extract_prompt_text(engine_input) for engine_input in engine_inputs]
         weights = WeightsInEvents(request, self.specialists, prompts)
-        async for event in base(request, engine_inputs, weights.watch_several(result_generator), *args, **kwargs):
-            yield weights.decorate(event)
+        watched = weights.watch_several(result_generator)
+        return weights.decorated(base(request, engine_inputs, watched, *args, **kwargs))
 
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
@@ -226,5 +221,6 @@ async def warm_up(serving: Serving) -> None:
     result = await serving.chat.create_chat_completion(request)
     if (error := error_in(result)) is not None:
         raise error
+    assert isinstance(result, ChatCompletionResponse)
     if result.usage.completion_tokens != 1:
         raise ApiError("the engine produced no token")
