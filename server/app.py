@@ -7,9 +7,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.access.admission import Admission, AdmissionControl
-from server.access.header_count import HeaderCount
 from server.access.keys import KeyRing
-from server.access.middleware import PROBE_PATHS, ApiKeys, RequestLog, TrustedHosts
+from server.access.middleware import PROBE_PATHS, ApiKeys, HeaderCount, RequestLog, TrustedHosts
 from server.access.quotas import Quota
 from server.api import analyze, chat, completions, models, probes, tokenize
 from server.api.playground import FILES, playground_router

@@ -2,7 +2,7 @@
 
     ApiError
     ├── InvalidRequest          400  invalid_request_error
-    │   ├── NotFused            400  invalid_request_error  code unsupported_parameter
+    │   ├── UnsupportedParameter 400 invalid_request_error  code unsupported_parameter
     │   ├── ContextTooLong      400  invalid_request_error  code context_length_exceeded
     │   ├── ModelNotFound       404  invalid_request_error  code model_not_found
     │   ├── BodyTooLarge        413  invalid_request_error  code request_too_large
@@ -13,6 +13,7 @@
     │   ├── RateLimited         429  requests               code rate_limit_exceeded
     │   ├── Overloaded          503  server_error           code server_overloaded
     │   └── ShuttingDown        503  server_error           code shutting_down
+    ├── TooManyHeaders          431  invalid_request_error  code headers_too_large
     ├── EngineDead              500  server_error           code engine_dead
     ├── NonfiniteOutput         500  server_error           code nonfinite_output
     └── TimedOut                504  server_error           code request_timeout
@@ -80,7 +81,6 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The HTTP response."""
         return JSONResponse(self.body(), status_code=self.status, headers=dict(self.headers))
 
     def last_events(self) -> str:
@@ -96,7 +96,7 @@ class InvalidRequest(ApiError, ValueError):
     headers: Mapping[str, str] = {}
 
 
-class NotFused(InvalidRequest):
+class UnsupportedParameter(InvalidRequest):
     """The request asks for something that vLLM has and a fused model has not."""
 
     code = "unsupported_parameter"
@@ -194,6 +194,14 @@ class ShuttingDown(Rejection):
 
     def __init__(self) -> None:
         super().__init__("The server is shutting down; send the request to another one, or later.")
+
+
+class TooManyHeaders(ApiError):
+    """More header lines than a request has use for."""
+
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    code = "headers_too_large"
+    headers: Mapping[str, str] = {"Connection": "close"}
 
 
 class EngineDead(ApiError):

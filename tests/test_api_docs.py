@@ -11,8 +11,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from server import errors, metrics
-from server.access import connections
-from server.access import header_count as heads
+from server.access import connections, middleware
 from server.app import ROUTERS
 from server.engine.core.nonfinite import NONFINITE_OUTPUT
 from server.requests.bodies import MAX_DEPTH
@@ -74,7 +73,7 @@ def test_every_limit_is_listed() -> None:
     assert set(rows("Requests in general")) == {f"--{name.replace('_', '-')}" for name in Limits.model_fields}
     section = SECTIONS["Requests in general"]
     assert f"more than {MAX_DEPTH} levels" in section
-    assert f"{connections.MAX_HEADER_BYTES // 1024} KiB\nand {heads.MAX_HEADERS} lines of headers" in section
+    assert f"{connections.MAX_HEADER_BYTES // 1024} KiB\nand {middleware.MAX_HEADERS} lines of headers" in section
 
 
 def _exported() -> set[str]:

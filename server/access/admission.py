@@ -163,8 +163,7 @@ class AdmissionControl:
         self._public_paths = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or is_among(scope, self._public_paths):
+        if is_among(scope, self._public_paths):
             await self.app(scope, receive, send)
             return
         if (rejection := self._admission.refusal()) is not None:

@@ -1,4 +1,5 @@
-"""What every request passes before a route sees it: an id and a log line, its host's name, its key. Reads no bodies."""
+"""What every request passes before a route sees it: an id and a log line, the number of its headers, its host's name,
+its key. Reads no bodies."""
 
 import logging
 import re
@@ -13,12 +14,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access.keys import CACHE_SALT, KeyRing
 from server.access.quotas import Quota
-from server.errors import UNFORESEEN, ApiError, InvalidApiKey, RateLimited, Rejection, UntrustedHost
+from server.errors import UNFORESEEN, ApiError, InvalidApiKey, RateLimited, Rejection, TooManyHeaders, UntrustedHost
 from server.log import request_id
 from server.metrics import DISCONNECTS, REJECTIONS
 
 PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Paths that need no key. Everything else does, so that a new route is closed until the application opens it."""
+
+MAX_HEADERS = 200
+"""Most header lines of a request; no client has a tenth of them. Their length is the connection's affair."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLIENT_LEFT = 499
@@ -39,10 +43,6 @@ class RequestLog:
         self._quiet_paths = quiet_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         exchange = _Exchange(scope, receive, send)
         token = request_id.set(exchange.id)
         try:
@@ -112,8 +112,7 @@ class ApiKeys:
         self._public_paths = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or is_among(scope, self._public_paths):
+        if is_among(scope, self._public_paths):
             await self.app(scope, receive, send)
             return
         number = self._keys.find(scope["headers"])
@@ -132,6 +131,20 @@ class ApiKeys:
             await self.app(scope, receive, send)
 
 
+class HeaderCount:
+    """Answers 431 to a request with too many headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (count := len(scope["headers"])) > MAX_HEADERS:
+            error = TooManyHeaders(f"The request has {count} headers, at most {MAX_HEADERS} are read.")
+            await error.response()(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
 class TrustedHosts:
     """Starlette's check of the Host header, with our error; probes and metrics pass under every name."""
 
@@ -141,7 +154,6 @@ class TrustedHosts:
         self._check = TrustedHostMiddleware(_pass_on, hosts, www_redirect=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         verdict: list[str] = []
 
         async def note(message: Message) -> None:
@@ -157,7 +169,7 @@ class TrustedHosts:
 
 def is_among(scope: Scope, paths: Collection[str]) -> bool:
     """Whether a request is for one of these paths, wherever the application is mounted."""
-    return scope.get("path", "").removeprefix(scope.get("root_path", "")) in paths
+    return scope["path"].removeprefix(scope.get("root_path", "")) in paths
 
 
 async def refuse(error: Rejection, scope: Scope, receive: Receive, send: Send) -> None:

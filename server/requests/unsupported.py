@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from server.errors import NotFused
+from server.errors import UnsupportedParameter
 from server.metrics import REFUSED
 from server.requests.weights_field import GATE_WEIGHTS
 
@@ -147,7 +147,7 @@ def refuse(refusals: Iterable[Refusal], request: BaseModel) -> None:
     """Check a request against one of the tables above.
 
     Raises:
-        NotFused: naming the field and what to do instead.
+        UnsupportedParameter: naming the field and what to do instead.
     """
     for refusal in refusals:
         if refusal.is_asked(request):
@@ -158,7 +158,7 @@ def refuse_media(messages: Iterable[Any]) -> None:
     """Check the content of messages, whose parts become plain lists.
 
     Raises:
-        NotFused: a part is not text.
+        UnsupportedParameter: a part is not text.
     """
     for index, message in enumerate(messages):
         content = message.get("content")
@@ -182,6 +182,6 @@ def notice_unknown_fields(request: BaseModel) -> None:
             logger.info("requests have the unknown field %.64r, which has no effect", name)
 
 
-def _refused(param: str, message: str, label: str | None = None) -> NotFused:
+def _refused(param: str, message: str, label: str | None = None) -> UnsupportedParameter:
     REFUSED.labels(label or param).inc()
-    return NotFused(message, param)
+    return UnsupportedParameter(message, param)
