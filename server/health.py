@@ -62,17 +62,13 @@ class Heartbeat:
         self._clock = clock
         self._last = clock()
 
-    def step(self, _report: object = None) -> None:
-        """The report of a step has arrived."""
-        self._last = self._clock()
-
-    def rest(self) -> None:
-        """There is nothing to do."""
+    def beat(self, _report: object = None) -> None:
+        """The report of a step has arrived, or there is nothing to do."""
         self._last = self._clock()
 
     @property
     def age_seconds(self) -> float:
-        """Time since the last step or rest."""
+        """Time since the last beat."""
         return self._clock() - self._last
 
 
@@ -107,5 +103,5 @@ class StallWatch:
 
     def _is_late(self) -> bool:
         if self._engine.get_num_unfinished_requests() == 0:
-            self._heartbeat.rest()
+            self._heartbeat.beat()
         return self._heartbeat.age_seconds > self._stall_seconds

@@ -15,7 +15,7 @@ router = APIRouter(responses=READ_ERRORS)
 
 @router.get("/v1/models", responses=answer("/v1/models"))
 async def list_models(raw_request: Request) -> Response:
-    """All names."""
+    """Every name of the one model that is served."""
     return await to_response(await _models(raw_request))
 
 

@@ -70,7 +70,6 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
         line = _KeptAlive(send, scope["app"].state.keep_alive_interval)
         async with aclosing(self._events), line:
             await super().__call__(scope, receive, line.send)
@@ -97,7 +96,7 @@ class _KeptAlive:
             self._comments.cancel()
 
     async def send(self, message: Message) -> None:
-        """Pass a message on."""
+        """Pass a message on; the silence begins anew."""
         self._is_silent, self._is_sending = False, True
         try:
             await self._send(message)
@@ -132,7 +131,7 @@ def _log_failure(what: str, told: ApiError, error: Exception) -> None:
 
 
 class ErrorObject(BaseModel):
-    """OpenAI's error object."""
+    """OpenAI's description of an error."""
 
     message: str
     type: str

@@ -81,7 +81,7 @@ class GrammarCheck:
         await asyncio.shield(trial)
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process; the next constraint starts another."""
         if self._process is not None:
             process, self._process = self._process, None
             if process.returncode is None:

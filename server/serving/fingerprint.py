@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from gating.model.fusion import FusionConfig
+from gating.model.gate import gate_digest
 from server import __version__
 from server.serving.installation import VLLM_VERSION
 
@@ -20,13 +21,7 @@ def fingerprint(fusion: FusionConfig) -> str:
     described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
     for specialist in described["specialists"]:
         specialist["model"] = Path(specialist["model"]).name
-    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, VLLM_VERSION], "gate": _gate(fusion)}
+    gate = None if fusion.gate is None else gate_digest(fusion.gate)
+    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, VLLM_VERSION], "gate": gate}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return f"fused-{__version__}-{digest[:_HEX_DIGITS]}"
-
-
-def _gate(fusion: FusionConfig) -> str | None:
-    if fusion.gate is None:
-        return None
-    path = Path(fusion.gate)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(fusion.gate)

@@ -141,7 +141,7 @@ class _Service:
         limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
         self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
         heartbeat = Heartbeat()
-        engine.steps.listen(heartbeat.step)
+        engine.steps.listen(heartbeat.beat)
         self._stall_watch = StallWatch(engine, heartbeat, self._readiness, settings.stall_timeout)
         app = create_app(serving, settings, self._readiness, self._admission)
         self._server = _Server(_uvicorn_config(app, settings))

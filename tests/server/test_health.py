@@ -73,7 +73,7 @@ async def test_a_busy_engine_without_steps_is_stalled_until_it_makes_one(
     engine.num_requests = 3
     await until(readiness, True)
     assert readiness.obstacle(engine_errored=False) == "the engine has work, but makes no steps"
-    heartbeat.step()
+    heartbeat.beat()
     await until(readiness, False)
 
 
