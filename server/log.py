@@ -46,7 +46,7 @@ class LogStream(io.StringIO):
     """A text stream each of whose lines becomes a log line: for what would be printed, where all must be JSON."""
 
     def write(self, text: str) -> int:
-        """Log whole lines."""
+        """Log each line; the length of all, as a stream answers."""
         for line in text.splitlines():
             logging.getLogger(__name__).info("%s", line.strip())
         return len(text)

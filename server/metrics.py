@@ -5,10 +5,9 @@ bounded: no label ever holds what a client sent.
 """
 
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, generate_latest
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.responses import Response
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from ultrafuser import __version__
 
@@ -48,9 +47,9 @@ def show_state(*, is_ready: bool, is_up: bool, is_draining: bool, num_unfinished
 
 def count_http_requests(app: FastAPI) -> None:
     """Add vLLM's `http_requests_total` and the request durations to the registry."""
-    Instrumentator(excluded_handlers=_UNCOUNTED, registry=get_prometheus_registry()).add().instrument(app)
+    Instrumentator(excluded_handlers=_UNCOUNTED, registry=REGISTRY).add().instrument(app)
 
 
 def scrape() -> Response:
     """Everything in the registry, in Prometheus' text format."""
-    return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)

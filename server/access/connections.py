@@ -66,7 +66,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
 
     def on_message_complete(self) -> None:
-        """The request is there."""
         super().on_message_complete()
         self._reading.stop()
 
@@ -76,7 +75,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._writing.start()
 
     def resume_writing(self) -> None:
-        """It reads again."""
         super().resume_writing()
         self._writing.stop()
 
@@ -127,7 +125,6 @@ class _Timer:
         self._handle = self._handle or self._start()
 
     def stop(self) -> None:
-        """Forget it."""
         if self._handle is not None:
             self._handle.cancel()
         self._handle = None

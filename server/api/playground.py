@@ -72,7 +72,7 @@ def playground_router() -> APIRouter:
 
 
 class _File:
-    """One file in memory."""
+    """A file of the page, as it was when the application was made."""
 
     def __init__(self, path: Path) -> None:
         self._content = path.read_bytes()

@@ -4,13 +4,12 @@ FastAPI alone would read any length, and take "0" for 0, true for 1 and the last
 """
 
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jiter
-from fastapi import Request, Response
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
@@ -37,31 +36,25 @@ _INTEGERS = range(-(2**63), 2**64)
 """What can be sent to the engine."""
 
 
-class JsonRoute(APIRoute):
-    """A route whose body, if it takes one, is strict JSON within the limits of `app.state.limits`."""
+async def read_request(request: Request, adapter: TypeAdapter[Any], limits: Limits) -> Request:
+    """The request with its body at hand, as bytes and as what the adapter makes of it.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, given a body that is read and validated already."""
-        answer = super().get_route_handler()
-        if self.body_field is None:
-            return answer
-        model: Any = self.body_field.field_info.annotation
-        adapter: TypeAdapter[Any] = TypeAdapter(model)
-
-        async def answer_strictly(request: Request) -> Response:
-            limits: Limits = request.app.state.limits
-            _check_media_type(request.headers.get("content-type", ""))
-            body = await read_body(request, limits.max_body_bytes)
-            value = parse_json(body, limits.max_items)
-            check_shape(value, limits.max_items)
-            _check_messages(value.get("messages"))
-            return await answer(_ReadRequest(request, body, _validate(adapter, body)))
-
-        return answer_strictly
+    Raises:
+        UnsupportedMediaType, BodyTooLarge, InvalidRequest, RequestValidationError: the body is none of this API.
+    """
+    _check_media_type(request.headers.get("content-type", ""))
+    body = await read_body(request, limits.max_body_bytes)
+    value = parse_json(body, limits.max_items)
+    check_shape(value, limits.max_items)
+    _check_messages(value.get("messages"))
+    try:
+        return _ReadRequest(request, body, adapter.validate_json(body, strict=True))
+    except ValidationError as error:
+        raise _as_request_error(error, ("body",)) from error
 
 
 class _ReadRequest(Request):
-    """A request whose body is at hand, as bytes and as the model it was validated to."""
+    """What FastAPI asks for the body, and gets what was read already."""
 
     def __init__(self, request: Request, body: bytes, value: Any) -> None:
         super().__init__(request.scope, request.receive)
@@ -163,13 +156,6 @@ def _is_prompt(field: str, value: Any) -> bool:
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _validate(adapter: TypeAdapter[Any], body: bytes) -> Any:
-    try:
-        return adapter.validate_json(body, strict=True)
-    except ValidationError as error:
-        raise _as_request_error(error, ("body",)) from error
 
 
 def _check_messages(messages: Any) -> None:

@@ -4,10 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from vllm.version import __version__ as vllm_version
-
 from gating.model.fusion import FusionConfig
 from gating.model.gate import gate_digest
+from server.serving.installation import VLLM_VERSION
 from ultrafuser import __version__
 
 _HEX_DIGITS = 12
@@ -22,7 +21,7 @@ def fingerprint(fusion: FusionConfig) -> str:
     described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
     for specialist in described["specialists"]:
         specialist["model"] = Path(specialist["model"]).name
-    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, vllm_version]}
-    described["gate"] = gate_digest(fusion.gate)
+    gate = None if fusion.gate is None else gate_digest(fusion.gate)
+    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, VLLM_VERSION], "gate": gate}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return f"fused-{__version__}-{digest[:_HEX_DIGITS]}"

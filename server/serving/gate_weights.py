@@ -9,38 +9,15 @@ on the other. Knows no engine; absent fields cost nothing.
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from server.errors import InvalidRequest
-
-FIELD = "gate_weights"
-"""Of requests (true or false) and of choices; also the engine's own name for the wish."""
+from server.requests.weights_field import GATE_WEIGHTS
 
 _DIGITS = 6
-
-
-def ask_for_weights(request: BaseModel) -> bool:
-    """Whether a request asks for weights; if so the engine is told.
-
-    Raises:
-        InvalidRequest: the field is neither true nor false.
-    """
-    wish = (request.model_extra or {}).get(FIELD)
-    if wish is not None and not isinstance(wish, bool):
-        raise InvalidRequest(f"{FIELD}: must be true or false.", FIELD)
-    if wish:
-        request.vllm_xargs = {**(getattr(request, "vllm_xargs", None) or {}), FIELD: True}  # type: ignore[attr-defined]
-    return bool(wish)
-
-
-def is_asked(request: BaseModel) -> bool:
-    """Whether a request that was let in asks for weights."""
-    return bool((request.model_extra or {}).get(FIELD))
 
 
 def add_to_choices(response: Any, specialists: Sequence[str], completions: Sequence[CompletionOutput]) -> None:
@@ -85,6 +62,11 @@ class WeightsInEvents:
             self._note(output, prompt)
             yield prompt, output
 
+    async def decorated(self, events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+        """The events, each with the weights of its tokens."""
+        async for event in events:
+            yield self.decorate(event)
+
     def decorate(self, event: str) -> str:
         """The event with the weights of its tokens."""
         text = event.removeprefix("data: ").strip()
@@ -121,7 +103,7 @@ class WeightsInEvents:
         if choice.get("finish_reason") is not None:
             own |= {"mean": _mean(rows)}
         if own:
-            choice[FIELD] = {"content": [], **own}
+            choice[GATE_WEIGHTS] = {"content": [], **own}
 
 
 def _rows(weights_TS: Any) -> list[list[float]]:

@@ -26,12 +26,15 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from gating.model.fusion import FusedModelInfo, FusionConfig
 from server.access.keys import salt_cache
-from server.errors import ApiError, as_api_error
+from server.errors import ApiError
 from server.requests.grammars import GrammarCheck
-from server.requests.limits import EngineBounds
+from server.requests.limits import RequestBounds
+from server.requests.weights_field import is_asked
+from server.serving.constraints import constraint_of, leading_vocabulary
 from server.serving.fingerprint import fingerprint
-from server.serving.gate_weights import WeightsInEvents, add_to_choices, is_asked
+from server.serving.gate_weights import WeightsInEvents, add_to_choices
 from server.serving.rendering import FusedRenderer
+from server.serving.translation import as_api_error, error_in
 from server.settings import ServerSettings
 
 
@@ -62,7 +65,7 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         rendered = await super().render_chat_request(request)
         # Only now: rendering turns a demand for a tool into a constraint.
-        await self.grammars.check(request.extract_structured_outputs())
+        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
 
     async def create_chat_completion(
@@ -72,17 +75,14 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
             salt_cache(request, raw_request.state)
         return await super().create_chat_completion(request, raw_request)
 
-    async def chat_completion_stream_generator(
+    def chat_completion_stream_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().chat_completion_stream_generator
         if not is_asked(request):
-            async for event in base(request, result_generator, *args, **kwargs):
-                yield event
-            return
+            return base(request, result_generator, *args, **kwargs)
         weights = WeightsInEvents(request, self.specialists)
-        async for event in base(request, weights.watch(result_generator), *args, **kwargs):
-            yield weights.decorate(event)
+        return weights.decorated(base(request, weights.watch(result_generator), *args, **kwargs))
 
     async def chat_completion_full_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
@@ -111,7 +111,7 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         rendered = await super().render_completion_request(request)
-        await self.grammars.check(request.extract_structured_outputs())
+        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
 
     async def create_completion(
@@ -121,18 +121,16 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
             salt_cache(request, raw_request.state)
         return await super().create_completion(request, raw_request)
 
-    async def completion_stream_generator(
+    def completion_stream_generator(
         self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().completion_stream_generator
         if not is_asked(request):
-            async for event in base(request, engine_inputs, result_generator, *args, **kwargs):
-                yield event
-            return
+            return base(request, engine_inputs, result_generator, *args, **kwargs)
         prompts = [self._extract_prompt_text(engine_input) for engine_input in engine_inputs]
         weights = WeightsInEvents(request, self.specialists, prompts)
-        async for event in base(request, engine_inputs, weights.watch_several(result_generator), *args, **kwargs):
-            yield weights.decorate(event)
+        watched = weights.watch_several(result_generator)
+        return weights.decorated(base(request, engine_inputs, watched, *args, **kwargs))
 
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
@@ -155,9 +153,8 @@ class Serving:
     tokenizer: Any
     """The leader's; it gives text the ids that all specialists share."""
     specialists: tuple[str, ...]
-    num_shared_ids: int
     grammars: GrammarCheck
-    bounds: EngineBounds
+    bounds: RequestBounds
 
 
 def build_serving(
@@ -173,7 +170,8 @@ def build_serving(
     is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
     tools: dict[str, Any] = {"tool_parser": parser, "enable_auto_tools": is_auto}
     template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
-    fused_renderer = FusedRenderer(engine.vllm_config, fusion, info)
+    config = engine.vllm_config
+    fused_renderer = FusedRenderer(config, fusion, info)
     renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
     chat = FusedServingChat(
         engine,
@@ -187,7 +185,7 @@ def build_serving(
     completion = FusedServingCompletion(
         engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
     )
-    grammars = GrammarCheck(engine.vllm_config, settings.grammar_timeout)
+    grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
     for serving in (chat, completion):
         serving.grammars = grammars
         serving.specialists = fusion.specialist_names
@@ -203,9 +201,13 @@ def build_serving(
         tokenization,
         fused_renderer.tokenizer,
         fusion.specialist_names,
-        info.num_shared_ids,
         grammars,
-        EngineBounds.of(engine.vllm_config),
+        RequestBounds(
+            settings,
+            config.model_config.max_logprobs,
+            config.scheduler_config.policy == "priority",
+            info.num_shared_ids,
+        ),
     )
 
 
@@ -217,7 +219,8 @@ async def warm_up(serving: Serving) -> None:
     """
     request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
     result = await serving.chat.create_chat_completion(request)
-    if not isinstance(result, ChatCompletionResponse):
-        raise as_api_error(result)
+    if (error := error_in(result)) is not None:
+        raise error
+    assert isinstance(result, ChatCompletionResponse)
     if result.usage.completion_tokens != 1:
         raise ApiError("the engine produced no token")

@@ -97,7 +97,7 @@ class StepMetrics:
         self._count_weights(np.empty((0, len(self._specialists)), dtype=np.float32))
 
     def record(self, report: StepReport) -> None:
-        """Count one step."""
+        """Count what one step did; a listener of the engine's `steps`."""
         LAST_STEP.set_to_current_time()
         for span in report.spans:
             self._spans[span.part, span.specialist].observe(span.seconds)

@@ -8,18 +8,15 @@ import logging
 import platform
 import signal
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import uvicorn
 from pydantic import ValidationError
-from vllm.platforms import current_platform
-from vllm.tool_parsers import ToolParserManager
-from vllm.utils.system_utils import set_ulimit
-from vllm.version import __version__ as vllm_version
 
 from gating.errors import UserError
 from gating.model.fusion import EngineSettings, FusionConfig, inspect_fusion
@@ -27,13 +24,13 @@ from gating.model.gate import gate_digest
 from gating.model.materialize import materialize
 from server.access.admission import DEFAULT_MAX_REQUESTS, Admission
 from server.access.connections import guarded_protocol
-from server.api.probes import Readiness
 from server.app import create_app
 from server.engine.client.async_llm import FusedAsyncLLM
 from server.engine.shared.options import check_engine_options
-from server.health import Heartbeat, StallWatch
+from server.health import Heartbeat, Readiness, StallWatch
 from server.log import adopt_vllm_logging
 from server.metrics import describe_build
+from server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
 from server.serving.serving import Serving, build_serving, warm_up
 from server.serving.step_metrics import StepMetrics
 from server.settings import EngineStartError, ServerSettings, SettingsError
@@ -74,7 +71,7 @@ def serve(
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
     progress.say(_versions())
-    set_ulimit()  # every connection is an open file
+    allow_many_connections()
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
     fusion = _override_engine(fusion, engine_options)
@@ -85,12 +82,12 @@ def serve(
     # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
     with progress.step("load all specialists into one engine"), tied_children():
         engine = _start_engine(fusion, engine_options)
-    adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
     try:
+        adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
         engine.steps.listen(StepMetrics(fusion.specialist_names).record)
         serving = build_serving(engine, fusion, info, settings)
         name = serving.models.model_name()
-        describe_build(name, len(fusion.specialists), vllm_version, gate_digest(fusion.gate))
+        describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_Service(serving, settings, listener, progress).run())
     finally:
@@ -138,13 +135,14 @@ class _Service:
         self._serving = serving
         self._settings = settings
         self._listener = listener
+        self._url = base_url(settings, listener)  # while it can say: at the end uvicorn closes the listener
         self._progress = progress
         self._readiness = Readiness()
         self._engine_failed = False
         limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
         self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
         heartbeat = Heartbeat()
-        engine.steps.listen(heartbeat.step)
+        engine.steps.listen(heartbeat.beat)
         self._stall_watch = StallWatch(engine, heartbeat, self._readiness, settings.stall_timeout)
         app = create_app(serving, settings, self._readiness, self._admission)
         self._server = _Server(_uvicorn_config(app, settings))
@@ -153,14 +151,16 @@ class _Service:
     async def run(self) -> int:
         """Serve until asked to end; the exit status."""
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop)
+        # Not the loop's own handlers: it would give the signals back to Python when it closes, with the engine to end.
+        _at_stop_signals(lambda *_: loop.call_soon_threadsafe(self._stop))
         self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
         try:
             await self._server.serve(sockets=[self._listener])
         finally:
+            _at_stop_signals(signal.SIG_IGN)
             for task in self._companions:
                 task.cancel()
+            await self._serving.grammars.close()
         results = await asyncio.gather(*self._companions, return_exceptions=True)
         failures = [result for result in results if isinstance(result, Exception)]
         for failure in failures:
@@ -172,11 +172,13 @@ class _Service:
             with self._progress.step("generate a first token"):
                 await warm_up(self._serving)
         except Exception:
+            if self._readiness.is_ending:
+                return  # vLLM answers a request that the end has cancelled with an error
             self._stop()
             raise
-        self._readiness.is_warm = True
-        name = self._serving.models.model_name()
-        self._progress.say(f"ready: {base_url(self._settings, self._listener)}/v1  model {name}")
+        if not self._readiness.is_ending:
+            self._readiness.is_warm = True
+            self._progress.say(f"ready: {self._url}/v1  model {self._serving.models.model_name()}")
 
     async def _watch_engine(self) -> None:
         """An engine that has stopped answers nothing more: end, so that whoever runs the server starts a new one."""
@@ -208,6 +210,11 @@ class _Service:
         self._companions += [asyncio.create_task(task) for task in tasks]
 
 
+def _at_stop_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handling: it would raise the signal again at its end and decide the exit status."""
 
@@ -223,6 +230,7 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         ws="none",
+        lifespan="off",  # when it is told to end at once uvicorn cancels one, and prints the traceback
         http=guarded_protocol(settings.read_timeout, settings.write_timeout),
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,  # of responses that are complete already
         ssl_certfile=settings.ssl_certfile,
@@ -231,7 +239,7 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
 
 
 def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
-    parsers = ToolParserManager.list_registered()
+    parsers = tool_parsers()
     if name is not None and name not in parsers:
         raise SettingsError(f"tool_call_parser: vLLM has no parser {name!r}; it has {', '.join(parsers)}")
     if enable_auto and name is None:
@@ -239,8 +247,8 @@ def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
 
 
 def _versions() -> str:
-    device = current_platform.get_device_name() if current_platform.is_cuda() else current_platform.device_type
-    return f"vLLM {vllm_version}, torch {torch.__version__}, Python {platform.python_version()}, device {device}"
+    python = platform.python_version()
+    return f"vLLM {VLLM_VERSION}, torch {torch.__version__}, Python {python}, device {device_name()}"
 
 
 def _loop_factory() -> Any:

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
-from server.api.probes import Readiness
 from server.app import create_app
 from server.engine.shared.options import build_engine_args
+from server.health import Readiness
 from server.serving.rendering import FusedRenderer
 from server.serving.serving import build_serving
 from server.settings import ServerSettings

@@ -8,9 +8,9 @@ import pytest
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from server.api.probes import Readiness
 from server.engine.client.nonfinite import NonfiniteOutputError
 from server.errors import MAX_MESSAGE_CHARS
+from server.health import Readiness
 from tests.server.scripted import SCRIPT, ScriptedEngine
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.

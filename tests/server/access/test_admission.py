@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.access.admission import Admission, AdmissionControl
+from server.app import PUBLIC_PATHS
 
 
 class Work:
@@ -66,7 +67,7 @@ def admission() -> Admission:
 
 
 def client(work: Work, admission: Admission, timeout_seconds: float | None = None) -> httpx.AsyncClient:
-    app = AdmissionControl(work, admission, timeout_seconds)
+    app = AdmissionControl(work, admission, timeout_seconds, PUBLIC_PATHS)
     transport = httpx.ASGITransport(app)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -152,7 +153,7 @@ def reading(work: Work, admission: Admission) -> AdmissionControl:
         if message["type"] == "http.request":
             await work(scope, receive, send)
 
-    return AdmissionControl(read, admission, None)
+    return AdmissionControl(read, admission, None, PUBLIC_PATHS)
 
 
 def become_late_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from pydantic import SecretStr
 from gating.analysis.styles import PALETTE, style_of
 from gating.model.fusion import FusedModelInfo, FusionConfig
 from server.api.playground import FILES, FOLDER
-from server.api.probes import Readiness
 from server.app import create_app
+from server.health import Readiness
 from server.serving.serving import build_serving
 from server.settings import ServerSettings
 from tests.server.scripted import ScriptedEngine

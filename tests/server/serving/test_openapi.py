@@ -10,8 +10,8 @@ from schemathesis.engine import StopReason, from_schema
 from schemathesis.engine.events import EngineFinished, FatalError, NonFatalError, ScenarioFinished
 
 from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.api.probes import Readiness
 from server.app import create_app
+from server.health import Readiness
 from server.serving.serving import build_serving
 from server.settings import ServerSettings
 from tests.server.scripted import ScriptedEngine
