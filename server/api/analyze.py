@@ -47,7 +47,6 @@ def _check(request: GateAnalysisRequest, _bounds: RequestBounds) -> None:
         raise InvalidRequest("text: send either a text, or messages and an answer.", "text")
     if (request.messages is None) != (request.answer is None):
         raise InvalidRequest("answer: messages and an answer go together.", "answer")
-    refuse_media(request.messages or ())
 
 
 @router.post("/v1/gate/analyze", responses=BODY_ERRORS)
@@ -74,6 +73,7 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
+    refuse_media(asked.messages)  # of the model made of them, which may leave parts that can be read only once
     response = await _answered(serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
     logprobs = [entry.logprob for entry in response.choices[0].logprobs.content]
     return _body(serving, response, _tokens(serving, response, logprobs))
