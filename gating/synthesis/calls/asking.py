@@ -10,7 +10,7 @@ from typing import Any
 
 from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import Endpoint
-from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, Call, RateLimit
+from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, RateLimit
 from gating.synthesis.stages.response_schemas import ResponseSchema
 from gating.synthesis.stages.task import Task
 
@@ -44,11 +44,8 @@ class Tokens:
     prompt: int = 0
     completion: int = 0
 
-    def plus(self, completion: Completion, characters: int) -> "Tokens":
-        """With one more; counted by the server, else estimated."""
-        estimate = (characters // CHARACTERS_PER_TOKEN, len(completion.text) // CHARACTERS_PER_TOKEN)
-        prompt, completed = completion.usage or estimate
-        return Tokens(self.prompt + prompt, self.completion + completed)
+    def plus(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.prompt + other.prompt, self.completion + other.completion)
 
 
 class Asker:
@@ -86,21 +83,15 @@ class Asker:
         }
         async with await self._account.open(characters, max_tokens) as call:
             await self._requests.take(1)
-            await self._tokens.take(characters // CHARACTERS_PER_TOKEN + max_tokens)
-            return await self._complete(body, task.schema, characters, call)
-
-    async def _complete(
-        self, body: dict[str, Any], schema: ResponseSchema | None, characters: int, call: Call
-    ) -> tuple[Completion, Tokens]:
-        estimate = characters // CHARACTERS_PER_TOKEN + body["max_tokens"]
-        used = Tokens()
-        try:
-            completion = await self._in_format(body, schema)
-            used = used.plus(completion, characters)
-            call.tokens = (used.prompt, used.completion)
-            return completion, used
-        finally:
-            self._tokens.give_back(estimate - used.prompt - used.completion)
+            estimate = characters // CHARACTERS_PER_TOKEN + max_tokens
+            await self._tokens.take(estimate)
+            try:
+                completion = await self._in_format(body, task.schema)
+                guess = (characters // CHARACTERS_PER_TOKEN, len(completion.text) // CHARACTERS_PER_TOKEN)
+                call.tokens = completion.usage or guess
+                return completion, Tokens(*call.tokens)
+            finally:
+                self._tokens.give_back(estimate - sum(call.tokens))
 
     async def _in_format(self, body: dict[str, Any], schema: ResponseSchema | None) -> Completion:
         if schema is None:
@@ -118,5 +109,5 @@ class Asker:
 
 def _response_format(number: int, schema: ResponseSchema) -> dict[str, Any]:
     strict = {"type": "json_schema", "json_schema": {"name": schema.name, "schema": dict(schema.json_schema)}}
-    kinds: list[dict[str, Any]] = [strict, {"type": "json_object"}]
-    return {"response_format": kinds[number]} if number < len(kinds) else {}
+    formats: list[dict[str, Any]] = [{"response_format": strict}, {"response_format": {"type": "json_object"}}, {}]
+    return formats[number]
