@@ -11,30 +11,12 @@ from typing import Any
 from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import Endpoint
 from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, RateLimit
+from gating.synthesis.settings import MakeSettings
 from gating.synthesis.stages.response_schemas import ResponseSchema
 from gating.synthesis.stages.task import Task
 
 _NUM_FORMATS = 3
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "json schema", "structured", "guided", "grammar")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
-
-    model: str
-
-    list_tokens: int
-    """Most tokens of a structured answer."""
-
-    response_tokens: int
-    """Most tokens of a response."""
-
-    temperature: float
-    """Of structured answers."""
-
-    response_temperature: float
-    """Of responses."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +33,13 @@ class Tokens:
 class Asker:
     """One model at one endpoint."""
 
-    def __init__(
-        self, endpoint: Endpoint, sampling: Sampling, account: Account, requests: RateLimit, tokens: RateLimit
-    ) -> None:
-        """`requests` and `tokens` are what may be used a minute."""
+    def __init__(self, endpoint: Endpoint, model: str, settings: MakeSettings, account: Account) -> None:
+        self.model = model
         self._endpoint = endpoint
-        self.sampling = sampling
+        self._settings = settings
         self._account = account
-        self._requests = requests
-        self._tokens = tokens
+        self._requests = RateLimit(settings.requests_per_minute)
+        self._tokens = RateLimit(settings.tokens_per_minute)
         self._format = 0
         """0: JSON schemas, 1: JSON objects, 2: no format is asked for."""
 
@@ -71,13 +51,13 @@ class Asker:
             BudgetSpentError: it might cost too much.
             EndpointError: no call can succeed.
         """
-        sampling = self.sampling
+        settings = self._settings
         characters = sum(len(message["content"].encode()) for message in messages)
-        max_tokens = sampling.list_tokens if task.schema else sampling.response_tokens
+        max_tokens = settings.list_tokens if task.schema else settings.response_tokens
         body = {
-            "model": sampling.model,
+            "model": self.model,
             "messages": messages,
-            "temperature": sampling.temperature if task.schema else sampling.response_temperature,
+            "temperature": settings.temperature if task.schema else settings.response_temperature,
             "max_tokens": max_tokens,
             "seed": seed % 2**31,
         }

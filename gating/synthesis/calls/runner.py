@@ -118,7 +118,7 @@ class Runner:
             **{name: getattr(task, name) for name in _OF_TASK},
             domain=task.domain.name,
             prompt=task.prompt.identity if task.prompt else "",
-            model=self._asker.sampling.model,
+            model=self._asker.model,
             seed=seed,
             items=tuple(items),
             prompt_tokens=used.prompt,
