@@ -14,7 +14,7 @@ from gating.commands.endpoint import run_together
 from gating.errors import EndpointError
 from gating.synthesis.calls.asking import Asker, Tokens
 from gating.synthesis.calls.budget import BudgetSpentError
-from gating.synthesis.calls.checks import REFUSAL, TRUNCATED, is_refusal, response_problem, text_problem
+from gating.synthesis.calls.text_quality import REFUSAL, TRUNCATED, is_refusal, response_problem, text_problem
 from gating.synthesis.stages.prompt import load_prompt
 from gating.synthesis.stages.records import FAILED, REFUSED_BY_SERVER, UNPARSABLE, Item, Miss, Record, identify, seed_of
 from gating.synthesis.stages.response_schemas import Entry, UnusableError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gating.synthesis.calls.checks import is_language, is_refusal, response_problem, text_problem
+from gating.synthesis.calls.text_quality import is_language, is_refusal, response_problem, text_problem
 from gating.synthesis.stages.domain import Limits
 
 LIMITS = Limits(response_min=3, response=500)
