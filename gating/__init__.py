@@ -6,6 +6,6 @@ name. A room imports those to its left, and nothing to its right:
 
     templates < model < data < training, evaluation < analysis < synthesis;  commands < data
 
-No room imports `training`. Inside, synthesis goes stages < calls < settings < dataset < make < command, and evaluation
+No room imports `training`. Inside, synthesis goes stages < settings < calls < dataset < make < command, and evaluation
 sandbox, settings < benchmarks < command.
 """

@@ -1,16 +1,27 @@
 """The settings of `ultrafuser data make`, `export` and `map`."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from gating.commands.fields import Amount, CacheFolder, CommandSettings, Count, NotNegative, Positive, Precision
 from gating.errors import CommandError
-from gating.synthesis.calls.budget import Prices
 from gating.synthesis.stages.domain import load_domain
 from gating.synthesis.stages.structure import SIZES, Structure
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Of a million tokens, in any currency."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
 class MakeSettings(CommandSettings):

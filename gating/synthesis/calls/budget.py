@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+
+from gating.synthesis.settings import Prices
 
 CHARACTERS_PER_TOKEN = 4
 """Of English with common tokenizers; for estimates before the server has counted."""
@@ -14,17 +15,6 @@ _CHARACTERS_PER_TOKEN_AT_LEAST = 2
 
 class BudgetSpentError(Exception):
     """The next call might cost more than what is left."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Of a million tokens, in any currency."""
-
-    prompt: float = 0.0
-    completion: float = 0.0
-
-    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
 class RateLimit:

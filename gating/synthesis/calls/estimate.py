@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Prices
+from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN
+from gating.synthesis.settings import Prices
 from gating.synthesis.stages.domain import Domain
 from gating.synthesis.stages.prompt import load_prompt
 from gating.synthesis.stages.store import Store
