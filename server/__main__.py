@@ -40,12 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         print("\nultrafuser: interrupted before it was ready", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except UserError as error:  # of any other error the traceback has to be seen
+    except (UserError, EngineStartError) as error:  # of any other error the traceback has to be seen
         print(f"ultrafuser: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
-    except EngineStartError as error:
-        print(f"ultrafuser: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_FAILED if isinstance(error, EngineStartError) else EXIT_WRONG_INPUT
 
 
 def _serve(command: ServeCommand) -> int:
@@ -53,9 +50,8 @@ def _serve(command: ServeCommand) -> int:
     settings = with_all_keys(command.settings)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    os.environ.pop(
-        "PROMETHEUS_MULTIPROC_DIR", None
-    )  # one process serves; of a left-over folder it would show old series
+    # One process serves; of a left-over folder it would show old series.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     os.environ.update(vllm_environment(os.environ, settings.log_level))
     configure_logging(settings.log_level, settings.log_format)
     fusion = load_fusion(settings.fusion)
@@ -68,11 +64,7 @@ def _serve(command: ServeCommand) -> int:
 
 
 def _import_serve() -> Callable[..., int]:
-    """The part that needs vLLM.
-
-    Raises:
-        SettingsError: vLLM is not installed, or not in the version that the engine works with.
-    """
+    """The part that needs vLLM, which has to be installed, in the version that the engine works with."""
     try:
         from server.start.launch import serve
     except ModuleNotFoundError as error:

@@ -72,8 +72,6 @@ class ServeCommand:
     """What `ultrafuser serve` was asked to do."""
 
     settings: ServerSettings
-    """The server's settings."""
-
     engine_options: Mapping[str, Any]
     """The engine options that were given; they override the fusion file's."""
 

@@ -37,14 +37,6 @@ def describe_build(model_name: str, num_specialists: int, vllm_version: str, gat
     SPECIALISTS.labels(model_name).set(num_specialists)
 
 
-def show_state(*, is_ready: bool, is_up: bool, is_draining: bool, num_unfinished: int) -> None:
-    """Set the gauges of the server's state; they are looked up when somebody scrapes."""
-    READY.set(is_ready)
-    ENGINE_UP.set(is_up)
-    DRAINING.set(is_draining)
-    UNFINISHED.set(num_unfinished)
-
-
 def count_http_requests(app: FastAPI) -> None:
     """Add vLLM's `http_requests_total` and the request durations to the registry."""
     Instrumentator(excluded_handlers=_UNCOUNTED, registry=REGISTRY).add().instrument(app)

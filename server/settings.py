@@ -179,12 +179,8 @@ def resolve_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -
 def read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
     """The `ULTRAFUSER_*` variables that are set and not empty, by lower-case setting name.
 
-    Args:
-        environ: the process's environment.
-        known: names of all settings and engine options.
-
     Raises:
-        SettingsError: a variable with the prefix is no setting.
+        SettingsError: a variable with the prefix is none of the known settings and engine options.
     """
     values: dict[str, str] = {}
     names = set(known)

@@ -1,5 +1,7 @@
 """Fixtures that more than one folder of tests uses."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,11 @@ from gating.model.materialize import materialize
 
 # Models this small lose more by waking a second thread than they win: fifty times over on a busy machine.
 torch.set_num_threads(1)
+
+if sys.platform == "linux":
+    # Tensors of 1 MiB and more go back to the system when they are freed. By itself glibc raises this size
+    # (M_MMAP_THRESHOLD, -3) with each block that is freed, to 32 MiB, and keeps what is smaller: gigabytes, in the end.
+    ctypes.CDLL(None).mallopt(-3, 2**20)
 
 
 @pytest.fixture(scope="session")

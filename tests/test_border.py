@@ -20,9 +20,6 @@ REQUEST_MODELS = {
 }
 """What a route or a check may name in its signature."""
 
-OFFLINE = "server/llm.py"
-"""Is vLLM's `LLM`, fused: all of it is a seam."""
-
 
 def imported(path: Path) -> Iterator[str]:
     """Dotted names of what a file imports, wherever in the file."""
@@ -45,13 +42,12 @@ def of_vllm(folder: str) -> dict[str, set[str]]:
 
 def test_the_server_knows_vllm_in_two_rooms_and_its_request_models_elsewhere() -> None:
     elsewhere = {path: names for path, names in of_vllm("server").items() if not path.startswith(ROOMS)}
-    assert elsewhere.pop(OFFLINE)
     assert {path: names - REQUEST_MODELS for path, names in elsewhere.items() if names - REQUEST_MODELS} == {}
     assert {name for names in elsewhere.values() for name in names} == REQUEST_MODELS
 
 
 def test_request_models_are_known_where_requests_are() -> None:
-    elsewhere = {path for path in of_vllm("server") if not path.startswith(ROOMS)} - {OFFLINE}
+    elsewhere = {path for path in of_vllm("server") if not path.startswith(ROOMS)}
     assert {path for path in elsewhere if not path.startswith(("server/requests/", "server/api/"))} == set()
 
 

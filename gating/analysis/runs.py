@@ -94,20 +94,12 @@ def _curves(label: str, history: Sequence[Mapping[str, Any]]) -> RunCurves:
             loss.add(step, float(entry["loss"]))
         if "eval_loss" in entry:
             eval_loss.add(step, float(entry["eval_loss"]))
-        for domain in (key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS)):
+        own = [key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS)]
+        for domain in own:
             domains[domain].add(step, float(entry[_LOSS + domain]))
-            for name in _gate_names(entry, domain):
-                gate[domain][name].add(step, float(entry[f"{_GATE}{domain}_{name}"]))
+        for key, value in entry.items():
+            # The longest name: `math` must not take the numbers of `math_easy`.
+            domain = max((name for name in own if key.startswith(f"{_GATE}{name}_")), key=len, default="")
+            if domain:
+                gate[domain][key.removeprefix(f"{_GATE}{domain}_")].add(step, float(value))
     return RunCurves(label, loss, eval_loss, domains, gate)
-
-
-def _gate_names(entry: Mapping[str, Any], domain: str) -> list[str]:
-    """Specialists whose weight on a domain is in a log entry. `math` must not take the numbers of `math_easy`."""
-    prefix = f"{_GATE}{domain}_"
-    longer = [
-        f"{_GATE}{other}_"
-        for other in (key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS))
-        if other.startswith(f"{domain}_")
-    ]
-    keys = [key for key in entry if key.startswith(prefix) and not key.startswith(tuple(longer))]
-    return [key.removeprefix(prefix) for key in keys]

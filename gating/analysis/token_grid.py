@@ -6,9 +6,8 @@ Knows shown conversations. The grid is laid out without matplotlib's help: that 
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -76,7 +75,8 @@ def lay_out(texts: Sequence[str], num_columns: int = NUM_COLUMNS) -> list[TextRu
     line = column = 0
     for owner, text in enumerate(texts):
         is_open = False  # whether the last run goes on
-        if column + (width := _width(text.partition("\n")[0])) > num_columns and width <= num_columns:
+        width = sum(_cells(character, 0)[1] for character in text.partition("\n")[0])
+        if column + width > num_columns and width <= num_columns:
             line, column = line + 1, 0
         for character in text:
             shown, width = _cells(character, column)
@@ -129,8 +129,7 @@ def draw_tokens(specialists: Sequence[str], conversations: Sequence[ShownConvers
         shown = range(1 + max((run.line for run in runs), default=0))[block.begin : block.end]
         for run in runs:
             if run.line in shown:
-                line = num_lines + run.line - shown[0]
-                placed.append((TextRun(line, run.column, run.width, run.text, run.owner), block.looks[run.owner]))
+                placed.append((replace(run, line=num_lines + run.line - shown[0]), block.looks[run.owner]))
         num_lines += len(shown)
     width, height = NUM_COLUMNS * _CELL_WIDTH + 2 * _MARGIN, num_lines * _LINE_HEIGHT + 2 * _MARGIN
     figure = Figure(figsize=(width, height))
@@ -181,9 +180,8 @@ def _draw(chart: Axes, placed: Sequence[tuple[TextRun, _Look]]) -> None:
             run.column, run.line + 0.66, run.text, color=look.ink, fontsize=_FONT_SIZE, family=_families(),
             weight="bold" if look.is_heading else "normal", verticalalignment="baseline", parse_math=False,
         )  # fmt: skip
-    marks = [(look.leader, run) for run, look in placed if look.leader is not None]
-    for leader, group in groupby(sorted(marks, key=lambda mark: mark[0]), key=lambda mark: mark[0]):
-        runs = [run for _, run in group]
+    for leader in sorted({look.leader for _, look in placed if look.leader is not None}):
+        runs = [run for run, look in placed if look.leader == leader]
         chart.hlines(
             [run.line + 0.88 for run in runs],
             [run.column for run in runs],
@@ -192,10 +190,6 @@ def _draw(chart: Axes, placed: Sequence[tuple[TextRun, _Look]]) -> None:
             linestyles=_UNDERLINES[leader % len(_UNDERLINES)],
             linewidth=1.3,
         )
-
-
-def _width(text: str) -> int:
-    return sum(_cells(character, 0)[1] for character in text)
 
 
 def _cells(character: str, column: int) -> tuple[str, int]:

@@ -81,7 +81,9 @@ def show(
     numbers = zip(weights, reading.losses_N[tokens].tolist(), reading.entropy_N[tokens].tolist(), strict=True)
     turns, prompt = [], ""
     # `numbers` runs on from one response to the next: zip asks it last, so none is lost between them.
-    for is_response, ids in _spans(row["input_ids"][0], row["response_mask"][0]):
+    pairs = zip(row["response_mask"][0], row["input_ids"][0], strict=True)
+    for is_response, own_pairs in groupby(pairs, key=lambda pair: pair[0]):
+        ids = [token for _, token in own_pairs]
         if not is_response:
             prompt = _decode(tokenizer, ids)
             continue
@@ -123,11 +125,6 @@ def _common(one: str, other: str) -> int:
     """How many letters they begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (first, second) in pairs if first != second), min(len(one), len(other)))
-
-
-def _spans(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[bool, list[int]]]:
-    pairs = groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0])
-    return [(is_response, [token for _, token in own]) for is_response, own in pairs]
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

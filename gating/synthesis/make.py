@@ -5,7 +5,6 @@ together; see docs/data.md.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,8 @@ from gating.commands.endpoint import ENDPOINT_FIELDS, Endpoint
 from gating.commands.run_folder import keep_settings, sole_run
 from gating.files import write_json
 from gating.progress_bar import counting_bar
-from gating.synthesis.calls.asking import Asker, Sampling
-from gating.synthesis.calls.budget import Account, RateLimit
+from gating.synthesis.calls.asking import Asker
+from gating.synthesis.calls.budget import Account
 from gating.synthesis.calls.runner import Runner
 from gating.synthesis.dataset.duplicates import find_duplicates
 from gating.synthesis.settings import MakeSettings
@@ -58,21 +57,12 @@ async def make(settings: MakeSettings, structure: Structure) -> Ending:
             async with Endpoint(**chosen, asks_again_when_late=True) as endpoint:
                 model = settings.model or await endpoint.first_model()
                 account = Account(settings.prices, settings.budget, store.tokens)
-                asker = Asker(
-                    endpoint,
-                    Sampling(model=model, **settings.model_dump(include=_SAMPLING)),
-                    account,
-                    RateLimit(settings.requests_per_minute),
-                    RateLimit(settings.tokens_per_minute),
-                )
-                run = _Run(settings, structure, store, Runner(asker, store, settings.concurrency), account)
+                runner = Runner(Asker(endpoint, model, settings, account), store, settings.concurrency)
+                run = _Run(settings, structure, store, runner, account)
                 try:
                     return await run.all_stages()
                 finally:
                     write_json(folder / REPORT_FILE, run.report())
-
-
-_SAMPLING = {"list_tokens", "response_tokens", "temperature", "response_temperature"}
 
 
 class _Run:
@@ -92,9 +82,12 @@ class _Run:
         for stage in self._structure.stages:
             if stage == COMPLICATIONS:
                 self._dropped = drop_duplicates(self._store, self._settings.duplicate_threshold)
-            total, missing = self._num_calls(stage)
-            with counting_bar(stage, total, "call", total - missing) as bar:
-                is_stopped = await self._runner.make(self._missing(stage), partial(self._show, bar))
+            # Made twice: they are too many to be kept.
+            tasks = partial(self._tasks.of, stage, self._store, self._dropped)
+            are_missing = [self._is_missing(task) for task in tasks()]
+            with counting_bar(stage, len(are_missing), "call", are_missing.count(False)) as bar:
+                missing = filter(self._is_missing, tasks())
+                is_stopped = await self._runner.make(missing, partial(self._show, bar))
             if is_stopped:
                 break
         num_failed = sum(not miss.is_final for miss in self._store.misses)
@@ -112,14 +105,6 @@ class _Run:
             "settings": self._settings.model_dump(mode="json", exclude={"api_key"}),
         }
 
-    def _num_calls(self, stage: str) -> tuple[int, int]:
-        """All of a stage, and those that are missing."""
-        are_missing = [self._is_missing(task) for task in self._tasks.of(stage, self._store, self._dropped)]
-        return len(are_missing), sum(are_missing)
-
-    def _missing(self, stage: str) -> Iterator[Task]:
-        return filter(self._is_missing, self._tasks.of(stage, self._store, self._dropped))
-
     def _is_missing(self, task: Task) -> bool:
         miss = self._store.miss(task.id)
         is_rejected = miss is not None and miss.is_final and not self._settings.retry_rejected
@@ -132,9 +117,7 @@ class _Run:
 
 def drop_duplicates(store: Store, threshold: float) -> dict[str, str]:
     """Ids of instructions that say what another says; of those, related ones go first, then those of larger ids."""
-    ranked = sorted(
-        ((record.stage == RELATED, item.id, item.text) for record, item in all_instructions(store)),
-    )
+    ranked = sorted((record.stage == RELATED, item.id, item.text) for record, item in all_instructions(store))
     with counting_bar("duplicates", len(ranked), "instruction") as bar:
         return find_duplicates(((identity, text) for _, identity, text in ranked), threshold, bar.update)
 

@@ -69,6 +69,9 @@ def _plain(message: Mapping[str, Any]) -> Message:
 
 
 def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(call.get("function"), Mapping):
+        kind = call.get("type")
+        raise TemplateError(f"messages: a tool call of type {kind!r} has no function; send calls of type 'function'")
     function = dict(call["function"])
     arguments = function.get("arguments")
     if isinstance(arguments, str):

@@ -10,7 +10,7 @@ Knows ASGI messages, no routes and no engine.
 
 import asyncio
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any
 
@@ -37,6 +37,7 @@ class Admission:
         self._running: dict[RunningRequest, None] = {}  # the oldest first
         self._is_closed = False
         self._is_empty = asyncio.Event()
+        self._is_empty.set()
 
     @property
     def num_running(self) -> int:
@@ -74,13 +75,9 @@ class Admission:
     async def drain(self, seconds: float) -> bool:
         """Let nobody in any more and wait so long; whether all running requests have ended."""
         self._is_closed = True
-        if not self._running:
-            return True
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._is_empty.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+        return not self._running
 
     def end_all(self) -> None:
         """Let nobody in any more and end whatever runs."""

@@ -47,16 +47,14 @@ def _check(request: GateAnalysisRequest, _bounds: RequestBounds) -> None:
         raise InvalidRequest("text: send either a text, or messages and an answer.", "text")
     if (request.messages is None) != (request.answer is None):
         raise InvalidRequest("answer: messages and an answer go together.", "answer")
-    refuse_media(request.messages or ())
 
 
 @router.post("/v1/gate/analyze", responses=BODY_ERRORS)
 async def analyze(request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     """Every token of the text or the answer with its fused log probability and the gate's weights, teacher-forced."""
     serving: Serving = raw_request.app.state.serving
-    if request.text is not None:
-        return await _analyze_text(serving, request, raw_request)
-    return await _analyze_answer(serving, request, raw_request)
+    analyze_own = _analyze_answer if request.text is None else _analyze_text
+    return await analyze_own(serving, request, raw_request)
 
 
 async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
@@ -66,9 +64,8 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
         raise InvalidRequest("text: has one token only, which nothing predicts; send more.", "text")
     own: dict[str, Any] = {"prompt": [first], "logprobs": 0}
     asked = CompletionRequest(**_common(request, rest), **own)
-    response = await _answered(serving.completion.create_completion(asked, raw_request), "text")
-    (choice,) = response.choices
-    tokens = _tokens(serving, rest, choice, choice.logprobs.token_logprobs, "text")
+    response = await _answered(serving.completion.create_completion(asked, raw_request), rest, "text")
+    tokens = _tokens(serving, response, response.choices[0].logprobs.token_logprobs)
     start = {"token": serving.tokenizer.decode([first]), "token_id": first, "logprob": None, GATE_WEIGHTS: None}
     return _body(serving, response, [start, *tokens])
 
@@ -76,18 +73,14 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
-    response = await _answered(serving.chat.create_chat_completion(asked, raw_request), "answer")
-    (choice,) = response.choices
-    logprobs = [entry.logprob for entry in choice.logprobs.content]
-    return _body(serving, response, _tokens(serving, answer, choice, logprobs, "answer"))
+    refuse_media(asked.messages)  # of the model made of them, which may leave parts that can be read only once
+    response = await _answered(serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
+    logprobs = [entry.logprob for entry in response.choices[0].logprobs.content]
+    return _body(serving, response, _tokens(serving, response, logprobs))
 
 
-async def _answered(asking: Awaitable[Any], param: str) -> Any:
-    """What the serving class gave; a text that is too long for the context is no matter of `max_tokens` here.
-
-    Raises:
-        ApiError: as the serving class says.
-    """
+async def _answered(asking: Awaitable[Any], given: list[int], param: str) -> Any:
+    """What the serving class gave; a text that is too long for the context is no matter of `max_tokens` here."""
     try:
         response = await asking
         if (told := error_in(response)) is not None:
@@ -96,6 +89,9 @@ async def _answered(asking: Awaitable[Any], param: str) -> Any:
         if as_api_error(error).param == "max_tokens":
             raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param) from error
         raise
+    (choice,) = response.choices
+    if list(choice.token_ids) != given:
+        raise ContextTooLong(f"{param}: of {len(given)} tokens only {len(choice.token_ids)} fit; shorten it.", param)
     return response
 
 
@@ -122,12 +118,9 @@ async def _token_ids(serving: Serving, text: str, param: str, *, add_special_tok
     return ids
 
 
-def _tokens(
-    serving: Serving, given: list[int], choice: Any, logprobs: list[float | None], param: str
-) -> list[dict[str, Any]]:
-    if list(choice.token_ids) != given:
-        raise ContextTooLong(f"{param}: of {len(given)} tokens only {len(choice.token_ids)} fit; shorten it.", param)
-    rows = zip(given, logprobs, choice.gate_weights["content"], strict=True)
+def _tokens(serving: Serving, response: Any, logprobs: list[float | None]) -> list[dict[str, Any]]:
+    (choice,) = response.choices
+    rows = zip(choice.token_ids, logprobs, choice.gate_weights["content"], strict=True)
     return [
         {"token": serving.tokenizer.decode([token_id]), "token_id": token_id, "logprob": logprob, GATE_WEIGHTS: weights}
         for token_id, logprob, weights in rows

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from server.api.response import READ_ERRORS
 from server.health import Readiness
-from server.metrics import scrape, show_state
+from server.metrics import DRAINING, ENGINE_UP, READY, UNFINISHED, scrape
 from server.serving.installation import VLLM_VERSION
 from server.serving.serving import Serving
 from ultrafuser import __version__
@@ -48,14 +48,12 @@ async def version() -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(raw_request: Request) -> Response:
-    """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`."""
-    state = raw_request.app.state
-    show_state(
-        is_ready=_obstacle(raw_request) is None,
-        is_up=not state.serving.engine.errored,
-        is_draining=state.readiness.is_ending,
-        num_unfinished=state.serving.engine.get_num_unfinished_requests(),
-    )
+    """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`; the server's state is looked up only now."""
+    engine = raw_request.app.state.serving.engine
+    READY.set(_obstacle(raw_request) is None)
+    ENGINE_UP.set(not engine.errored)
+    DRAINING.set(raw_request.app.state.readiness.is_ending)
+    UNFINISHED.set(engine.get_num_unfinished_requests())
     return scrape()
 
 

@@ -75,4 +75,4 @@ def _check_tokenize_text(_request: TokenizeCompletionRequest, _bounds: RequestBo
 
 @check_request.register(DetokenizeRequest)
 def _check_detokenize(request: DetokenizeRequest, bounds: RequestBounds) -> None:
-    check_token_ids("tokens", request.tokens, bounds)
+    check_token_ids("tokens", request.tokens, bounds.num_shared_ids)

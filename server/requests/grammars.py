@@ -106,22 +106,15 @@ class GrammarCheck:
         if self._process is not None and self._process.returncode is not None:
             await self.close()  # it was ended by somebody else
         process = self._process or await self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        verdict = b""
         try:
-            process.stdin.write(line)
-            verdict = await asyncio.wait_for(process.stdout.readline(), self._seconds)
+            verdict = await self._ask(process, line, self._seconds)
         except TimeoutError:
             raise _refused(f"takes more than {self._seconds:g} s to compile") from None
         except ConnectionError:
-            pass
-        finally:
-            if not verdict:  # the answer would be the next one's
-                await self.close()
-        if verdict.strip() in (b"", b"large"):
+            verdict = b""
+        if verdict in (b"", b"large"):
             raise _refused("needs too much memory")
-        if verdict.strip() == b"slow":
+        if verdict == b"slow":
             raise _refused("is too ambiguous to be applied to every token")
 
     async def _start(self) -> asyncio.subprocess.Process:
@@ -129,16 +122,22 @@ class GrammarCheck:
         command = (sys.executable, "-m", "server.requests.grammar_worker", json.dumps(asdict(self._vocabulary)))
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_BYTES)
         self._process = process
-        assert process.stdout is not None
-        ready = b""
-        try:
-            ready = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
-        finally:
-            if not ready:
-                await self.close()
-        if not ready:
+        if not await self._ask(process, b"", START_SECONDS):
             raise RuntimeError("the process that tries constraints out did not start; its last words are above")
         return process
+
+    async def _ask(self, process: asyncio.subprocess.Process, line: bytes, seconds: float) -> bytes:
+        """The process's answer; it is ended if none comes in time, which would be taken for the next one's."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answer = b""
+        try:
+            process.stdin.write(line)
+            answer = await asyncio.wait_for(process.stdout.readline(), seconds)
+        finally:
+            if not answer:
+                await self.close()
+        return answer.strip()
 
 
 def _refused(reason: str) -> InvalidRequest:

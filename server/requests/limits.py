@@ -24,7 +24,6 @@ class RequestBounds:
     """What this server's settings, its engine and its specialists let a request ask for at most."""
 
     limits: Limits
-    """The settings."""
 
     max_logprobs: int
     """Log probabilities per token; -1: the whole vocabulary, which a request may then ask for by -1, too."""
@@ -56,21 +55,20 @@ def check_limits(request: ChatCompletionRequest | CompletionRequest, bounds: Req
         raise InvalidRequest("max_completion_tokens: must be at least 1, got 0.", "max_completion_tokens")
     if request.priority and not bounds.has_priorities:
         raise InvalidRequest("priority: requests are served in order; start with --scheduling-policy.", "priority")
-    check_token_ids("logit_bias", map(int, request.logit_bias or ()), bounds)
-    check_token_ids("stop_token_ids", request.stop_token_ids or (), bounds)
-    check_token_ids("allowed_token_ids", request.allowed_token_ids or (), bounds)
-    check_token_ids("logprob_token_ids", request.logprob_token_ids or (), bounds)
+    check_token_ids("logit_bias", map(int, request.logit_bias or ()), bounds.num_shared_ids)
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        check_token_ids(name, getattr(request, name) or (), bounds.num_shared_ids)
 
 
-def check_token_ids(field: str, ids: Iterable[int], bounds: RequestBounds) -> None:
+def check_token_ids(field: str, ids: Iterable[int], num_shared_ids: int) -> None:
     """Check token ids that a request names.
 
     Raises:
         InvalidRequest: naming the field and the first id outside of the shared vocabulary.
     """
-    foreign = next((token_id for token_id in ids if not 0 <= token_id < bounds.num_shared_ids), None)
+    foreign = next((token_id for token_id in ids if not 0 <= token_id < num_shared_ids), None)
     if foreign is not None:
-        shared = f"the vocabulary that all specialists share, 0 to {bounds.num_shared_ids - 1}"
+        shared = f"the vocabulary that all specialists share, 0 to {num_shared_ids - 1}"
         raise InvalidRequest(f"{field}: token id {foreign} is outside of {shared}.", field)
 
 
@@ -94,15 +92,11 @@ def _check_responses(request: ChatCompletionRequest | CompletionRequest, most: i
     n = 1 if request.n is None else request.n
     if not 1 <= n <= most:
         raise InvalidRequest(f"n: must be 1 to {most}, got {_short(n)}.", "n")
-    prompts = _num_prompts(request)
+    prompt = getattr(request, "prompt", None)
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     if prompts * n > most:
         param = "n" if n > 1 else "prompt"
         raise InvalidRequest(f"{param}: {prompts} prompts with n = {n} are more than {most} responses.", param)
-
-
-def _num_prompts(request: ChatCompletionRequest | CompletionRequest) -> int:
-    prompt = getattr(request, "prompt", None)
-    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
 def _check_strings(field: str, strings: str | Sequence[str] | None, max_chars: int) -> None:

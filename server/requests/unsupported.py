@@ -29,7 +29,7 @@ RESERVED_EXTRA_ARGS = frozenset(
 """Keys of `vllm_xargs` that belong to the server."""
 
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
-"""Types of content parts that are text, each by another of OpenAI's names."""
+"""Types of content parts that are text; every other type is media, or a file."""
 
 MAX_NOTICED_FIELDS = 64
 """How many unknown fields are logged before nothing more is said about them."""

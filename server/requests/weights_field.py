@@ -8,8 +8,8 @@ GATE_WEIGHTS = "gate_weights"
 """Name of the field in requests (true or false) and in choices; also the engine's own name for the wish."""
 
 
-def ask_for_weights(request: BaseModel) -> bool:
-    """Whether a request asks for weights; if so the engine is told.
+def ask_for_weights(request: BaseModel) -> None:
+    """Tell the engine of the wish, if the request has it.
 
     Raises:
         InvalidRequest: the field is neither true nor false.
@@ -19,7 +19,6 @@ def ask_for_weights(request: BaseModel) -> bool:
         raise InvalidRequest(f"{GATE_WEIGHTS}: must be true or false.", GATE_WEIGHTS)
     if wish:
         request.vllm_xargs = {**(getattr(request, "vllm_xargs", None) or {}), GATE_WEIGHTS: True}  # type: ignore[attr-defined]
-    return bool(wish)
 
 
 def is_asked(request: BaseModel) -> bool:

@@ -12,12 +12,8 @@ from server.requests.grammars import Constraint, Vocabulary
 def leading_vocabulary(config: VllmConfig) -> Vocabulary:
     """The vocabulary of the engine's leader."""
     model = config.model_config
-    return Vocabulary(
-        model.tokenizer,
-        model.tokenizer_revision,
-        model.get_vocab_size(),
-        not config.structured_outputs_config.disable_any_whitespace,
-    )
+    any_whitespace = not config.structured_outputs_config.disable_any_whitespace
+    return Vocabulary(model.tokenizer, model.tokenizer_revision, model.get_vocab_size(), any_whitespace)
 
 
 def constraint_of(params: StructuredOutputsParams | None) -> Constraint | None:

@@ -38,8 +38,14 @@ from server.serving.translation import as_api_error, error_in
 from server.settings import ServerSettings
 
 
-class _OwnErrors:
-    """Raises what vLLM's stream generators would write into the stream; `server.api.response` decides where it goes."""
+class _Fused:
+    """What both kinds of completions have.
+
+    Raises what vLLM's stream generators would write into the stream; `server.api.response` decides where it goes.
+    """
+
+    specialists: Sequence[str] = ()
+    grammars: GrammarCheck
 
     def create_streaming_error_response(
         self,
@@ -56,11 +62,8 @@ class _OwnErrors:
         raise as_api_error(e) from e
 
 
-class FusedServingChat(_OwnErrors, OpenAIServingChat):
+class FusedServingChat(_Fused, OpenAIServingChat):
     """vLLM's chat completions, with the gate's weights for those who ask."""
-
-    specialists: Sequence[str] = ()
-    grammars: GrammarCheck
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         rendered = await super().render_chat_request(request)
@@ -103,11 +106,8 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
         return response
 
 
-class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
+class FusedServingCompletion(_Fused, OpenAIServingCompletion):
     """vLLM's completions, with the gate's weights for those who ask."""
-
-    specialists: Sequence[str] = ()
-    grammars: GrammarCheck
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         rendered = await super().render_completion_request(request)
@@ -129,8 +129,7 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
             return base(request, engine_inputs, result_generator, *args, **kwargs)
         prompts = [self._extract_prompt_text(engine_input) for engine_input in engine_inputs]
         weights = WeightsInEvents(request, self.specialists, prompts)
-        watched = weights.watch_several(result_generator)
-        return weights.decorated(base(request, engine_inputs, watched, *args, **kwargs))
+        return weights.decorated(base(request, engine_inputs, weights.watch(result_generator), *args, **kwargs))
 
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
@@ -173,18 +172,9 @@ def build_serving(
     config = engine.vllm_config
     fused_renderer = FusedRenderer(config, fusion, info)
     renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
-    chat = FusedServingChat(
-        engine,
-        models,
-        "assistant",
-        online_renderer=renderer,
-        enable_prompt_tokens_details=True,
-        **template,
-        **tools,
-    )
-    completion = FusedServingCompletion(
-        engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
-    )
+    shared: dict[str, Any] = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
+    chat = FusedServingChat(engine, models, "assistant", **shared, **template, **tools)
+    completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
     grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
     for serving in (chat, completion):
         serving.grammars = grammars
@@ -193,22 +183,10 @@ def build_serving(
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)
-    return Serving(
-        engine,
-        models,
-        chat,
-        completion,
-        tokenization,
-        fused_renderer.tokenizer,
-        fusion.specialist_names,
-        grammars,
-        RequestBounds(
-            settings,
-            config.model_config.max_logprobs,
-            config.scheduler_config.policy == "priority",
-            info.num_shared_ids,
-        ),
-    )
+    has_priorities = config.scheduler_config.policy == "priority"
+    bounds = RequestBounds(settings, config.model_config.max_logprobs, has_priorities, info.num_shared_ids)
+    tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
+    return Serving(engine, models, chat, completion, tokenization, tokenizer, specialists, grammars, bounds)
 
 
 async def warm_up(serving: Serving) -> None:

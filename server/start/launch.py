@@ -70,7 +70,8 @@ def serve(
         EngineStartError: the engine's processes have said why.
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
-    progress.say(_versions())
+    python = platform.python_version()
+    progress.say(f"vLLM {VLLM_VERSION}, torch {torch.__version__}, Python {python}, device {device_name()}")
     allow_many_connections()
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
@@ -244,11 +245,6 @@ def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
         raise SettingsError(f"tool_call_parser: vLLM has no parser {name!r}; it has {', '.join(parsers)}")
     if enable_auto and name is None:
         raise SettingsError("--enable-auto-tool-choice: there is no parser; name one with --tool-call-parser")
-
-
-def _versions() -> str:
-    python = platform.python_version()
-    return f"vLLM {VLLM_VERSION}, torch {torch.__version__}, Python {python}, device {device_name()}"
 
 
 def _loop_factory() -> Any:

@@ -202,6 +202,7 @@ def test_a_huge_body_holds_up_nobody(server: ServerProcess, body: bytes) -> None
 
     prober = threading.Thread(target=probe)
     prober.start()
+    wait_for(lambda: waits, "a probe is answered")  # making a client takes longer than some of these bodies
     path = TEXT if b"prompt" in body[:20] else CHAT
     response = httpx.post(server.url + path, content=body, headers=JSON, timeout=60)
     is_done.set()

@@ -235,6 +235,7 @@ def test_text_parts_are_joined_and_other_parts_refused():
         ([], "messages: empty"),
         ([{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
         ([{**CALL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "arguments are not JSON"),
+        ([{**CALL, "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": "x"}}]}], "has no function"),
     ],
 )
 def test_messages_no_template_could_show_are_refused(messages, complaint):

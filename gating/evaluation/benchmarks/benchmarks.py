@@ -19,12 +19,11 @@ from gating.errors import CommandError, DataError
 from gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
 from gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
 from gating.evaluation.benchmarks.generation import ChatClient
-from gating.evaluation.benchmarks.items import Benchmark, Item
+from gating.evaluation.benchmarks.items import Answered, Benchmark, Item
 from gating.evaluation.benchmarks.llm_as_judge import ALPACA_EVAL, MT_BENCH
 from gating.evaluation.benchmarks.multiple_choice import AQUA, SAT_MATH
 from gating.evaluation.benchmarks.scoring import (
     SCORES_FILE,
-    Answered,
     format_table,
     judge_all,
     summarize,

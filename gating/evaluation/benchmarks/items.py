@@ -6,7 +6,7 @@ Knows no benchmark, no server and no score.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from gating.errors import DataError
 
@@ -103,6 +103,11 @@ class Item:
     reference: Mapping[str, Any]
     """What the benchmark's own scoring needs to know about it."""
 
+    @classmethod
+    def asked_once(cls, id: str, prompt: str, reference: Mapping[str, Any]) -> Self:
+        """A question that is one message."""
+        return cls(id, (Request(id, (prompt,)),), reference)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -160,7 +165,10 @@ class Verdict:
 Judge = Callable[[Item, Sequence[Answer]], Verdict]
 """Scores an item by the answers to its requests, in their order."""
 
-Export = Callable[[Path, str, Sequence[tuple[Item, Sequence[Answer]]]], Path]
+Answered = Sequence[tuple[Item, Sequence[Answer]]]
+"""Items with the answers to their requests."""
+
+Export = Callable[[Path, str, Answered], Path]
 """Writes answers in the form that a judge's own program reads: folder, model, items with answers; returns the file."""
 
 
@@ -199,7 +207,7 @@ class Benchmark:
     read: Callable[[Row, bool], Item]
     """Makes an item of a row; the second argument asks for chain of thought, where the benchmark knows it."""
 
-    metric: str | None
+    metric: str | None = None
     """Name of the score; None if it is scored elsewhere."""
 
     judge: Judge | None = None

@@ -1,11 +1,11 @@
 """MT-Bench and AlpacaEval (both 2023): answers written in the form their judges' own programs read; no score here."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row
+from gating.evaluation.benchmarks.items import Answered, Benchmark, HubSource, Item, Request, Row
 from gating.files import write_json, write_json_lines
 
 _ALPACA_PROMPT = (
@@ -14,8 +14,6 @@ _ALPACA_PROMPT = (
 
 # What FastChat itself writes where a model's service failed.
 _FAILED_TURN = "$ERROR$"
-
-Answered = Sequence[tuple[Item, Sequence[Answer]]]
 
 
 def _read_mt_bench(row: Row, chain_of_thought: bool) -> Item:
@@ -43,8 +41,8 @@ def _write_mt_bench(folder: Path, model: str, answered: Answered) -> Path:
 
 def _read_alpaca_eval(row: Row, chain_of_thought: bool) -> Item:
     instruction, id = row.text("instruction"), str(row.number)
-    prompt = _ALPACA_PROMPT.format(instruction=instruction)
-    return Item(id, (Request(id, (prompt,)),), {"instruction": instruction, "dataset": row.text("dataset")})
+    reference = {"instruction": instruction, "dataset": row.text("dataset")}
+    return Item.asked_once(id, _ALPACA_PROMPT.format(instruction=instruction), reference)
 
 
 def _write_alpaca_eval(folder: Path, model: str, answered: Answered) -> Path:
@@ -75,7 +73,6 @@ MT_BENCH = Benchmark(
         "HuggingFaceH4/mt_bench_prompts", "train", data_files="raw/question.jsonl", convert=_convert_mt_bench
     ),
     read=_read_mt_bench,
-    metric=None,
     export=_write_mt_bench,
 )
 
@@ -84,6 +81,5 @@ ALPACA_EVAL = Benchmark(
     prompts=(_ALPACA_PROMPT,),
     hub=HubSource("tatsu-lab/alpaca_eval", "eval", data_files="alpaca_eval.json"),
     read=_read_alpaca_eval,
-    metric=None,
     export=_write_alpaca_eval,
 )

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 
 from gating.errors import DataError
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
+from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
 from gating.evaluation.benchmarks.parsing import final_number, same_number
 
 CHAIN_OF_THOUGHT = "\nLet's think step by step."
@@ -15,7 +16,7 @@ _PROMPT = "{question}"
 
 def _item(id: str, question: str, answer: str, chain_of_thought: bool) -> Item:
     prompt = _PROMPT.format(question=question) + CHAIN_OF_THOUGHT * chain_of_thought
-    return Item(id, (Request(id, (prompt,)),), {"answer": answer})
+    return Item.asked_once(id, prompt, {"answer": answer})
 
 
 def _read_gsm8k(row: Row, chain_of_thought: bool) -> Item:
@@ -44,20 +45,7 @@ def _judge(item: Item, answers: Sequence[Answer]) -> Verdict:
     return Verdict(item.id, float(same_number(number, expected)), f"{float(number):.12g}", expected)
 
 
-GSM8K = Benchmark(
-    name="gsm8k",
-    prompts=(_PROMPT, CHAIN_OF_THOUGHT),
-    hub=HubSource("openai/gsm8k", "test", config="main"),
-    read=_read_gsm8k,
-    metric="accuracy",
-    judge=_judge,
-)
+_word_problems = partial(Benchmark, prompts=(_PROMPT, CHAIN_OF_THOUGHT), metric="accuracy", judge=_judge)
 
-SVAMP = Benchmark(
-    name="svamp",
-    prompts=(_PROMPT, CHAIN_OF_THOUGHT),
-    hub=HubSource("ChilleD/SVAMP", "test"),
-    read=_read_svamp,
-    metric="accuracy",
-    judge=_judge,
-)
+GSM8K = _word_problems(name="gsm8k", hub=HubSource("openai/gsm8k", "test", config="main"), read=_read_gsm8k)
+SVAMP = _word_problems(name="svamp", hub=HubSource("ChilleD/SVAMP", "test"), read=_read_svamp)

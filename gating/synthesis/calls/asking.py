@@ -10,31 +10,13 @@ from typing import Any
 
 from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import Endpoint
-from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, Call, RateLimit
+from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, RateLimit
+from gating.synthesis.settings import MakeSettings
 from gating.synthesis.stages.response_schemas import ResponseSchema
 from gating.synthesis.stages.task import Task
 
 _NUM_FORMATS = 3
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "json schema", "structured", "guided", "grammar")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
-
-    model: str
-
-    list_tokens: int
-    """Most tokens of a structured answer."""
-
-    response_tokens: int
-    """Most tokens of a response."""
-
-    temperature: float
-    """Of structured answers."""
-
-    response_temperature: float
-    """Of responses."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +26,20 @@ class Tokens:
     prompt: int = 0
     completion: int = 0
 
-    def plus(self, completion: Completion, characters: int) -> "Tokens":
-        """With one more; counted by the server, else estimated."""
-        estimate = (characters // CHARACTERS_PER_TOKEN, len(completion.text) // CHARACTERS_PER_TOKEN)
-        prompt, completed = completion.usage or estimate
-        return Tokens(self.prompt + prompt, self.completion + completed)
+    def plus(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.prompt + other.prompt, self.completion + other.completion)
 
 
 class Asker:
     """One model at one endpoint."""
 
-    def __init__(
-        self, endpoint: Endpoint, sampling: Sampling, account: Account, requests: RateLimit, tokens: RateLimit
-    ) -> None:
-        """`requests` and `tokens` are what may be used a minute."""
+    def __init__(self, endpoint: Endpoint, model: str, settings: MakeSettings, account: Account) -> None:
+        self.model = model
         self._endpoint = endpoint
-        self.sampling = sampling
+        self._settings = settings
         self._account = account
-        self._requests = requests
-        self._tokens = tokens
+        self._requests = RateLimit(settings.requests_per_minute)
+        self._tokens = RateLimit(settings.tokens_per_minute)
         self._format = 0
         """0: JSON schemas, 1: JSON objects, 2: no format is asked for."""
 
@@ -74,33 +51,27 @@ class Asker:
             BudgetSpentError: it might cost too much.
             EndpointError: no call can succeed.
         """
-        sampling = self.sampling
+        settings = self._settings
         characters = sum(len(message["content"].encode()) for message in messages)
-        max_tokens = sampling.list_tokens if task.schema else sampling.response_tokens
+        max_tokens = settings.list_tokens if task.schema else settings.response_tokens
         body = {
-            "model": sampling.model,
+            "model": self.model,
             "messages": messages,
-            "temperature": sampling.temperature if task.schema else sampling.response_temperature,
+            "temperature": settings.temperature if task.schema else settings.response_temperature,
             "max_tokens": max_tokens,
             "seed": seed % 2**31,
         }
         async with await self._account.open(characters, max_tokens) as call:
             await self._requests.take(1)
-            await self._tokens.take(characters // CHARACTERS_PER_TOKEN + max_tokens)
-            return await self._complete(body, task.schema, characters, call)
-
-    async def _complete(
-        self, body: dict[str, Any], schema: ResponseSchema | None, characters: int, call: Call
-    ) -> tuple[Completion, Tokens]:
-        estimate = characters // CHARACTERS_PER_TOKEN + body["max_tokens"]
-        used = Tokens()
-        try:
-            completion = await self._in_format(body, schema)
-            used = used.plus(completion, characters)
-            call.tokens = (used.prompt, used.completion)
-            return completion, used
-        finally:
-            self._tokens.give_back(estimate - used.prompt - used.completion)
+            estimate = characters // CHARACTERS_PER_TOKEN + max_tokens
+            await self._tokens.take(estimate)
+            try:
+                completion = await self._in_format(body, task.schema)
+                guess = (characters // CHARACTERS_PER_TOKEN, len(completion.text) // CHARACTERS_PER_TOKEN)
+                call.tokens = completion.usage or guess
+                return completion, Tokens(*call.tokens)
+            finally:
+                self._tokens.give_back(estimate - sum(call.tokens))
 
     async def _in_format(self, body: dict[str, Any], schema: ResponseSchema | None) -> Completion:
         if schema is None:
@@ -118,5 +89,5 @@ class Asker:
 
 def _response_format(number: int, schema: ResponseSchema) -> dict[str, Any]:
     strict = {"type": "json_schema", "json_schema": {"name": schema.name, "schema": dict(schema.json_schema)}}
-    kinds: list[dict[str, Any]] = [strict, {"type": "json_object"}]
-    return {"response_format": kinds[number]} if number < len(kinds) else {}
+    formats: list[dict[str, Any]] = [{"response_format": strict}, {"response_format": {"type": "json_object"}}, {}]
+    return formats[number]

@@ -7,6 +7,7 @@ more, with the reason. Knows asking, checks and the store; does not know what th
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 from gating.commands.chat_completion import Completion, RequestFailedError
 from gating.commands.endpoint import run_together
@@ -24,6 +25,8 @@ from gating.synthesis.stages.task import Task
 MOST_REFUSED = 20
 """Calls refused one after the other, after which a run ends."""
 _DETAIL_CHARACTERS = 500
+_OF_TASK = ("id", "stage", "meta_topic", "sub_topic", "parent", "root", "relation", "is_complex", "messages")
+"""Of a record: what is its task's."""
 
 
 class RejectedError(Exception):
@@ -73,7 +76,7 @@ class Runner:
         try:
             for attempt in range(2):
                 completion, own = await self._asker.ask(task, messages, seed + attempt)
-                used = Tokens(used.prompt + own.prompt, used.completion + own.completion)
+                used = used.plus(own)
                 try:
                     entries = read_answer(task, completion, is_last=attempt == 1)
                     break
@@ -108,24 +111,15 @@ class Runner:
 
     def _record(self, task: Task, entries: list[Entry], used: Tokens, seed: int) -> Record:
         items = [
-            Item(id=identify(task.id, place), text=entry.text, note=entry.note, relation=entry.relation, reject=problem)
+            Item(id=identify(task.id, place), **{**asdict(entry), "reject": entry.reject or _problem(task, entry)})
             for place, entry in enumerate(entries)
-            for problem in [entry.reject or _problem(task, entry)]
         ]
         return Record(
-            id=task.id,
-            stage=task.stage,
+            **{name: getattr(task, name) for name in _OF_TASK},
             domain=task.domain.name,
-            meta_topic=task.meta_topic,
-            sub_topic=task.sub_topic,
-            parent=task.parent,
-            root=task.root,
-            relation=task.relation,
-            is_complex=task.is_complex,
-            prompt=task.prompt_identity,
-            model=self._asker.sampling.model,
+            prompt=task.prompt.identity if task.prompt else "",
+            model=self._asker.model,
             seed=seed,
-            messages=task.messages,
             items=tuple(items),
             prompt_tokens=used.prompt,
             completion_tokens=used.completion,

@@ -142,10 +142,6 @@ def _write_reports(
     tables = {split: own.table() for split, own in statistics.items() if own.num_rows}
     splits = {split: own.as_json() for split, own in statistics.items()}
     write_json(target / STATISTICS_FILE, {"splits": splits, "dropped": dropped})
-    card = render_card(settings.license, structure, tables, dropped, list(_described(test_sets)))
+    described = [f"{own.name} (SHA-256 {file_digest(own.path)[:16]})" for own in test_sets]
+    card = render_card(settings.license, structure, tables, dropped, described)
     write_file(target / "README.md", card.encode())
-
-
-def _described(test_sets: list[TestSet]) -> Iterator[str]:
-    for test_set in test_sets:
-        yield f"{test_set.name} (SHA-256 {file_digest(test_set.path)[:16]})"

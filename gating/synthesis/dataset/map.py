@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 from gating.analysis.pictures import png
 from gating.analysis.styles import MARKERS, style_of
 from gating.data.conversations import DataFile
-from gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
 from gating.errors import CommandError
 from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
 from gating.files import write_file, write_json
-from gating.model.cache import Report, cache_folder
+from gating.model.cache import cache_folder
 from gating.model.fusion import load_fusion
 from gating.model.packaged import hidden_bars
 from gating.progress_bar import StepProgress
@@ -55,7 +54,7 @@ def draw_map(settings: MapSettings) -> Path:
         task = prepare_task(settings.fusion, [DataFile(path)], options, progress)
         if len(task.rows) < _LEAST_POINTS:
             raise CommandError(f"{path}: {len(task.rows)} conversations make no map; export {_LEAST_POINTS} or more")
-        means_RD = mean_states(task, place, progress)
+        means_RD = mean_states(task, place)
         points_R2 = to_plane(means_RD, settings.seed)
     specialist = task.loaded.specialist_names[place]
     write_json(folder / "map.json", {"specialist": specialist, "points": _named(points_R2, task.places)})
@@ -64,18 +63,9 @@ def draw_map(settings: MapSettings) -> Path:
     return picture
 
 
-def mean_states(task: ReadingTask, place: int, on_progress: Report) -> np.ndarray:
+def mean_states(task: ReadingTask, place: int) -> np.ndarray:
     """Mean hidden state of the specialist at `place` over each conversation's response tokens: float32 [R, D]."""
-    dtype = resolve_dtype(task.options.precision, task.device)
-    states, _ = cache_hidden_states(
-        task.rows.dataset,
-        hidden_state_sources(task.prepared, task.info.hidden_sizes, dtype)[place : place + 1],
-        num_shared_ids=task.info.num_shared_ids,
-        batch_size=task.options.batch_size,
-        device=task.device,
-        cache_dir=task.options.cache_dir,
-        on_progress=on_progress,
-    )
+    states, _ = task.hidden_states(task.prepared, task.info.hidden_sizes, slice(place, place + 1))
     return torch.stack([states[row][0][0].float().mean(dim=0) for row in range(len(states))]).numpy()
 
 

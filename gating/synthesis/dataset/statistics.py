@@ -71,15 +71,14 @@ class Statistics:
     def table(self) -> str:
         """Markdown, a line for each domain."""
         unit = self._counter.unit
-        columns = ["domain", "conversations", "meta-topics", "sub-topics", f"mean {unit}", "of them in responses"]
-        lines = [columns, ["---", *["---:"] * 7]]
-        columns += ["mean turns", "made more complex"]
-        for name, own in self._domains.items():
+        names = ["domain", "conversations", "meta-topics", "sub-topics", f"mean {unit}", "of them in responses"]
+        lines = [[*names, "mean turns", "made more complex"], ["---", *["---:"] * 7]]
+        for name, own in sorted(self._domains.items()):
             means = [own.length / own.rows, own.response_length / own.rows]
             counts = [own.rows, len(own.meta_topics), len(own.sub_topics)]
             shares = [f"{own.turns / own.rows:.2f}", f"{100 * own.complex_rows / own.rows:.0f} %"]
             lines.append([name, *(f"{count:,}" for count in counts), *(f"{mean:.0f}" for mean in means), *shares])
-        return "\n".join(f"| {' | '.join(line)} |" for line in [*lines[:2], *sorted(lines[2:])])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def load_counter(tokenizer: str | None) -> Counter:

@@ -31,6 +31,9 @@ class Row(Frozen):
     """Who wrote its last response."""
 
 
+_LINEAGE = {"domain", "meta_topic", "sub_topic", "relation", "is_complex", "model"}
+
+
 def conversations(store: Store, num_turns: int) -> Iterator[Row]:
     """Every conversation once, at its greatest length; `num_turns` is the most that were added to the first."""
     stages = [RESPONSES, *(f"{RESPONSES}_{turn}" for turn in range(1, num_turns + 1))]
@@ -39,13 +42,5 @@ def conversations(store: Store, num_turns: int) -> Iterator[Row]:
         for record, item in good_items(store, stage):
             if record.root not in seen:
                 seen.add(record.root)
-                yield Row(
-                    id=record.root,
-                    domain=record.domain,
-                    meta_topic=record.meta_topic,
-                    sub_topic=record.sub_topic,
-                    relation=record.relation,
-                    is_complex=record.is_complex,
-                    model=record.model,
-                    messages=(*record.messages, Message(role="assistant", content=item.text)),
-                )
+                messages = (*record.messages, Message(role="assistant", content=item.text))
+                yield Row(id=record.root, messages=messages, **record.model_dump(include=_LINEAGE))

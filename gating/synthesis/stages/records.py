@@ -14,7 +14,7 @@ UNPARSABLE, REFUSED_BY_SERVER, FAILED = "unparsable", "refused_by_server", "fail
 
 
 class Frozen(BaseModel):
-    """A line of a file."""
+    """Part of a file that is read or written; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
 from gating.synthesis.stages.domain import Limits
 
@@ -68,28 +68,24 @@ class ResponseSchema:
         return entries
 
 
-class _Object(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Topics(_Object):
+class _Topics(BaseModel):
     topics: list[str]
 
 
-class _SubTopic(_Object):
+class _SubTopic(BaseModel):
     name: str
     note: str = ""
 
 
-class _SubTopics(_Object):
+class _SubTopics(BaseModel):
     sub_topics: list[_SubTopic]
 
 
-class _Instructions(_Object):
+class _Instructions(BaseModel):
     instructions: list[str]
 
 
-class _Related(_Object):
+class _Related(BaseModel):
     strong: list[str] = []
     weak: list[str] = []
 
@@ -152,7 +148,7 @@ def message_schema(limits: Limits) -> ResponseSchema:
 
 def _single(name: str, entry: Mapping[str, Any]) -> ResponseSchema:
     """One text under a name, which is the schema's too."""
-    model = create_model("Single", __base__=_Object, **{name: (str, ...)})  # type: ignore[call-overload]
+    model = create_model("Single", **{name: (str, ...)})  # type: ignore[call-overload]
 
     def read(content: Any) -> list[Entry]:
         return [Entry(getattr(model.model_validate(content), name).strip())]
@@ -182,9 +178,5 @@ def _list(entry: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def _object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    closed = {"required": list(properties), "additionalProperties": False}
+    return {"type": "object", "properties": properties, **closed}

@@ -39,10 +39,6 @@ class Task:
     relation: str = ""
     is_complex: bool = False
 
-    @property
-    def prompt_identity(self) -> str:
-        return self.prompt.identity if self.prompt else ""
-
     def render(self) -> list[dict[str, str]]:
         """The messages to be sent."""
         if self.prompt is None:

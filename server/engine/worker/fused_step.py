@@ -46,7 +46,7 @@ class FusedModelRunner:
         """Load every specialist's weights, then the gate."""
         self.specialists.load_model(load_dummy_weights)
         self._mixer = self._load_mixer()
-        PromptLogprobs(self.runners, self._mixer)
+        self._prompt_logprobs = PromptLogprobs(self.runners, self._mixer)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Run every specialist once with the largest batch, then mix and sample once with all their results held."""
@@ -97,7 +97,7 @@ class FusedModelRunner:
         return marks_XB
 
     def _draw(
-        self, rows_R: list[Row], unfinished: list[int], grammar_output: GrammarOutput | None
+        self, rows_R: list[Row], unfinished: set[int], grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Have the leader sample; rows that end in no token must not advance their seeded generator.
 

@@ -143,10 +143,10 @@ def rows_of(runner: GPUModelRunner, num_outputs: Mapping[str, int]) -> list[Row]
     return [Row(request, num_outputs[request], is_draft=False, slot=slot) for slot, request in enumerate(requests)]
 
 
-def unfinished_slots(runner: GPUModelRunner) -> list[int]:
+def unfinished_slots(runner: GPUModelRunner) -> set[int]:
     """Places in a runner's batch whose prefill is not finished with this step."""
     num_requests = runner.input_batch.num_reqs
-    return [int(slot) for slot in runner.discard_request_mask.np[:num_requests].nonzero()[0]]
+    return set(runner.discard_request_mask.np[:num_requests].nonzero()[0].tolist())
 
 
 def _is_full_attention(spec: KVCacheSpec) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 from vllm import RequestOutput, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -62,7 +63,10 @@ class InProcessEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.llm.engine_core.shutdown()
+        with mock.patch.object(gc, "collect"):  # once is enough, and not once for each runner
+            self.llm.engine_core.shutdown()
+        del self.llm
+        gc.collect()
 
     @property
     def scheduler(self) -> Scheduler:

@@ -70,12 +70,12 @@ def test_completions_carry_the_gates_weights_if_they_are_asked_for(llm: FusedLLM
 def test_an_ended_engine_has_given_its_memory_back(tiny_fusion: Path) -> None:
     """The cache was kept to the end of the process: a dozen engines in turn took all of the machine's memory."""
     process = psutil.Process()
-    num_bytes = 2**29
+    num_bytes = 2**30
     before = process.memory_info().rss
     with FusedLLM(tiny_fusion, kv_cache_memory_bytes=num_bytes) as llm:
         llm.generate([{"specialist_prompts": random_prompts((13, 16, 36), seed=0)}], greedy(4), use_tqdm=False)
-        assert process.memory_info().rss - before > num_bytes
-    assert process.memory_info().rss - before < num_bytes / 8
+        assert process.memory_info().rss - before > 0.8 * num_bytes  # some of it lay free in this process before
+    assert process.memory_info().rss - before < 0.1 * num_bytes
 
 
 def engine_processes() -> list[psutil.Process]:

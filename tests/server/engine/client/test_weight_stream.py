@@ -1,6 +1,7 @@
 """The gate's weights of every generated token: those of the reference, under everything that touches scheduling."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from vllm import RequestOutput
 from vllm.outputs import CompletionOutput
 
+from gating.model.decoding import Generation
 from gating.model.fusion import load_fusion, save_fusion
 from gating.model.materialize import materialize
 from gating.model.reference import UltraFuserForCausalLM
@@ -16,7 +18,7 @@ from server.engine.client.weight_stream import History, Takeover
 from server.engine.shared.extra_args import GATE_WEIGHTS
 from tests.prompts import prompts_of
 from tests.server.engine.conftest import CONFIGURATIONS
-from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
+from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import MIN_GAP, Judge
 
 ASKING = {GATE_WEIGHTS: True}
@@ -106,25 +108,40 @@ QUESTIONS = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("budget", [2048, 16])
-def test_the_demos_trained_gate_gives_the_references_weights(
-    budget: int, model_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@dataclass
+class Demo:
+    """What the demo's reference says to the questions."""
+
+    path: Path
+    prompts: list[Prompts]
+    eos_token_ids: tuple[int, ...]
+    wanted: list[Generation]
+
+
+@pytest.fixture(scope="module")
+def demo(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The demo in float32, read by its reference."""
     fusion = materialize(load_fusion("demo"), model_cache)
     path = tmp_path_factory.mktemp("demo") / "fusion.yaml"
     save_fusion(fusion, path)
-    options: dict[str, Any] = {"kv_cache_memory_bytes": 2**28, "max_model_len": 512, "max_num_batched_tokens": budget}
     prompts = [prompts_of(fusion, question) for question in QUESTIONS]
     assert len({len(prompt) for prompt in prompts[0]}) == 3, "specialists must differ in the step they are ready in"
     reference = UltraFuserForCausalLM.from_fusion(fusion)
     ends = fusion.eos_token_ids
     wanted = reference.generate(prompts, max_new_tokens=MAX_TOKENS, eos_token_ids=ends, use_cache=True)
-    params = greedy(MAX_TOKENS, ignore_eos=False, stop_token_ids=list(ends), extra_args=ASKING)
-    with InProcessEngine(path, dtype="float32", max_num_seqs=8, **options) as engine:
-        outputs = engine.generate([Arrival(own, params) for own in prompts])
+    return Demo(path, prompts, ends, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [2048, 16])
+def test_the_demos_trained_gate_gives_the_references_weights(budget: int, demo: Demo) -> None:
+    options: dict[str, Any] = {"kv_cache_memory_bytes": 2**28, "max_model_len": 512, "max_num_batched_tokens": budget}
+    ends = list(demo.eos_token_ids)
+    params = greedy(MAX_TOKENS, ignore_eos=False, stop_token_ids=ends, extra_args=ASKING)
+    with InProcessEngine(demo.path, dtype="float32", max_num_seqs=8, **options) as engine:
+        outputs = engine.generate([Arrival(own, params) for own in demo.prompts])
     leaders = set()
-    for output, generation in zip(outputs, wanted, strict=True):
+    for output, generation in zip(outputs, demo.wanted, strict=True):
         # From the first near-tie on, two float32 programs may part.
         decided = [float(gap) > MIN_GAP for gap in generation.top2_gap]
         count = decided.index(False) if False in decided else len(decided)
