@@ -75,17 +75,13 @@ def read_completion(content: Any) -> Completion:
     text = choice["message"].get("content") or ""
     if not isinstance(text, str):
         raise TypeError("content is no text")
+    usage = content.get("usage")
     return Completion(
         text=text,
         finish_reason=str(choice.get("finish_reason")),
         top_logprobs=tuple((item["token"], float(item["logprob"])) for item in candidates) or None,
-        usage=_usage(content),
+        usage=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None,
     )
-
-
-def _usage(content: Any) -> tuple[int, int] | None:
-    usage = content.get("usage")
-    return (int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
 
 
 def content_of(response: httpx.Response, path: str) -> Any:

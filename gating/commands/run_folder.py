@@ -33,15 +33,12 @@ def sole_run(output: Path) -> Iterator[None]:
         CommandError: one is in it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(output / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise CommandError(f"output: another run writes to {output}; wait for it, or name another folder") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from gating.errors import CommandError
 from gating.model.inspection import FusedModelInfo
 from gating.model.schema import FusionConfig
-from gating.templates import Literals, Marked, TemplateError, fold_messages
+from gating.templates import Literals, TemplateError, fold_messages
 
 # Stands for response k while a template is rendered: no template trims it, no conversation contains it.
 _MARK = "\ue000response {}\ue001"
@@ -55,31 +55,37 @@ class _Template:
         self._literals = Literals(tokenizer)
         self.text: str = tokenizer.get_chat_template(chat_template)
         self._eos_token: str = tokenizer.convert_ids_to_tokens(eos_token_id)
-        self._closing = re.compile(r"\s*" + re.escape(self._eos_token))
+        self._closing = re.compile(r"\A\s*" + re.escape(self._eos_token))
 
     def glue_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Token ids before each response: `glue_ids[k]` lies between response k-1 and response k."""
-        marked, responses = _mark_responses(messages)
-        glue = [self._before(marked[:index], count) for count, index in enumerate(responses)]
-        return [self._literals.encode(text, marked) for text, marked in glue]
+        glue: list[list[int]] = []
+        marked: list[Mapping[str, Any]] = []
+        for message in messages:
+            if message["role"] == "assistant":
+                glue.append(self._before(marked, len(glue)))
+                message = {**message, "content": _MARK.format(len(glue) - 1)}
+            marked.append(message)
+        return glue
 
-    def _before(self, messages: Sequence[Mapping[str, Any]], num_responses: int) -> tuple[str, Marked]:
+    def _before(self, messages: Sequence[Mapping[str, Any]], num_responses: int) -> list[int]:
+        """What follows the last of so many responses, each a mark, up to and with the generation prompt."""
         folded, _ = fold_messages(messages, None, self.text)
         literal = self._literals.mark(folded)
-        prompt = self._tokenizer.apply_chat_template(
+        text = self._tokenizer.apply_chat_template(
             literal.value,
             chat_template=self.text,
             tokenize=False,
             add_generation_prompt=True,
             eos_token=self._eos_token,
         )
-        if num_responses == 0:
-            return prompt, literal
-        _, mark, glue = prompt.partition(_MARK.format(num_responses - 1))
-        if not mark or _MARK.format(num_responses - 1) in glue:
-            raise EncodingError(f"messages: the template does not show response {num_responses} exactly once")
-        # The response brings its own EOS: the template's would be a second one.
-        return (self._closing.sub("", glue, count=1) if self._closing.match(glue) else glue), literal
+        if num_responses:
+            _, mark, text = text.partition(_MARK.format(num_responses - 1))
+            if not mark or _MARK.format(num_responses - 1) in text:
+                raise EncodingError(f"messages: the template does not show response {num_responses} exactly once")
+            # The response brings its own EOS: the template's would be a second one.
+            text = self._closing.sub("", text)
+        return self._literals.encode(text, literal)
 
 
 class ConversationEncoder:
@@ -187,23 +193,10 @@ def make_encoder(
     }
 
 
-def _mark_responses(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The messages with marks in place of responses, and where the responses are."""
-    responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    marked = [dict(message) for message in messages]
-    for count, index in enumerate(responses):
-        marked[index]["content"] = _MARK.format(count)
-    return marked, responses
-
-
 def _fitting(glue: Sequence[Sequence[int]], lengths: Sequence[int], max_length: int) -> list[int]:
     """How many tokens of each response one specialist has room for; after a cut response nothing follows."""
-    starts = accumulate(len(own) for own in glue)
-    ends = accumulate(lengths)
-    kept = []
-    for before, end, length in zip(starts, ends, lengths, strict=True):
-        kept.append(max(0, min(length, max_length - before - (end - length))))
-    return kept
+    spans = zip(accumulate(len(own) for own in glue), accumulate(lengths), lengths, strict=True)
+    return [max(0, min(length, max_length - before - (end - length))) for before, end, length in spans]
 
 
 def _join(glue: Sequence[list[int]], responses: Sequence[list[int]]) -> list[int]:

@@ -76,25 +76,20 @@ class CachedHiddenStates(Dataset[tuple[list[Tensor], Tensor]]):
     """Rows as S tensors [R, D_s] and their labels [R], read from disk when asked for."""
 
     def __init__(self, states: Sequence[Tensor], offsets: Sequence[int], labels_N: Tensor) -> None:
-        """`states`: S tensors [N, D_s]; row i has the tokens from `offsets[i]` to `offsets[i + 1]`."""
+        """`states`: S tensors [N, D_s]; row i has tokens `offsets[i]` to `offsets[i + 1]`, the last one is N."""
         self._states = list(states)
-        self._offsets = list(offsets)
+        self.offsets = list(offsets)
         self._labels_N = labels_N
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @property
-    def offsets(self) -> list[int]:
-        """Row i has the tokens from `offsets[i]` to `offsets[i + 1]`; the last one is N."""
-        return self._offsets
+        return len(self.offsets) - 1
 
     def tokens(self, begin: int, end: int) -> tuple[list[Tensor], Tensor]:
         """Tokens of all rows, counted through: S tensors [end - begin, D_s] and their labels."""
         return [states_ND[begin:end] for states_ND in self._states], self._labels_N[begin:end]
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor]:
-        return self.tokens(self._offsets[index], self._offsets[index + 1])
+        return self.tokens(self.offsets[index], self.offsets[index + 1])
 
 
 def cache_hidden_states(

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+
+if TYPE_CHECKING:
+    from gating.model.reference import UltraFuserForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +77,8 @@ class Generation:
     """[T]: the best logit less the second best, after penalties: how far the greedy choice was from another one."""
 
 
-class NextTokenModel(Protocol):
-    """What tokens are chosen from: the reference (`gating/model/reference.py`), as far as it is needed here."""
-
-    specialists: nn.ModuleList
-    config: Any
-
-    @property
-    def device(self) -> torch.device:
-        """Where its inputs must be."""
-
-    def next_token(
-        self, input_ids: Sequence[Tensor], attention_mask: Sequence[Tensor], caches: Sequence[Cache] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Fused logits [B, V] and gate weights [S, B] of the token after the last position."""
-
-
 def decode(
-    model: NextTokenModel,
+    model: "UltraFuserForCausalLM",
     prompts: Sequence[Sequence[Sequence[int]]],
     rules: DecodingRules,
     *,
@@ -181,12 +167,11 @@ class _Row:
         )
 
 
-def _next_token_anew(model: NextTokenModel, active: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+def _next_token_anew(model: "UltraFuserForCausalLM", active: Sequence[_Row]) -> tuple[Tensor, Tensor]:
     """Fused logits [B, V] and gate weights [B, S] of the active rows, computed from the first token on."""
-    num_specialists = len(active[0].prompts)
     batches = [
         left_pad([[*row.prompts[index], *row.token_ids] for row in active], model.device)
-        for index in range(num_specialists)
+        for index in range(len(active[0].prompts))
     ]
     logits_BV, weights_SB = model.next_token([ids for ids, _ in batches], [mask for _, mask in batches])
     return logits_BV, weights_SB.T
@@ -195,7 +180,7 @@ def _next_token_anew(model: NextTokenModel, active: Sequence[_Row]) -> tuple[Ten
 class _CachedSteps:
     """Keeps KV caches of all rows; ended rows go on repeating their last token, and nobody looks at them."""
 
-    def __init__(self, model: NextTokenModel, rows: Sequence[_Row]) -> None:
+    def __init__(self, model: "UltraFuserForCausalLM", rows: Sequence[_Row]) -> None:
         self._model = model
         self._rows = rows
         self._caches = [DynamicCache() for _ in rows[0].prompts]
@@ -222,7 +207,7 @@ def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _check(model: NextTokenModel, prompts: Sequence[Sequence[Sequence[int]]], rules: DecodingRules) -> None:
+def _check(model: "UltraFuserForCausalLM", prompts: Sequence[Sequence[Sequence[int]]], rules: DecodingRules) -> None:
     num_specialists, num_ids = len(model.specialists), model.config.num_shared_ids
     for index, prompt in enumerate(prompts):
         if len(prompt) != num_specialists or not all(prompt):

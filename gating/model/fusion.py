@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from gating.errors import FusionError
 from gating.model.inspection import FusedModelInfo, inspect_fusion
-from gating.model.schema import EngineSettings, FusionConfig, SamplingDefaults, SpecialistConfig
+from gating.model.schema import PACKAGE_SCHEME, EngineSettings, FusionConfig, SamplingDefaults, SpecialistConfig
 from gating.templates import TemplateError, load_template
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
-PACKAGE_SCHEME = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

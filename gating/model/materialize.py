@@ -4,8 +4,8 @@ What it makes stays in a cache (`gating/model/cache.py`) and is shared by all fu
 adapters; does not know engines, and reads no environment: the caller names the cache's folder.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,8 @@ from safetensors import SafetensorError
 from gating.errors import FusionError
 from gating.model.cache import Artifact, Report, Tick, build_once, cache_folder, fingerprint
 from gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
-from gating.model.schema import FusionConfig, SpecialistConfig
+from gating.model.schema import PACKAGE_SCHEME, FusionConfig, SpecialistConfig
 from gating.progress_bar import StepProgress
-
-PACKAGE_SCHEME = "package:"
 
 # Part of the cache key: raise it when the same model and adapter are to give another folder.
 _MERGE_RECIPE = 1
@@ -138,22 +136,14 @@ def _build_missing(artifacts: Sequence[Artifact], cache_dir: Path, on_progress: 
         return
     with closing(StepProgress()) if on_progress is None else nullcontext(on_progress) as report:
         for index, artifact in enumerate(missing.values()):
-            with _told_if_unwritable(artifact, cache_dir):
+            try:
                 build_once(artifact, cache_dir, partial(_report_part, report, index, len(missing)))
+            except (OSError, SafetensorError) as error:  # a full disk, a folder without the right to write
+                if isinstance(error, OSError) and error.errno is None:
+                    raise  # not the disk's
+                way_out = f"make room in {cache_dir}, or name another folder with --cache"
+                raise FusionError(f"{artifact.label}: cannot be written ({error}); {way_out}") from error
         report("models ready", 1.0)
-
-
-@contextmanager
-def _told_if_unwritable(artifact: Artifact, cache_dir: Path) -> Iterator[None]:
-    """A full disk, a folder without the right to write: one line instead of a traceback."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        is_of_the_disk = isinstance(error, SafetensorError) or error.errno is not None
-        if not is_of_the_disk:
-            raise
-        way_out = f"make room in {cache_dir}, or name another folder with --cache"
-        raise FusionError(f"{artifact.label}: cannot be written ({error}); {way_out}") from error
 
 
 def _report_part(report: Report, index: int, count: int, label: str, share: float) -> None:

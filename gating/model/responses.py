@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 IGNORED_LABEL = -100
 
@@ -52,10 +53,19 @@ def gather_responses(ids_BT: Tensor, response_mask_BT: Tensor) -> Responses:
 
 def response_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
     """[N, D]: after the final norm, one position before every response token. No graph if the specialist is frozen."""
-    positions_BT = (mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)
     learns = any(parameter.requires_grad for parameter in specialist.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-        hidden_BTD = specialist.base_model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
-        return hidden_BTD[:, :-1][response_mask_BT[:, 1:]]
+        return last_hidden_states(specialist, ids_BT, mask_BT)[:, :-1][response_mask_BT[:, 1:]]
+
+
+def last_hidden_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    """[B, T, D] after the final norm; positions count the real tokens of a row, whatever padding is before them."""
+    positions_BT = (mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+    states_BTD: Tensor = specialist.base_model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+    return states_BTD

@@ -10,7 +10,8 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["awq", "awq_marlin", "gptq", "gptq_marlin", "fp8", "compressed-tensors", "modelopt", "mxfp4"]
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
-FRESH_GATE = "package:fresh"
+PACKAGE_SCHEME = "package:"
+FRESH_GATE = f"{PACKAGE_SCHEME}fresh"
 
 
 class _Section(BaseModel):

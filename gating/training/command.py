@@ -4,11 +4,11 @@ Puts the parts together: inputs, learner, trainer, results. See docs/training.md
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gating.commands.run_folder import RUN_FOLDER
 from gating.errors import TrainError
@@ -18,10 +18,8 @@ from gating.training.settings import TrainSettings, parse_settings
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
-    from torch import Tensor
 
     from gating.training.inputs import RunInputs
-    from gating.training.learner import Learner
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:
@@ -61,24 +59,13 @@ def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint
     from gating.commands.provenance import collect_provenance
     from gating.model.packaged import hidden_bars
     from gating.training.building import build
-    from gating.training.trainer import FusedTrainer
+    from gating.training.results import save_results
 
     settings = inputs.settings
     set_seed(settings.seed)
-    with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
-        parts = build(inputs, device, progress)
     provenance = collect_provenance(settings.model_dump(mode="json"), inputs.data_digests, inputs.models)
-    trainer = FusedTrainer(
-        parts.learner,
-        parts.arguments,
-        rows=parts.rows,
-        batches=parts.batches,
-        collate=parts.collate,
-        eval_rows=parts.eval_rows,
-        specialists=inputs.fusion.specialist_names,
-        gate_learning_rate=settings.gate_learning_rate,
-        provenance={**provenance, "lasting": settings.lasting()},
-    )
+    with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
+        trainer = build(inputs, device, progress, {**provenance, "lasting": settings.lasting()})
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.final_evaluation()
     state = trainer.trained_state()
@@ -86,51 +73,14 @@ def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint
     if _processes().is_main_process:
         manifest = {**provenance, "metrics": metrics, "history": trainer.state.log_history}
         with hidden_bars():
-            path = _save(inputs, output, parts.learner, state, manifest)
+            path = save_results(output, inputs, trainer.learner, state, manifest)
         print(f"trained: {path}", file=sys.stderr, flush=True)
     trainer.accelerator.wait_for_everyone()
     return path
 
 
-def _save(
-    inputs: "RunInputs", output: Path, learner: "Learner", state: Mapping[str, "Tensor"], manifest: Mapping[str, Any]
-) -> Path:
-    from gating.model.gate import Gate
-    from gating.training.results import save_results
-
-    gate = None
-    if learner.fusion_gate is not None:
-        gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width)
-        gate.load_state_dict(_below(state, "fusion_gate."))
-    trained = {}
-    if inputs.settings.trains_specialists:
-        for index, (name, model) in enumerate(
-            zip(inputs.fusion.specialist_names, learner.get_submodule("specialists").children(), strict=True)
-        ):
-            trained[name] = (model, _below(state, f"specialists.{index}."))
-    prepared = {item.name: item for item in inputs.fusion.specialists}
-    all_prepared = tuple(prepared.get(item.name, item) for item in inputs.loaded.specialists)
-    return save_results(
-        output,
-        inputs.loaded,
-        inputs.loaded.model_copy(update={"specialists": all_prepared}),
-        gate=gate,
-        trained=trained,
-        by_adapters=inputs.settings.uses_adapters,
-        manifest=manifest,
-    )
-
-
-def _below(state: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
 def _checkpoint(settings: TrainSettings, folder: Path) -> str | None:
-    """The checkpoint to go on from; a folder with another run in it is refused, not overwritten.
-
-    Raises:
-        TrainError: a run is there and is not to be resumed, or had other settings.
-    """
+    """The checkpoint to go on from; a folder with another run in it is refused, not overwritten."""
     import json
 
     from transformers.trainer_utils import get_last_checkpoint

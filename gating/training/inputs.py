@@ -15,7 +15,7 @@ from gating.errors import TrainError
 from gating.model.cache import Report, cache_folder
 from gating.model.fusion import load_fusion
 from gating.model.inspection import FusedModelInfo, inspect_fusion
-from gating.model.loading import LoraSettings, identify, prepare
+from gating.model.loading import identify, prepare
 from gating.model.schema import FRESH_GATE, FusionConfig
 from gating.training.settings import TrainSettings
 
@@ -54,11 +54,6 @@ class RunInputs:
     def all_rows(self) -> list[Rows]:
         """To train on, then to evaluate on."""
         return [self.rows, *self.eval_rows.values()]
-
-    @property
-    def lora(self) -> LoraSettings:
-        settings = self.settings
-        return LoraSettings(settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank, settings.lora_dropout)
 
     @property
     def data_digests(self) -> dict[str, str]:

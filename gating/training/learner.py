@@ -77,7 +77,7 @@ class FusedLearner(Learner):
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
         super().__init__(gate, num_shared_ids, chunk_size)
-        self.specialists = nn.ModuleList(specialists)
+        self.specialists: Any = nn.ModuleList(specialists)
         self.reads_rows_alone = False
 
     def train(self, mode: bool = True) -> "FusedLearner":
@@ -97,17 +97,13 @@ class FusedLearner(Learner):
         return [read(specialist, *tensors) for specialist, *tensors in inputs]
 
     def output_layers(self) -> list[nn.Module]:
-        return [specialist.get_output_embeddings() for specialist in self._models]
+        return [specialist.get_output_embeddings() for specialist in self.specialists]
 
     @property
     def _no_split_modules(self) -> list[str]:
         """Class names of the decoder layers, where Transformers' models have them too: the units of sharding."""
-        named = {name for model in self._models for name in model._no_split_modules or ()}
+        named = {name for model in self.specialists for name in model._no_split_modules or ()}
         return sorted(named & {type(module).__name__ for module in self.specialists.modules()})
-
-    @property
-    def _models(self) -> list[Any]:
-        return list(self.specialists)
 
 
 class CachedLearner(Learner):

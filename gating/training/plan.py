@@ -12,7 +12,7 @@ import torch
 from gating.data.hidden_states import resolve_dtype
 from gating.model.gate import DEFAULT_WIDTH, Gate
 from gating.model.inspection import FusedModelInfo
-from gating.model.loading import LoraSettings, add_adapter
+from gating.model.loading import add_adapter
 from gating.model.schema import FusionConfig
 from gating.training.inputs import RunInputs
 from gating.training.settings import TrainSettings
@@ -39,7 +39,7 @@ class ModelSize:
     hidden_size: int
 
 
-def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -> list[ModelSize]:
+def measure(fusion: FusionConfig, settings: TrainSettings) -> list[ModelSize]:
     """Parameters of every specialist, counted on models without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,7 +52,7 @@ def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -
             num_output = model.get_output_embeddings().weight.numel()
             num_outside = num_parameters - _num_in_layers(model)
             if settings.uses_adapters:
-                add_adapter(model, None, lora)
+                add_adapter(model, None, **settings.lora)
             elif settings.trains_specialists:
                 model.requires_grad_(True)
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -74,7 +74,7 @@ def describe(inputs: RunInputs, device: torch.device, num_processes: int) -> lis
     """The plan of a run on so many devices of this kind, as lines of text. Rows to evaluate on count too: for the
     longest sequence that is held in memory, and for the disk."""
     settings, info = inputs.settings, inputs.info
-    sizes = measure(inputs.fusion, settings, inputs.lora)
+    sizes = measure(inputs.fusion, settings)
     dtype = resolve_dtype(settings.precision, device)
     rows = {domain: len(inputs.rows.indices(domain)) for domain in inputs.domains}
     datasets = [own.dataset for own in inputs.all_rows]

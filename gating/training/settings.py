@@ -166,6 +166,12 @@ class TrainSettings(CommandSettings):
         return self.trains_specialists and self.learn == "lora"
 
     @property
+    def lora(self) -> dict[str, Any]:
+        """Rank, alpha and dropout of new adapters, as `add_adapter` takes them."""
+        alpha = self.lora_alpha or 2 * self.lora_rank
+        return {"rank": self.lora_rank, "alpha": alpha, "dropout": self.lora_dropout}
+
+    @property
     def steps_between_saves(self) -> int:
         return self.save_every or max(1, self.num_steps // 10)
 

@@ -60,7 +60,7 @@ class FusedTrainer(Trainer):
         gate_learning_rate: float | None,
         provenance: Mapping[str, Any],
     ) -> None:
-        self._learner = learner
+        self.learner = learner
         self._rows = rows
         self._batches = batches
         self._eval_rows = dict(eval_rows)
@@ -78,9 +78,9 @@ class FusedTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         configure_sharding(self.accelerator)
         self.is_fsdp_enabled = self.accelerator.is_fsdp2
-        if self.is_fsdp_enabled and isinstance(self._learner, FusedLearner):
+        if self.is_fsdp_enabled and isinstance(self.learner, FusedLearner):
             # Every forward pass gathers parameters from all processes: they must make the same number of them.
-            self._learner.reads_rows_alone = False
+            self.learner.reads_rows_alone = False
 
     # Data
 
@@ -100,7 +100,7 @@ class FusedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in two groups, specialists and gate, so that the gate may learn faster."""
         if self.optimizer is None:
-            parameters = trainable_parameters(self._learner)
+            parameters = trainable_parameters(self.learner)
             gate = [tensor for name, tensor in parameters.items() if name.startswith("fusion_gate.")]
             others = [tensor for name, tensor in parameters.items() if not name.startswith("fusion_gate.")]
             rate = self.args.learning_rate
@@ -114,8 +114,8 @@ class FusedTrainer(Trainer):
         """As the Trainer's; keeps the sum of the step's losses until the optimizer is asked to move."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
-        if self.is_fsdp_enabled and self.accelerator.sync_gradients and self._learner.fusion_gate is not None:
-            average_gradients(self._learner.fusion_gate.parameters())
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients and self.learner.fusion_gate is not None:
+            average_gradients(self.learner.fusion_gate.parameters())
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -137,7 +137,7 @@ class FusedTrainer(Trainer):
     def trained_state(self) -> dict[str, Tensor]:
         """What learns, by name, on the CPU; all processes must call it, the first one gets it."""
         state = {}
-        for name, parameter in trainable_parameters(self._learner).items():
+        for name, parameter in trainable_parameters(self.learner).items():
             tensor = whole(parameter.detach())
             if self.args.should_save:
                 state[name] = tensor.cpu().contiguous()
@@ -159,7 +159,7 @@ class FusedTrainer(Trainer):
                 " its optimizer's state cannot change; resume it with the same accelerate configuration"
             )
         saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
-        wanted = trainable_parameters(self._learner)
+        wanted = trainable_parameters(self.learner)
         if saved.keys() != wanted.keys():
             odd = sorted(saved.keys() ^ wanted.keys())[0]
             raise TrainError(

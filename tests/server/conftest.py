@@ -12,10 +12,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import httpx
 import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
 from server.app import create_app
-from server.engine.shared.options import build_engine_args
+from server.engine.shared.options import engine_arguments
 from server.health import Readiness
 from server.serving.rendering import FusedRenderer
 from server.serving.serving import build_serving
@@ -39,7 +40,7 @@ def info(fusion: FusionConfig) -> FusedModelInfo:
 @pytest.fixture(scope="session")
 def vllm_config(fusion: FusionConfig, info: FusedModelInfo) -> Any:
     """The engine's configuration; no engine is started."""
-    return build_engine_args(fusion, info).create_engine_config()
+    return AsyncEngineArgs(**engine_arguments(fusion, info)).create_engine_config()
 
 
 @pytest.fixture(scope="session")

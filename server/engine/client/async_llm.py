@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
@@ -18,7 +19,7 @@ from server.engine.client.input_processor import FusedInputProcessor
 from server.engine.client.nonfinite import raise_if_nan, raise_if_nonfinite
 from server.engine.client.step_feed import StepFeed
 from server.engine.client.weight_stream import Takeover, stream_weights
-from server.engine.shared.options import build_engine_args
+from server.engine.shared.options import engine_arguments
 from server.engine.shared.spec import EngineSpec
 
 
@@ -72,7 +73,7 @@ class FusedAsyncLLM(AsyncLLM):
             FusionError, GateError: the fusion does not fit together; checked before any weight is loaded.
             EngineOptionError: an option is not on the allow-list.
         """
-        args = build_engine_args(fusion, inspect_fusion(fusion), engine_options)
+        args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), engine_options))
         engine = cls.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER)
         assert isinstance(engine, cls)
         return engine

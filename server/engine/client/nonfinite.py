@@ -17,20 +17,12 @@ class NonfiniteOutputError(GenerationError):
 
 
 def raise_if_nonfinite(completion: CompletionOutput) -> None:
-    """Tell the caller of a request that has ended so.
-
-    Raises:
-        NonfiniteOutputError: it has.
-    """
+    """Raise `NonfiniteOutputError` to the caller of a request that has ended so."""
     if completion.finish_reason == "error" and completion.stop_reason == NONFINITE_OUTPUT:
         raise NonfiniteOutputError
 
 
 def raise_if_nan(prompt_logprobs: PromptLogprobs) -> None:
-    """Tell the caller of a request whose prompt could not be scored: a value was lost before its last row showed it.
-
-    Raises:
-        NonfiniteOutputError: a log probability is NaN.
-    """
+    """Raise `NonfiniteOutputError` if a prompt could not be scored: a value was lost before its last row showed it."""
     if any(math.isnan(entry.logprob) for table in prompt_logprobs if table for entry in table.values()):
         raise NonfiniteOutputError

@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from server.engine.core.hashing import fused_block_hasher, lag
 from server.engine.core.outputs import add_report, add_weights, nonfinite_end
-from server.engine.shared.extra_args import all_prompts, conceal_tokens, wants_weights
+from server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_weights
 from server.engine.shared.step import StepRecord
 
 
@@ -48,7 +48,7 @@ class FusedSchedulerMixin(Scheduler):
         assert request.prompt_token_ids is not None
         assert request.sampling_params is not None
         conceal_tokens(request.sampling_params)
-        prompts = all_prompts(request.sampling_params, request.prompt_token_ids)
+        prompts = specialist_prompts(request.sampling_params) or [request.prompt_token_ids]
         num_canonical = len(request.prompt_token_ids)
         self._lags[request.request_id] = lag(num_canonical, min(len(prompt) for prompt in prompts))
         if self.cache_config.enable_prefix_caching:

@@ -4,7 +4,6 @@ Knows the keys and what they hold, not how prompts were rendered. Prompts and gi
 send: a user who does so is refused where requests enter.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from vllm.inputs import EngineInput, tokens_input
@@ -25,16 +24,9 @@ def fused_input(prompts: list[list[int]]) -> EngineInput:
     return {**tokens_input(max(prompts, key=len)), SPECIALIST_PROMPTS: prompts}
 
 
-def specialist_prompts(params: SamplingParams, index: int, canonical: Sequence[int]) -> list[int]:
-    """The own prompt of specialist `index`; the canonical one when the request carries a single prompt."""
-    prompts = (params.extra_args or {}).get(SPECIALIST_PROMPTS)
-    return list(canonical if prompts is None else prompts[index])
-
-
-def all_prompts(params: SamplingParams, canonical: Sequence[int]) -> list[list[int]]:
-    """All n own prompts; the canonical one alone when every specialist reads the same."""
-    prompts = (params.extra_args or {}).get(SPECIALIST_PROMPTS)
-    return [list(canonical)] if prompts is None else [list(prompt) for prompt in prompts]
+def specialist_prompts(params: SamplingParams) -> list[list[int]] | None:
+    """The n own prompts of a request; None if every specialist reads the canonical one."""
+    return (params.extra_args or {}).get(SPECIALIST_PROMPTS)
 
 
 def forced_token_ids(params: SamplingParams | None) -> list[int] | None:

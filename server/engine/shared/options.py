@@ -34,39 +34,29 @@ class EngineOptionError(UserError):
     """An engine option is unknown or not supported; the one-line message names it and the way out."""
 
 
-def build_engine_args(
+def engine_arguments(
     fusion: FusionConfig, info: FusedModelInfo, engine_options: Mapping[str, Any] | None = None
-) -> AsyncEngineArgs:
+) -> dict[str, Any]:
     """Engine arguments of a fused model whose specialists are plain model folders (materialized).
 
-    `engine_options` override the fusion file's `engine` section; names are those of vLLM's `EngineArgs`.
+    Their names, and those of `engine_options`, which override the fusion file's `engine` section, are those of vLLM's
+    `EngineArgs`.
 
     Raises:
         EngineOptionError: an option is not on the allow-list.
         FusionError: an option does not fit the models.
     """
-    return AsyncEngineArgs(**engine_arguments(fusion, info, engine_options))
-
-
-def engine_arguments(
-    fusion: FusionConfig, info: FusedModelInfo, engine_options: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """As `build_engine_args`, by name, for callers that make vLLM's `EngineArgs` themselves."""
     options = dict(engine_options or {})
     check_engine_options(options)
-    if options.keys() & OPTIONS_OF_MODELS:
-        changes = {name: value for name, value in options.items() if name in OPTIONS_OF_MODELS}
+    changes = {name: value for name, value in options.items() if name in OPTIONS_OF_MODELS}
+    if changes:
         inspect_fusion(fusion.model_copy(update={"engine": fusion.engine.model_copy(update=changes)}))
     settings = fusion.engine.model_dump(exclude_none=True) | options
     spec = engine_spec(fusion, info, settings.pop("dtype", "auto"))
-    leader = spec.specialists[0]
     return {
         "max_model_len": info.max_model_len,
         **settings,
-        "model": leader.model,
-        "revision": leader.revision,
-        "dtype": leader.dtype,
-        "quantization": leader.quantization,
+        **spec.specialists[0].engine_arguments(),
         "served_model_name": [fusion.name],
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "scheduler_cls": SCHEDULER,
@@ -104,13 +94,10 @@ def engine_spec(fusion: FusionConfig, info: FusedModelInfo, default_dtype: str) 
     return EngineSpec(
         specialists=tuple(
             SpecialistSpec(
-                name=specialist.name,
-                model=str(specialist.model),
-                revision=specialist.revision,
-                dtype=specialist.dtype or default_dtype,
-                quantization=specialist.quantization,
+                **item.model_dump(include={"name", "model", "revision", "quantization"}),
+                dtype=item.dtype or default_dtype,
             )
-            for specialist in fusion.specialists
+            for item in fusion.specialists
         ),
         gate=None if fusion.gate is None else str(fusion.gate),
         hidden_sizes=info.hidden_sizes,

@@ -29,7 +29,7 @@ class PromptLogprobs:
 
     def __init__(self, runners: Sequence[GPUModelRunner], mixer: Mixer) -> None:
         """Have the leader, `runners[0]`, ask here; it does so at the end of a step, before the followers sample."""
-        self._leader, *self._followers = runners
+        self._runners, self._leader = runners, runners[0]
         self._mixer = mixer
         self._leader._get_prompt_logprobs_dict = self.of_step
 
@@ -65,8 +65,8 @@ class PromptLogprobs:
 
     def _fill(self, table: LogprobsTensors, request: str, begin: int, end: int, leader_TD: Tensor) -> None:
         """Score positions [begin, end) of a prompt, which this step computed from `begin` on."""
-        hidden_STD = [leader_TD, *(runner.execute_model_state.hidden_states for runner in self._followers)]
-        firsts = [_first_row(runner, request) for runner in (self._leader, *self._followers)]
+        hidden_STD = [leader_TD, *(runner.execute_model_state.hidden_states for runner in self._runners[1:])]
+        firsts = [_first_row(runner, request) for runner in self._runners]
         prompt = self._leader.requests[request].prompt_token_ids
         for start in range(begin, end, MAX_POSITIONS):
             stop = min(start + MAX_POSITIONS, end)
@@ -80,10 +80,8 @@ class PromptLogprobs:
 
     def _score(self, hidden_SBD: Sequence[Tensor], targets: Sequence[int], num_top: int) -> LogprobsTensors:
         """The tokens that follow, and the most likely ones, at each of B positions."""
-        runners = (self._leader, *self._followers)
-        logits_SBV = [
-            runner.model.compute_logits(hidden_BD) for runner, hidden_BD in zip(runners, hidden_SBD, strict=True)
-        ]
+        pairs = zip(self._runners, hidden_SBD, strict=True)
+        logits_SBV = [runner.model.compute_logits(hidden_BD) for runner, hidden_BD in pairs]
         scores_BV = self._mixer.mix(hidden_SBD, logits_SBV)
         sampler = self._leader.sampler
         if self._leader.model_config.logprobs_mode not in _LOGITS_MODES:

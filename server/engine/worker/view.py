@@ -79,9 +79,10 @@ class SpecialistView:
     def _add(self, new: NewRequestData) -> None:
         assert new.prompt_token_ids is not None
         assert new.sampling_params is not None
+        prompts = specialist_prompts(new.sampling_params)
         self._requests[new.req_id] = _Request(
             announcement=new,
-            own_prompt=specialist_prompts(new.sampling_params, self.index, new.prompt_token_ids),
+            own_prompt=list(prompts[self.index] if prompts else new.prompt_token_ids),
             num_canonical_prompt=len(new.prompt_token_ids),
             block_ids=_copy(new.block_ids),
             untold=tuple([] for _ in new.block_ids),
@@ -120,6 +121,8 @@ class SpecialistView:
                 self._continue(cached, req_id, request, own_start, num_outputs)
             else:
                 new_reqs.append(self._announce(request, own_start))
+            request.announced, request.replaced = True, False
+            request.untold = tuple([] for _ in request.block_ids)
         self._in_batch = set(num_scheduled)
         return replace(
             output,
@@ -131,14 +134,11 @@ class SpecialistView:
         )
 
     def _announce(self, request: _Request, own_start: int) -> NewRequestData:
-        request.announced, request.replaced = True, False
-        request.untold = tuple([] for _ in request.block_ids)
-        params = request.announcement.sampling_params
         return replace(
             request.announcement,
             prompt_token_ids=list(request.own_prompt),
             # A follower's are neutral, greedy without seed and penalties: it never draws a random number.
-            sampling_params=SamplingParams(temperature=0.0) if self.index else params,
+            sampling_params=SamplingParams(temperature=0.0) if self.index else request.announcement.sampling_params,
             block_ids=_copy(request.block_ids),
             num_computed_tokens=own_start,
         )
@@ -152,8 +152,6 @@ class SpecialistView:
             cached.new_block_ids.append(_copy(request.block_ids))
         else:
             cached.new_block_ids.append(_copy(request.untold) if any(request.untold) else None)
-        request.replaced = False
-        request.untold = tuple([] for _ in request.block_ids)
         if req_id not in self._in_batch:
             # The runner recovers outputs from here when it runs ahead of the scheduler (async scheduling).
             cached.all_token_ids[req_id] = request.own_prompt + request.outputs

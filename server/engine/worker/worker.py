@@ -6,7 +6,6 @@ Knows no CPU: to import vLLM's worker for it takes the GPU away (`server.engine.
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -39,10 +38,8 @@ class FusedWorkerMixin(Worker):
         self.model_runner = FusedModelRunner(Specialists(runners, spec.names), lambda: self._load_mixer(spec))
 
     def _load_mixer(self, spec: EngineSpec) -> Mixer:
-        if spec.gate is None:
-            return Mixer(None, spec.num_shared_ids)
-        gate = load_gate(Path(spec.gate), spec.names, spec.hidden_sizes)
-        return Mixer(gate.to(self.device).eval(), spec.num_shared_ids)
+        gate = load_gate(spec.gate, spec.names, spec.hidden_sizes).to(self.device).eval() if spec.gate else None
+        return Mixer(gate, spec.num_shared_ids)
 
 
 class FusedGPUWorker(FusedWorkerMixin, Worker):
@@ -62,10 +59,7 @@ def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfi
     """
     parallel = leader.parallel_config
     args = EngineArgs(
-        model=specialist.model,
-        revision=specialist.revision,
-        dtype=specialist.dtype,
-        quantization=specialist.quantization,
+        **specialist.engine_arguments(),
         max_model_len=leader.model_config.max_model_len,
         enforce_eager=leader.model_config.enforce_eager,
         seed=leader.model_config.seed,

@@ -48,7 +48,7 @@ def _watch(patch: pytest.MonkeyPatch, seen: dict[str, Any], stop_at: int | None,
         save(self, *arguments)
         assert self.optimizer is not None
         moments = [state["exp_avg"] for state in self.optimizer.state.values()]
-        seen["parameters"] = {name: _held(tensor) for name, tensor in self._learner.named_parameters()}
+        seen["parameters"] = {name: _held(tensor) for name, tensor in self.learner.named_parameters()}
         seen["moments"] = [_held(tensor) for tensor in moments]
 
     def stepping(self: FusedTrainer, model: Learner, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:

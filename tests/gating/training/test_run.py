@@ -215,5 +215,5 @@ def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, 
 def test_the_plan_counts_what_sharding_gathers_for_a_step(settings_of):
     settings = settings_of(stage=2)
     inputs = gather_inputs(settings)
-    outside = [size.num_outside_layers for size in measure(inputs.fusion, settings, inputs.lora)]
+    outside = [size.num_outside_layers for size in measure(inputs.fusion, settings)]
     assert outside == [2 * vocab_size * 64 + 64 for vocab_size in (320, 336, 328)], "embedding, output layer, norm"

@@ -9,6 +9,7 @@ from typing import Any, Self
 from unittest import mock
 
 from vllm import RequestOutput, SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -17,7 +18,7 @@ from gating.model.fusion import inspect_fusion, load_fusion
 from server.engine.client.input_processor import FusedInputProcessor
 from server.engine.client.step_feed import StepFeed
 from server.engine.shared.extra_args import fused_input
-from server.engine.shared.options import build_engine_args
+from server.engine.shared.options import engine_arguments
 from server.engine.shared.report import StepReport
 from server.engine.worker.fused_step import FusedModelRunner
 from tests.server.engine.async_cpu import AsyncOnCPUEngineArgs
@@ -47,7 +48,7 @@ class InProcessEngine:
 
     def __init__(self, fusion_path: Path, *, force_async: bool = False, **options: Any) -> None:
         fusion = load_fusion(fusion_path)
-        args = build_engine_args(fusion, inspect_fusion(fusion), options)
+        args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), options))
         if force_async:
             args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
         gc.freeze()  # a start collects garbage nine times, half a second each among all that tests have imported

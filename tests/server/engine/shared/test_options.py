@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -19,8 +20,8 @@ from server.engine.shared.options import (
     GPU_WORKER,
     SCHEDULER,
     EngineOptionError,
-    build_engine_args,
     check_engine_options,
+    engine_arguments,
 )
 from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
 
@@ -74,8 +75,6 @@ def test_traces_without_the_statistics_they_are_made_of_stop_the_start() -> None
 def test_every_allowed_option_exists_in_vllm() -> None:
     from dataclasses import fields
 
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     assert {field.name for field in fields(AsyncEngineArgs)} >= ALLOWED_ENGINE_OPTIONS
 
 
@@ -89,18 +88,18 @@ def test_an_engine_option_that_does_not_fit_the_models_stops_the_start(
 ) -> None:
     fusion = load_fusion(tiny_fusion)
     with pytest.raises(FusionError, match=f"engine.{option}: {value}"):
-        build_engine_args(fusion, inspect_fusion(fusion), {option: value})
+        engine_arguments(fusion, inspect_fusion(fusion), {option: value})
 
 
 def test_engine_options_override_the_fusion_file(tiny_fusion: Path) -> None:
     fusion = load_fusion(tiny_fusion)
-    args = build_engine_args(fusion, inspect_fusion(fusion), {"block_size": 64, "seed": 9})
+    args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), {"block_size": 64, "seed": 9}))
     assert (args.block_size, args.seed, args.enforce_eager) == (64, 9, True)
 
 
 def test_scheduler_and_worker_are_found_by_their_names(tiny_fusion: Path) -> None:
     fusion = load_fusion(tiny_fusion)
-    args = build_engine_args(fusion, inspect_fusion(fusion))
+    args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion)))
     assert args.scheduler_cls == SCHEDULER
     assert resolve_obj_by_qualname(SCHEDULER) is make_scheduler
     for name in (args.worker_cls, GPU_WORKER):
