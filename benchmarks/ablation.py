@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.command import parse_options, say
 from benchmarks.measure import Frozen
-from gating.data.conversations import Conversation, DataFile, read_conversations
-from gating.files import write_json
+from ultrafuser.gating.data.conversations import Conversation, DataFile, read_conversations
+from ultrafuser.gating.files import write_json
 
 ARMS: Mapping[str, tuple[str | None, str]] = {
     "direct": (None, "proportional"),
@@ -124,7 +124,7 @@ def _train(options: Options, fusion: str | Path, output: Path, seed: int, settin
             "--micro-rows-per-domain", 1, "--eval-limit", options.eval_limit, "--eval-every", 10**6,
             "--max-length", options.max_length, "--precision", options.precision, "--resume",
         ]  # fmt: skip
-        command = [sys.executable, "-m", "server", "train", fusion, *settings, *common]
+        command = [sys.executable, "-m", "ultrafuser.server", "train", fusion, *settings, *common]
         with output.with_suffix(".log").open("a", encoding="utf-8") as log:
             subprocess.run([str(word) for word in command], check=True, stdout=log, stderr=log)
     return output

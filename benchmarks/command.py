@@ -14,11 +14,11 @@ from typing import Any, Literal, TextIO
 from benchmarks.environment import describe_environment
 from benchmarks.measure import Comparison, Frozen
 from benchmarks.result import RESULTS_FOLDER, Question, Result, today
-from gating.commands.flags import Settings, parse_command
-from gating.errors import CommandError
-from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
-from gating.model.materialize import materialize
-from server.settings import vllm_environment
+from ultrafuser.gating.commands.flags import Settings, parse_command
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.server.settings import vllm_environment
 
 ENVIRON: Mapping[str, str] = dict(os.environ)
 """The environment as it was before vLLM, which adds variables of its own, was imported."""

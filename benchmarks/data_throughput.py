@@ -84,8 +84,8 @@ def elapsed(served: Sequence[Served]) -> float:
 
 
 def _make(folder: str, base_url: str, sizes: Sizes) -> None:
-    from gating.synthesis.make import make
-    from gating.synthesis.settings import MakeSettings
+    from ultrafuser.gating.synthesis.make import make
+    from ultrafuser.gating.synthesis.settings import MakeSettings
 
     settings = MakeSettings(
         output=folder,

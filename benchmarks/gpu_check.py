@@ -20,7 +20,7 @@ from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.result import Question
 from benchmarks.workload import Prompts, Request, conversations, random_requests, render, tiny_fusion
-from gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 
 QUESTION = Question(
     name="gpu_check",
@@ -96,7 +96,7 @@ def exactness(name: str, fusion: FusionConfig, prompts: Sequence[Prompts], num_t
     from vllm.compilation.counter import compilation_counter
 
     from benchmarks.engines import fused_engine
-    from gating.model.reference import UltraFuserForCausalLM
+    from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
     reference = UltraFuserForCausalLM.from_fusion(fusion)
     expected = [
@@ -145,7 +145,7 @@ def measure_fusing(options: Options) -> list[Comparison]:
 @contextmanager
 def timed_mixing() -> Iterator[list[float]]:
     """Collects the seconds that each step's gate and mixing take, from an idle device to an idle device."""
-    from server.engine.worker.mixing import Mixer
+    from ultrafuser.server.engine.worker.mixing import Mixer
 
     seconds: list[float] = []
     fuse = Mixer.fuse_into_leader

@@ -13,7 +13,7 @@ from benchmarks.command import Options, say
 from benchmarks.measure import Bar, Comparison, Measured, paired_ratio
 from benchmarks.stepping import Job, Round, alternate, race
 from benchmarks.workload import Request, random_requests
-from gating.model.fusion import FusedModelInfo
+from ultrafuser.gating.model.fusion import FusedModelInfo
 
 if TYPE_CHECKING:
     from benchmarks.engines import StepEngine

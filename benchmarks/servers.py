@@ -16,7 +16,7 @@ import httpx
 from benchmarks.command import ENVIRON, Options
 from benchmarks.engines import plain_engine_options
 from benchmarks.environment import num_cores
-from gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 
 START_SECONDS = 600.0
 """How long a server may take until it can generate: several start at once on few cores."""
@@ -124,7 +124,7 @@ def fused_server(options: Options, *engine_flags: str) -> ServerProcess:
 
 def serve(fusion: str, *flags: str) -> ServerProcess:
     """`ultrafuser serve` on a fusion."""
-    return ServerProcess(["-m", "server", "serve", fusion, *flags], "/ready")
+    return ServerProcess(["-m", "ultrafuser.server", "serve", fusion, *flags], "/ready")
 
 
 def plain_servers(fusion: FusionConfig, info: FusedModelInfo, *engine_flags: str) -> list[ServerProcess]:

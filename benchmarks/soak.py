@@ -24,7 +24,7 @@ from benchmarks.result import RESULTS_FOLDER, today
 from benchmarks.servers import ServerProcess, running, serve
 from benchmarks.storm import Counts, Storm
 from benchmarks.workload import tiny_fusion
-from gating.files import write_json
+from ultrafuser.gating.files import write_json
 
 NAME = "soak"
 NUM_REQUESTS, NUM_CONCURRENT, LEAVING_SHARE = 20_000, 64, 0.2

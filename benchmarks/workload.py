@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from gating.templates import fold_messages
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.gating.templates import fold_messages
 
 Prompts = list[list[int]]
 """A request's own prompts, one per specialist."""

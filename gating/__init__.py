@@ -9,3 +9,17 @@ name. A room imports those to its left, and nothing to its right:
 No room imports `training`. Inside, synthesis goes stages < settings < calls < dataset < make < command, and evaluation
 sandbox, settings < benchmarks < command.
 """
+
+import sys
+
+if __name__ == "gating":  # found as a folder at the repository's top, where `python -m gating.train` is typed
+
+    class _OneName:
+        """Every other module has one name, ultrafuser.gating.NAME: under two it would exist twice."""
+
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name.startswith("gating.") and name != "gating.train":
+                raise ImportError(f"{name} is imported as ultrafuser.{name}")
+
+    sys.meta_path.insert(0, _OneName)

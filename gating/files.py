@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from gating.errors import DataError
+from ultrafuser.gating.errors import DataError
 
 
 @contextmanager

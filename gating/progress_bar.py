@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class StepProgress:
-    """What is being done and the share of it, as a `gating.model.cache.Report`; without a terminal, a line a step."""
+    """What is being done and the share of it, as a `Report` of the cache; without a terminal, a line a step."""
 
     def __init__(self, *, is_shown: bool = True) -> None:
         self._label = ""

@@ -8,15 +8,15 @@ from contextlib import closing
 from importlib import import_module
 from types import FrameType
 
-from gating.errors import UserError
-from gating.model.fusion import load_fusion
-from server.access.keys import with_all_keys
-from server.cli import OFFLINE_COMMANDS, OPTION_NAMES, ServeCommand, parse_command
-from server.log import LogStream, configure_logging
-from server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
-from server.start.listener import listen_on
-from server.start.progress import StartupProgress
 from ultrafuser import __version__
+from ultrafuser.gating.errors import UserError
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.server.access.keys import with_all_keys
+from ultrafuser.server.cli import OFFLINE_COMMANDS, OPTION_NAMES, ServeCommand, parse_command
+from ultrafuser.server.log import LogStream, configure_logging
+from ultrafuser.server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
+from ultrafuser.server.start.listener import listen_on
+from ultrafuser.server.start.progress import StartupProgress
 
 NUM_STEPS = 4
 EXIT_FAILED = 1
@@ -66,7 +66,7 @@ def _serve(command: ServeCommand) -> int:
 def _import_serve() -> Callable[..., int]:
     """The part that needs vLLM, which has to be installed, in the version that the engine works with."""
     try:
-        from server.start.launch import serve
+        from ultrafuser.server.start.launch import serve
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise

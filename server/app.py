@@ -5,20 +5,20 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.access.admission import Admission, AdmissionControl
-from server.access.keys import KeyRing
-from server.access.middleware import PROBE_PATHS, ApiKeys, HeaderCount, RequestLog, TrustedHosts
-from server.access.quotas import Quota
-from server.api import analyze, chat, completions, models, probes, tokenize
-from server.api.playground import FILES, playground_router
-from server.api.response import answer_error
-from server.health import Readiness
-from server.metrics import count_http_requests
-from server.serving.openapi import describe
-from server.serving.serving import Serving
-from server.serving.translation import TRANSLATED_ERRORS
-from server.settings import ServerSettings
 from ultrafuser import __version__
+from ultrafuser.server.access.admission import Admission, AdmissionControl
+from ultrafuser.server.access.keys import KeyRing
+from ultrafuser.server.access.middleware import PROBE_PATHS, ApiKeys, HeaderCount, RequestLog, TrustedHosts
+from ultrafuser.server.access.quotas import Quota
+from ultrafuser.server.api import analyze, chat, completions, models, probes, tokenize
+from ultrafuser.server.api.playground import FILES, playground_router
+from ultrafuser.server.api.response import answer_error
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.metrics import count_http_requests
+from ultrafuser.server.serving.openapi import describe
+from ultrafuser.server.serving.serving import Serving
+from ultrafuser.server.serving.translation import TRANSLATED_ERRORS
+from ultrafuser.server.settings import ServerSettings
 
 ROUTERS = tuple(module.router for module in (chat, completions, analyze, models, tokenize, probes))
 

@@ -11,11 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from gating.commands.flags import Parser, add_flags, flag_of, resolve
-from gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
-from gating.model.schema import EngineSettings
-from server.settings import PREFIX, SECTIONS, ServerSettings, SettingsError, read_environment, resolve_settings
 from ultrafuser import __version__
+from ultrafuser.gating.commands.flags import Parser, add_flags, flag_of, resolve
+from ultrafuser.gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
+from ultrafuser.gating.model.schema import EngineSettings
+from ultrafuser.server.settings import (
+    PREFIX,
+    SECTIONS,
+    ServerSettings,
+    SettingsError,
+    read_environment,
+    resolve_settings,
+)
 
 _DESCRIPTION = """\
 Serve a fused model behind the OpenAI API.
@@ -49,18 +56,22 @@ class OfflineCommand:
 
 OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
     "train": OfflineCommand(
-        "gating.training.command", "train a gate, specialists, or both", "the same command with --resume goes on"
+        "ultrafuser.gating.training.command",
+        "train a gate, specialists, or both",
+        "the same command with --resume goes on",
     ),
     "eval": OfflineCommand(
-        "gating.evaluation.command", "evaluate a fused model", "the same command goes on from what is in the cache"
+        "ultrafuser.gating.evaluation.command",
+        "evaluate a fused model",
+        "the same command goes on from what is in the cache",
     ),
     "data": OfflineCommand(
-        "gating.synthesis.command",
+        "ultrafuser.gating.synthesis.command",
         "make instruction data for new domains",
         "the same command goes on from what is there",
     ),
     "analyze": OfflineCommand(
-        "gating.analysis.command",
+        "ultrafuser.gating.analysis.command",
         "show what a gate does, and training curves",
         "the same command uses what is in the cache",
     ),
@@ -135,7 +146,7 @@ def _refuse(argument: str) -> NoReturn:
     elif near := difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.75):
         reason = f"there is no such option; did you mean {flag_of(near[0])}?"
     else:  # only now, on the way out, is it worth the seconds that importing vLLM takes
-        from server.engine.shared.options import refusal
+        from ultrafuser.server.engine.shared.options import refusal
 
         reason = refusal(name)
     # Where a reason names another option, its flag is meant here.

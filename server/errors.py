@@ -18,7 +18,7 @@
     ├── NonfiniteOutput         500  server_error           code nonfinite_output
     └── TimedOut                504  server_error           code request_timeout
 
-Everything else (vLLM's errors, FastAPI's, ours that nobody foresaw) is translated by `server.serving.translation`. A
+Everything else (vLLM's errors, FastAPI's, ours that nobody foresaw) is translated by `server/serving/translation.py`. A
 client's fault is always 4xx: the official client sends a request that failed with 429 or 5xx three times, unless
 `x-should-retry` is false, as it is for every 500: the same request would fail again. Knows no routes and no vLLM.
 """

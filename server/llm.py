@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from gating.model.fusion import FusionConfig, inspect_fusion, load_fusion
-from gating.model.materialize import materialize
-from server.engine.client.offline import OfflineEngine
-from server.serving.rendering import FusedRenderer
+from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion, load_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.server.engine.client.offline import OfflineEngine
+from ultrafuser.server.serving.rendering import FusedRenderer
 
 
 class FusedLLM(OfflineEngine):

@@ -14,7 +14,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request being served; "-" outside of any."""
 
 _FORMAT = "%(asctime)s %(levelname)-7s [%(request_id)s] %(name)s: %(message)s"
-CONFIGURED_LOGGERS = ("server", "gating", "uvicorn")
+CONFIGURED_LOGGERS = ("ultrafuser", "uvicorn")
 """The loggers that get our handler; their children inherit it."""
 
 _CLIENT_ERRORS = frozenset({"InvalidRequest", "VLLMClientError"})

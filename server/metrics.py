@@ -1,6 +1,6 @@
 """Our own Prometheus metrics, beside vLLM's `vllm:*` and the `http_*` of the web framework; all in one registry.
 
-What the engine's steps report is counted in `server.serving.step_metrics`, the rest in the API process. Labels are
+What the engine's steps report is counted in `server/serving/step_metrics.py`, the rest in the API process. Labels are
 bounded: no label ever holds what a client sent.
 """
 

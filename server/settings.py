@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from gating.commands.flags import resolve
-from gating.errors import CommandError
-from server.log import LogFormat
+from ultrafuser.gating.commands.flags import resolve
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.server.log import LogFormat
 
 PREFIX = "ULTRAFUSER_"
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -43,14 +43,14 @@ def rooms_of(layer: str) -> list[str]:
 
 def draw() -> str:
     """One block a contract: its rooms from the top to the bottom, each with the rooms that it imports."""
-    graph = grimp.build_graph("server", "gating", cache_dir=None)
+    graph = grimp.build_graph("ultrafuser", cache_dir=None)
     return "\n".join(_block(graph, contract) for contract in contracts())
 
 
 def _block(graph: grimp.ImportGraph, contract: dict[str, Any]) -> str:
     (container,) = contract["containers"]
     width = max(len(layer) for layer in contract["layers"])
-    rows = [f"{container.replace('.', '/')}/"]
+    rows = [f"{container.removeprefix('ultrafuser.').replace('.', '/')}/"]
     for layer in contract["layers"]:
         arrows = sorted({arrow for room in rooms_of(layer) for arrow in _arrows(graph, container, room, contract)})
         rows.append(f"  {layer:{width}}  {'-> ' + ' '.join(arrows) if arrows else ''}".rstrip())

@@ -10,14 +10,14 @@ from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server import errors, metrics
-from server.access import connections, middleware
-from server.app import ROUTERS
-from server.engine.shared.step import NONFINITE_OUTPUT
-from server.requests.bodies import MAX_DEPTH
-from server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
-from server.serving import step_metrics, translation
-from server.settings import Limits
+from ultrafuser.server import errors, metrics
+from ultrafuser.server.access import connections, middleware
+from ultrafuser.server.app import ROUTERS
+from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
+from ultrafuser.server.requests.bodies import MAX_DEPTH
+from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
+from ultrafuser.server.serving import step_metrics, translation
+from ultrafuser.server.settings import Limits
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "api.md").read_text()

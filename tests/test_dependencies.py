@@ -79,13 +79,13 @@ def undeclared(files: Iterator[Path], known: set[str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("module", "extras"),
     [
-        ("server.__main__", ("cpu", "cuda")),
-        ("server.llm", ("cpu", "cuda")),
-        ("gating.training.command", ("train",)),
-        ("gating.evaluation.command", ("eval",)),
-        ("gating.analysis.command", ("eval",)),
-        ("gating.synthesis.command", ("data",)),
-        ("gating.model.reference", ()),
+        ("ultrafuser.server.__main__", ("cpu", "cuda")),
+        ("ultrafuser.server.llm", ("cpu", "cuda")),
+        ("ultrafuser.gating.training.command", ("train",)),
+        ("ultrafuser.gating.evaluation.command", ("eval",)),
+        ("ultrafuser.gating.analysis.command", ("eval",)),
+        ("ultrafuser.gating.synthesis.command", ("data",)),
+        ("ultrafuser.gating.model.reference", ()),
     ],
 )
 def test_a_command_declares_what_it_imports(module: str, extras: tuple[str, ...]) -> None:

@@ -12,19 +12,19 @@ import yaml
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from gating.analysis import command as analysis
-from gating.evaluation import command as evaluate
-from gating.model.engine_options import EngineOptions
-from gating.model.fusion import FusionConfig, preset_names
-from gating.model.schema import EngineSettings, SamplingDefaults, SpecialistConfig
-from gating.synthesis import command as synthesize
-from gating.synthesis.stages.domain import Domain, Limits
-from gating.templates import template_names
-from gating.training.settings import TrainSettings, parse_settings
-from server.cli import parse_command
-from server.settings import PREFIX, ServerSettings
 from tests.rooms import README_FOLDERS
 from ultrafuser import __version__
+from ultrafuser.gating.analysis import command as analysis
+from ultrafuser.gating.evaluation import command as evaluate
+from ultrafuser.gating.model.engine_options import EngineOptions
+from ultrafuser.gating.model.fusion import FusionConfig, preset_names
+from ultrafuser.gating.model.schema import EngineSettings, SamplingDefaults, SpecialistConfig
+from ultrafuser.gating.synthesis import command as synthesize
+from ultrafuser.gating.synthesis.stages.domain import Domain, Limits
+from ultrafuser.gating.templates import template_names
+from ultrafuser.gating.training.settings import TrainSettings, parse_settings
+from ultrafuser.server.cli import parse_command
+from ultrafuser.server.settings import PREFIX, ServerSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])

@@ -94,7 +94,6 @@ def test_every_file_of_the_sources_is_installed(installed: Path) -> None:
         assert wanted - there == set()
 
 
-@pytest.mark.xfail(reason="server and gating are installed at the top", strict=True)
 def test_one_package_is_installed_and_no_other(installed: Path) -> None:
     assert {path.name for path in installed.iterdir()} == {
         "ultrafuser",
@@ -102,7 +101,6 @@ def test_one_package_is_installed_and_no_other(installed: Path) -> None:
     }
 
 
-@pytest.mark.xfail(reason="server and gating are installed at the top", strict=True)
 @pytest.mark.parametrize(("folder", "module"), [("gating", "model"), ("gating", "model.gate"), ("server", "app")])
 def test_no_module_has_a_second_name_in_the_repository(folder: str, module: str) -> None:
     done = subprocess.run(
@@ -113,7 +111,6 @@ def test_no_module_has_a_second_name_in_the_repository(folder: str, module: str)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # its own limit, below, tells more
-@pytest.mark.xfail(reason="server and gating are installed at the top", strict=True)
 def test_a_fused_model_runs_beside_a_users_own_server_and_gating(installed: Path, tmp_path: Path) -> None:
     """A user's server.py was found for ours, by the script and by the engine's processes, which import by name."""
     fusion = write_tiny_fusion(tmp_path / "tiny")

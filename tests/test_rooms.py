@@ -41,7 +41,7 @@ def test_a_file_name_has_one_meaning() -> None:
 
 def test_every_room_has_its_arrows_in_a_contract() -> None:
     placed = {
-        f"{contract['containers'][0].replace('.', '/')}/{room}"
+        f"{contract['containers'][0].removeprefix('ultrafuser.').replace('.', '/')}/{room}"
         for contract in contracts()
         for layer in contract["layers"]
         for room in rooms_of(layer)

@@ -8,14 +8,14 @@ __version__ = "0.1.0"
 __all__ = ["FusedLLM", "UltraFuserForCausalLM", "__version__", "load_fusion"]
 
 if TYPE_CHECKING:
-    from gating.model.fusion import load_fusion
-    from gating.model.reference import UltraFuserForCausalLM
-    from server.llm import FusedLLM
+    from ultrafuser.gating.model.fusion import load_fusion
+    from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+    from ultrafuser.server.llm import FusedLLM
 else:
     _MODULES = {
-        "FusedLLM": "server.llm",
-        "UltraFuserForCausalLM": "gating.model.reference",
-        "load_fusion": "gating.model.fusion",
+        "FusedLLM": "ultrafuser.server.llm",
+        "UltraFuserForCausalLM": "ultrafuser.gating.model.reference",
+        "load_fusion": "ultrafuser.gating.model.fusion",
     }
 
     def __getattr__(name: str) -> object:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from gating.commands.fields import CacheFolder, CommandSettings, Count, Precision
-from gating.commands.flags import parse_command, require
-from gating.errors import CommandError
-from gating.files import json_bytes, write_file
-from gating.model.cache import cache_folder
+from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Precision
+from ultrafuser.gating.commands.flags import parse_command, require
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import json_bytes, write_file
+from ultrafuser.gating.model.cache import cache_folder
 
 if TYPE_CHECKING:
-    from gating.analysis.transcripts import ShownConversation
-    from gating.analysis.weights import GateReading
-    from gating.evaluation.held_out import ReadingTask
-    from gating.model.cache import Report
+    from ultrafuser.gating.analysis.transcripts import ShownConversation
+    from ultrafuser.gating.analysis.weights import GateReading
+    from ultrafuser.gating.evaluation.held_out import ReadingTask
+    from ultrafuser.gating.model.cache import Report
 
 
 class AnalysisSettings(CommandSettings):
@@ -101,9 +101,9 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
     output = _folder(settings.output)
     contents: dict[str, bytes] = {}
     if settings.run:
-        from gating.analysis.curves import draw_curves
-        from gating.analysis.pictures import png
-        from gating.analysis.runs import read_runs
+        from ultrafuser.gating.analysis.curves import draw_curves
+        from ultrafuser.gating.analysis.pictures import png
+        from ultrafuser.gating.analysis.runs import read_runs
 
         contents["curves.png"] = png(draw_curves(read_runs(settings.run)))
     if settings.fusion is not None:
@@ -116,15 +116,15 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
 def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
     """Read the conversations; contents of the files that show the gate, by name."""
     require("datasets", "eval")
-    from gating.analysis.page import render_page
-    from gating.analysis.pictures import draw_entropy, draw_heatmap, png
-    from gating.analysis.tables import as_json, as_markdown
-    from gating.analysis.token_grid import draw_tokens
-    from gating.analysis.weights import summarize
-    from gating.commands.provenance import PROVENANCE_FILE, collect_provenance
-    from gating.model.loading import identify
-    from gating.model.packaged import hidden_bars
-    from gating.progress_bar import StepProgress
+    from ultrafuser.gating.analysis.page import render_page
+    from ultrafuser.gating.analysis.pictures import draw_entropy, draw_heatmap, png
+    from ultrafuser.gating.analysis.tables import as_json, as_markdown
+    from ultrafuser.gating.analysis.token_grid import draw_tokens
+    from ultrafuser.gating.analysis.weights import summarize
+    from ultrafuser.gating.commands.provenance import PROVENANCE_FILE, collect_provenance
+    from ultrafuser.gating.model.loading import identify
+    from ultrafuser.gating.model.packaged import hidden_bars
+    from ultrafuser.gating.progress_bar import StepProgress
 
     with closing(StepProgress()) as progress, hidden_bars():
         task = _prepare(settings, fusion, progress)
@@ -153,9 +153,9 @@ def _prepare(settings: AnalysisSettings, fusion: str, on_progress: "Report") -> 
     Raises:
         CommandError: a fusion without a gate.
     """
-    from gating.data.conversations import DataFile
-    from gating.evaluation.held_out import ReadingOptions, prepare_task
-    from gating.model.fusion import load_fusion
+    from ultrafuser.gating.data.conversations import DataFile
+    from ultrafuser.gating.evaluation.held_out import ReadingOptions, prepare_task
+    from ultrafuser.gating.model.fusion import load_fusion
 
     files = [DataFile.parse(file) for file in settings.data]
     loaded = load_fusion(fusion)
@@ -171,9 +171,9 @@ def read_gate(task: "ReadingTask") -> "GateReading":
     """The gate's weights on every response token of the task's conversations."""
     import numpy as np
 
-    from gating.analysis.transcripts import positions_in_responses
-    from gating.analysis.weights import GateReading
-    from gating.evaluation.held_out import FUSED
+    from ultrafuser.gating.analysis.transcripts import positions_in_responses
+    from ultrafuser.gating.analysis.weights import GateReading
+    from ultrafuser.gating.evaluation.held_out import FUSED
 
     reading = task.read_fusion()
     masks = (row["response_mask"][0] for row in task.rows.dataset)
@@ -190,7 +190,7 @@ def read_gate(task: "ReadingTask") -> "GateReading":
 def _shown(settings: AnalysisSettings, task: "ReadingTask", reading: "GateReading") -> list["ShownConversation"]:
     from transformers import AutoTokenizer
 
-    from gating.analysis.transcripts import choose, show
+    from ultrafuser.gating.analysis.transcripts import choose, show
 
     leader = task.prepared.specialists[0]
     tokenizer = AutoTokenizer.from_pretrained(leader.model, revision=leader.revision)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from gating.analysis.runs import RunCurves, Series
-from gating.analysis.styles import MARKERS, PALETTE, PLOT_LINES
+from ultrafuser.gating.analysis.runs import RunCurves, Series
+from ultrafuser.gating.analysis.styles import MARKERS, PALETTE, PLOT_LINES
 
 PANEL_SIZE = (3.9, 2.6)
 """Inches."""

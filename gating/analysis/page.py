@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gating.analysis.styles import CONTROLS, NUM_LEVELS, Style, level, style_of
-from gating.analysis.transcripts import ShownConversation
+from ultrafuser.gating.analysis.styles import CONTROLS, NUM_LEVELS, Style, level, style_of
+from ultrafuser.gating.analysis.transcripts import ShownConversation
 
 _FOLDER = Path(__file__).parent
 _ENVIRONMENT = Environment(

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gating.commands.run_folder import MANIFEST_FILE, RUN_FOLDER
-from gating.errors import CommandError
-from gating.files import split_name
+from ultrafuser.gating.commands.run_folder import MANIFEST_FILE, RUN_FOLDER
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import split_name
 
 _LOSS, _GATE = "eval_loss_", "eval_gate_"
 

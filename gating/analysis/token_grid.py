@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gating.analysis.pictures import DPI
-from gating.analysis.styles import CONTROLS, NUM_LEVELS, level, style_of
-from gating.analysis.transcripts import ShownConversation
+from ultrafuser.gating.analysis.pictures import DPI
+from ultrafuser.gating.analysis.styles import CONTROLS, NUM_LEVELS, level, style_of
+from ultrafuser.gating.analysis.transcripts import ShownConversation
 
 NUM_COLUMNS = 110
 MOST_LINES = 40

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gating.analysis.weights import GateReading
+from ultrafuser.gating.analysis.weights import GateReading
 
 _REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
 

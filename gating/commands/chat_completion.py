@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from gating.errors import EndpointError
+from ultrafuser.gating.errors import EndpointError
 
 _AGAIN = frozenset({408, 409, 429})
 _SETTINGS = {

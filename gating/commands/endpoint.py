@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import httpx
 
-from gating.commands.chat_completion import (
+from ultrafuser.gating.commands.chat_completion import (
     Completion,
     NoCompletionError,
     RequestFailedError,
@@ -22,7 +22,7 @@ from gating.commands.chat_completion import (
     refusal,
     retry_after,
 )
-from gating.errors import EndpointError
+from ultrafuser.gating.errors import EndpointError
 
 MAX_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5

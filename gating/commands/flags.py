@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from gating.errors import CommandError
+from ultrafuser.gating.errors import CommandError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 

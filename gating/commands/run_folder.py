@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gating.errors import CommandError
-from gating.files import write_json
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import write_json
 
 SETTINGS_FILE = "settings.json"
 """What a run that goes on must have in common with the one before."""

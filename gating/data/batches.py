@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gating.model.decoding import left_pad
+from ultrafuser.gating.model.decoding import left_pad
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

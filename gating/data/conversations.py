@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gating.errors import DataError
-from gating.files import read_lines, split_name
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.files import read_lines, split_name
 
 ROLES = ("system", "developer", "user", "assistant")
 

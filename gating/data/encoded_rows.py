@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.data.conversations import BadRow, Conversation, DataFile, read_conversations
-from gating.data.encoding import ConversationEncoder, EncodingError
-from gating.errors import DataError
-from gating.files import file_digest
-from gating.model.cache import Artifact, Report, Tick, build_once
+from ultrafuser.gating.data.conversations import BadRow, Conversation, DataFile, read_conversations
+from ultrafuser.gating.data.encoding import ConversationEncoder, EncodingError
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.files import file_digest
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once
 
 if TYPE_CHECKING:
     from datasets import Dataset

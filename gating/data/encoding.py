@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from gating.errors import CommandError
-from gating.model.inspection import FusedModelInfo
-from gating.model.schema import FusionConfig
-from gating.templates import Literals, TemplateError, fold_messages
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.model.inspection import FusedModelInfo
+from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.templates import Literals, TemplateError, fold_messages
 
 # Stands for response k while a template is rendered: no template trims it, no conversation contains it.
 _MARK = "\ue000response {}\ue001"

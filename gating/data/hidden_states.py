@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gating.commands.fields import Precision
-from gating.data.batches import collate_rows, response_ids
-from gating.model.cache import Artifact, Report, Tick, build_once
-from gating.model.loading import identify, load_one_frozen
-from gating.model.responses import response_states
-from gating.model.schema import FusionConfig
+from ultrafuser.gating.commands.fields import Precision
+from ultrafuser.gating.data.batches import collate_rows, response_ids
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once
+from ultrafuser.gating.model.loading import identify, load_one_frozen
+from ultrafuser.gating.model.responses import response_states
+from ultrafuser.gating.model.schema import FusionConfig
 
 if TYPE_CHECKING:
     import datasets

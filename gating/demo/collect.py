@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gating.commands.run_folder import MANIFEST_FILE
-from gating.files import file_digest, write_json
-from gating.model.fusion import load_fusion
-from gating.model.packaged import DISTRIBUTION, PACKAGE, packaged_model
+from ultrafuser.gating.commands.run_folder import MANIFEST_FILE
+from ultrafuser.gating.files import file_digest, write_json
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.packaged import DISTRIBUTION, PACKAGE, packaged_model
 
 STAGES = ("stage1", "stage2")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

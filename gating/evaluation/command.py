@@ -10,13 +10,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gating.evaluation.settings import EvalSettings, parse_settings
-from gating.model.cache import cache_folder
-from gating.progress_bar import StepProgress
+from ultrafuser.gating.evaluation.settings import EvalSettings, parse_settings
+from ultrafuser.gating.model.cache import cache_folder
+from ultrafuser.gating.progress_bar import StepProgress
 
 if TYPE_CHECKING:
-    from gating.evaluation.loss import LossTable
-    from gating.model.cache import Report
+    from ultrafuser.gating.evaluation.loss import LossTable
+    from ultrafuser.gating.model.cache import Report
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:
@@ -25,11 +25,11 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     Raises:
         CommandError, FusionError: one line for the user.
     """
-    from gating.model.packaged import hidden_bars
+    from ultrafuser.gating.model.packaged import hidden_bars
 
     settings = parse_settings(argv, cache)
     if settings.benchmark:
-        from gating.evaluation.benchmarks.benchmarks import run_benchmarks
+        from ultrafuser.gating.evaluation.benchmarks.benchmarks import run_benchmarks
 
         asyncio.run(run_benchmarks(settings))
     with closing(StepProgress()) as progress, hidden_bars():
@@ -41,9 +41,9 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
 
 
 def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
-    from gating.data.conversations import DataFile
-    from gating.evaluation.held_out import ReadingOptions, prepare_task
-    from gating.evaluation.loss import measure
+    from ultrafuser.gating.data.conversations import DataFile
+    from ultrafuser.gating.evaluation.held_out import ReadingOptions, prepare_task
+    from ultrafuser.gating.evaluation.loss import measure
 
     chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
     options = ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
@@ -58,8 +58,8 @@ def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
 
 
 def _report(settings: EvalSettings, table: "LossTable") -> None:
-    from gating.evaluation.loss import describe
-    from gating.files import write_json
+    from ultrafuser.gating.evaluation.loss import describe
+    from ultrafuser.gating.files import write_json
 
     print("\n".join(describe(table)))
     if settings.json_file is not None:
@@ -70,9 +70,9 @@ def _report(settings: EvalSettings, table: "LossTable") -> None:
 
 def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report") -> None:
     """One fusion file of a single model for each of the table's rows that is one."""
-    from gating.evaluation.merging import find_variants
-    from gating.model.fusion import inspect_fusion, load_fusion, save_fusion
-    from gating.model.materialize import materialize
+    from ultrafuser.gating.evaluation.merging import find_variants
+    from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
+    from ultrafuser.gating.model.materialize import materialize
 
     assert settings.fusion is not None
     cache_dir = cache_folder(settings.cache)

@@ -11,17 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gating.commands.fields import Precision
-from gating.data.conversations import DataFile
-from gating.data.encoded_rows import Rows, load_rows, select
-from gating.data.encoding import make_encoder, resolve_max_length
-from gating.data.hidden_states import CachedHiddenStates, cache_hidden_states, hidden_state_sources, resolve_dtype
-from gating.evaluation.passes import Mix, Reading, alone, fixed, read
-from gating.model.cache import Report
-from gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
-from gating.model.gate import load_gate
-from gating.model.materialize import materialize
-from gating.model.schema import FusionConfig, SpecialistConfig
+from ultrafuser.gating.commands.fields import Precision
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.data.encoded_rows import Rows, load_rows, select
+from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
+from ultrafuser.gating.data.hidden_states import (
+    CachedHiddenStates,
+    cache_hidden_states,
+    hidden_state_sources,
+    resolve_dtype,
+)
+from ultrafuser.gating.evaluation.passes import Mix, Reading, alone, fixed, read
+from ultrafuser.gating.model.cache import Report
+from ultrafuser.gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
+from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 
 FUSED = "fused"
 UNIFORM = "uniform"

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gating.errors import CommandError
-from gating.evaluation.held_out import FUSED, UNIFORM, ReadingTask
-from gating.evaluation.merging import AVERAGE, BASE, TASK_ARITHMETIC, find_variants
-from gating.evaluation.passes import Reading
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.held_out import FUSED, UNIFORM, ReadingTask
+from ultrafuser.gating.evaluation.merging import AVERAGE, BASE, TASK_ARITHMETIC, find_variants
+from ultrafuser.gating.evaluation.passes import Reading
 
 BASELINE_PREFIX = "baseline:"
 _NUM_RESAMPLES = 2000

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.model.cache import Artifact, Report, Tick, build_once
-from gating.model.loading import identify
-from gating.model.materialize import materialize
-from gating.model.packaged import hidden_bars
-from gating.model.schema import FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once
+from ultrafuser.gating.model.loading import identify
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.packaged import hidden_bars
+from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 
 AVERAGE = "average"
 BASE = "base"

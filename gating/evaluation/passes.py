@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gating.data.hidden_states import CachedHiddenStates
-from gating.model.cache import Tick
-from gating.model.gate import fuse
+from ultrafuser.gating.data.hidden_states import CachedHiddenStates
+from ultrafuser.gating.model.cache import Tick
+from ultrafuser.gating.model.gate import fuse
 
 CHUNK_SIZE = 256
 """Tokens whose logits exist at the same time."""

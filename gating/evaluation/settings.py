@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from gating.commands.fields import CacheFolder, CommandSettings, Count, Positive, Precision
-from gating.commands.flags import parse_command
-from gating.errors import CommandError
+from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Positive, Precision
+from ultrafuser.gating.commands.flags import parse_command
+from ultrafuser.gating.errors import CommandError
 
 
 class EvalSettings(CommandSettings):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gating.files import file_digest, replacing
+from ultrafuser.gating.files import file_digest, replacing
 
 Tick = Callable[[float], None]
 """Called by a build now and then with the share of it that is done, 0 to 1."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 if TYPE_CHECKING:
-    from gating.model.reference import UltraFuserForCausalLM
+    from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)

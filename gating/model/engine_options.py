@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from gating.model.schema import Count, EngineSettings
+from ultrafuser.gating.model.schema import Count, EngineSettings
 
 
 class EngineOptions(EngineSettings):

@@ -13,10 +13,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gating.errors import FusionError
-from gating.model.inspection import FusedModelInfo, inspect_fusion
-from gating.model.schema import PACKAGE_SCHEME, EngineSettings, FusionConfig, SamplingDefaults, SpecialistConfig
-from gating.templates import TemplateError, load_template
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion
+from ultrafuser.gating.model.schema import (
+    PACKAGE_SCHEME,
+    EngineSettings,
+    FusionConfig,
+    SamplingDefaults,
+    SpecialistConfig,
+)
+from ultrafuser.gating.templates import TemplateError, load_template
 
 __all__ = [
     "EngineSettings",

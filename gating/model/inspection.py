@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.errors import FusionError, GateError
-from gating.model.schema import FRESH_GATE, PACKAGE_SCHEME, FusionConfig, SpecialistConfig
-from gating.templates import TemplateError, fold_messages
+from ultrafuser.gating.errors import FusionError, GateError
+from ultrafuser.gating.model.schema import FRESH_GATE, PACKAGE_SCHEME, FusionConfig, SpecialistConfig
+from ultrafuser.gating.templates import TemplateError, fold_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -155,7 +155,7 @@ def _check_gate_exists(config: FusionConfig) -> None:
 
 def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
     # Imported late, as torch comes with it.
-    from gating.model.gate import check_gate
+    from ultrafuser.gating.model.gate import check_gate
 
     if config.gate is None or config.gate == FRESH_GATE:
         return

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gating.model.cache import Report, fingerprint
-from gating.model.materialize import materialize
-from gating.model.reference import UltraFuserForCausalLM
-from gating.model.schema import FRESH_GATE, FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.cache import Report, fingerprint
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig, SpecialistConfig
 
 ADAPTER_NAME = "default"
 

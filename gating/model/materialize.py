@@ -11,11 +11,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gating.errors import FusionError
-from gating.model.cache import Artifact, Report, Tick, build_once, cache_folder, fingerprint
-from gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
-from gating.model.schema import PACKAGE_SCHEME, FusionConfig, SpecialistConfig
-from gating.progress_bar import StepProgress
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once, cache_folder, fingerprint
+from ultrafuser.gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
+from ultrafuser.gating.model.schema import PACKAGE_SCHEME, FusionConfig, SpecialistConfig
+from ultrafuser.gating.progress_bar import StepProgress
 
 # Part of the cache key: raise it when the same model and adapter are to give another folder.
 _MERGE_RECIPE = 1

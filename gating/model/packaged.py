@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gating.files import file_digest
-from gating.model.cache import Artifact, Tick
+from ultrafuser.gating.files import file_digest
+from ultrafuser.gating.model.cache import Artifact, Tick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from gating.errors import FusionError
-from gating.model.decoding import DecodingRules, Generation, decode
-from gating.model.fusion import FusionConfig, inspect_fusion
-from gating.model.gate import DEFAULT_WIDTH, Gate, load_gate
-from gating.model.responses import IGNORED_LABEL, gather_responses, last_hidden_states
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.decoding import DecodingRules, Generation, decode
+from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
+from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate, load_gate
+from ultrafuser.gating.model.responses import IGNORED_LABEL, gather_responses, last_hidden_states
 
 # Models that change the logits after the output layer: the reference would have to know each one's formula.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")

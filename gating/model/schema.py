@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gating.errors import FusionError
+from ultrafuser.gating.errors import FusionError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["awq", "awq_marlin", "gptq", "gptq_marlin", "fp8", "compressed-tensors", "modelopt", "mxfp4"]

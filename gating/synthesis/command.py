@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from gating.commands.flags import parse_command, require
-from gating.errors import CommandError
-from gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
+from ultrafuser.gating.commands.flags import parse_command, require
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
 
 if TYPE_CHECKING:
-    from gating.synthesis.make import Ending
-    from gating.synthesis.stages.structure import Structure
+    from ultrafuser.gating.synthesis.make import Ending
+    from ultrafuser.gating.synthesis.stages.structure import Structure
 
 _USAGE = """\
 usage: ultrafuser data COMMAND FOLDER [options]
@@ -71,7 +71,7 @@ def _make(settings: MakeSettings) -> int:
         return _estimate(settings, structure)
     for package in ("datasketch", "py3langid"):
         require(package, "data")
-    from gating.synthesis.make import make
+    from ultrafuser.gating.synthesis.make import make
 
     ending = asyncio.run(make(settings, structure))
     print(_describe(ending), file=sys.stderr, flush=True)
@@ -79,9 +79,9 @@ def _make(settings: MakeSettings) -> int:
 
 
 def _estimate(settings: MakeSettings, structure: "Structure") -> int:
-    from gating.commands.run_folder import SETTINGS_FILE, keep_settings, sole_run
-    from gating.synthesis.calls.estimate import describe, estimate
-    from gating.synthesis.stages.store import Store
+    from ultrafuser.gating.commands.run_folder import SETTINGS_FILE, keep_settings, sole_run
+    from ultrafuser.gating.synthesis.calls.estimate import describe, estimate
+    from ultrafuser.gating.synthesis.stages.store import Store
 
     folder = Path(settings.output).expanduser()
     if not (folder / SETTINGS_FILE).exists():
@@ -94,14 +94,14 @@ def _estimate(settings: MakeSettings, structure: "Structure") -> int:
 
 
 def _export(settings: ExportSettings) -> int:
-    from gating.synthesis.dataset.export import export
+    from ultrafuser.gating.synthesis.dataset.export import export
 
     print(f"written: {export(settings)}", file=sys.stderr, flush=True)
     return 0
 
 
 def _map(settings: MapSettings) -> int:
-    from gating.synthesis.dataset.map import draw_map
+    from ultrafuser.gating.synthesis.dataset.map import draw_map
 
     print(f"written: {draw_map(settings)}", file=sys.stderr, flush=True)
     return 0

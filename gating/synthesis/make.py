@@ -12,19 +12,19 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from gating.commands.endpoint import ENDPOINT_FIELDS, Endpoint
-from gating.commands.run_folder import keep_settings, sole_run
-from gating.files import write_json
-from gating.progress_bar import counting_bar
-from gating.synthesis.calls.asking import Asker
-from gating.synthesis.calls.budget import Account
-from gating.synthesis.calls.runner import Runner
-from gating.synthesis.dataset.duplicates import find_duplicates
-from gating.synthesis.settings import MakeSettings
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import COMPLICATIONS, RELATED, Structure
-from gating.synthesis.stages.task import Task
-from gating.synthesis.stages.tasks import Tasks, all_instructions
+from ultrafuser.gating.commands.endpoint import ENDPOINT_FIELDS, Endpoint
+from ultrafuser.gating.commands.run_folder import keep_settings, sole_run
+from ultrafuser.gating.files import write_json
+from ultrafuser.gating.progress_bar import counting_bar
+from ultrafuser.gating.synthesis.calls.asking import Asker
+from ultrafuser.gating.synthesis.calls.budget import Account
+from ultrafuser.gating.synthesis.calls.runner import Runner
+from ultrafuser.gating.synthesis.dataset.duplicates import find_duplicates
+from ultrafuser.gating.synthesis.settings import MakeSettings
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import COMPLICATIONS, RELATED, Structure
+from ultrafuser.gating.synthesis.stages.task import Task
+from ultrafuser.gating.synthesis.stages.tasks import Tasks, all_instructions
 
 REPORT_FILE = "report.json"
 

@@ -5,10 +5,18 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from gating.commands.fields import Amount, CacheFolder, CommandSettings, Count, NotNegative, Positive, Precision
-from gating.errors import CommandError
-from gating.synthesis.stages.domain import load_domain
-from gating.synthesis.stages.structure import SIZES, Structure
+from ultrafuser.gating.commands.fields import (
+    Amount,
+    CacheFolder,
+    CommandSettings,
+    Count,
+    NotNegative,
+    Positive,
+    Precision,
+)
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.synthesis.stages.domain import load_domain
+from ultrafuser.gating.synthesis.stages.structure import SIZES, Structure
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -16,8 +16,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating.templates.load import TemplateError
-from gating.templates.probe import Capabilities, capabilities
+from ultrafuser.gating.templates.load import TemplateError
+from ultrafuser.gating.templates.probe import Capabilities, capabilities
 
 Message = dict[str, Any]
 

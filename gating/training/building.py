@@ -12,17 +12,17 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from gating.commands.run_folder import RUN_FOLDER
-from gating.data.batches import collate_hidden_states, collate_rows
-from gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
-from gating.model.cache import Report
-from gating.model.gate import Gate, fresh_gate, load_gate
-from gating.model.loading import add_adapter, load_frozen
-from gating.model.schema import FRESH_GATE
-from gating.training.inputs import RunInputs
-from gating.training.learner import CachedLearner, FusedLearner, Learner
-from gating.training.sampler import BalancedBatches, ProportionalBatches
-from gating.training.trainer import FusedTrainer
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.data.batches import collate_hidden_states, collate_rows
+from ultrafuser.gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
+from ultrafuser.gating.model.cache import Report
+from ultrafuser.gating.model.gate import Gate, fresh_gate, load_gate
+from ultrafuser.gating.model.loading import add_adapter, load_frozen
+from ultrafuser.gating.model.schema import FRESH_GATE
+from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.learner import CachedLearner, FusedLearner, Learner
+from ultrafuser.gating.training.sampler import BalancedBatches, ProportionalBatches
+from ultrafuser.gating.training.trainer import FusedTrainer
 
 LearnerAndRows = tuple[Learner, Dataset[Any], Mapping[str, Dataset[Any]]]
 """What learns, and the rows to train and, by domain, to evaluate on."""

@@ -10,16 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gating.commands.run_folder import RUN_FOLDER
-from gating.errors import TrainError
-from gating.progress_bar import StepProgress
-from gating.training.settings import TrainSettings, parse_settings
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.progress_bar import StepProgress
+from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from gating.training.inputs import RunInputs
+    from ultrafuser.gating.training.inputs import RunInputs
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:
@@ -39,8 +39,8 @@ def train(settings: TrainSettings) -> Path | None:
         TrainError, FusionError: what cannot be done, before any weight is loaded (DataError, SamplerError), or that
             training has gone wrong (NonFiniteLossError); then the last checkpoint stays.
     """
-    from gating.training.inputs import gather_inputs
-    from gating.training.plan import describe
+    from ultrafuser.gating.training.inputs import gather_inputs
+    from ultrafuser.gating.training.plan import describe
 
     state = _processes()
     output = Path(settings.output)
@@ -56,10 +56,10 @@ def train(settings: TrainSettings) -> Path | None:
 def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint: str | None) -> Path:
     from transformers import set_seed
 
-    from gating.commands.provenance import collect_provenance
-    from gating.model.packaged import hidden_bars
-    from gating.training.building import build
-    from gating.training.results import save_results
+    from ultrafuser.gating.commands.provenance import collect_provenance
+    from ultrafuser.gating.model.packaged import hidden_bars
+    from ultrafuser.gating.training.building import build
+    from ultrafuser.gating.training.results import save_results
 
     settings = inputs.settings
     set_seed(settings.seed)
@@ -85,7 +85,7 @@ def _checkpoint(settings: TrainSettings, folder: Path) -> str | None:
 
     from transformers.trainer_utils import get_last_checkpoint
 
-    from gating.commands.provenance import PROVENANCE_FILE
+    from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if newest is None or settings.plan:

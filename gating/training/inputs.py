@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.data.conversations import DataFile
-from gating.data.encoded_rows import Rows, load_rows, select
-from gating.data.encoding import make_encoder, resolve_max_length
-from gating.errors import TrainError
-from gating.model.cache import Report, cache_folder
-from gating.model.fusion import load_fusion
-from gating.model.inspection import FusedModelInfo, inspect_fusion
-from gating.model.loading import identify, prepare
-from gating.model.schema import FRESH_GATE, FusionConfig
-from gating.training.settings import TrainSettings
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.data.encoded_rows import Rows, load_rows, select
+from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
+from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.model.cache import Report, cache_folder
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion
+from ultrafuser.gating.model.loading import identify, prepare
+from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig
+from ultrafuser.gating.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

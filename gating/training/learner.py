@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gating.model.gate import Gate
-from gating.model.responses import response_states
-from gating.training.losses import DEFAULT_CHUNK_SIZE, fused_loss
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.responses import response_states
+from ultrafuser.gating.training.losses import DEFAULT_CHUNK_SIZE, fused_loss
 
 
 class Learner(nn.Module):

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from gating.data.hidden_states import resolve_dtype
-from gating.model.gate import DEFAULT_WIDTH, Gate
-from gating.model.inspection import FusedModelInfo
-from gating.model.loading import add_adapter
-from gating.model.schema import FusionConfig
-from gating.training.inputs import RunInputs
-from gating.training.settings import TrainSettings
+from ultrafuser.gating.data.hidden_states import resolve_dtype
+from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
+from ultrafuser.gating.model.inspection import FusedModelInfo
+from ultrafuser.gating.model.loading import add_adapter
+from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.settings import TrainSettings
 
 _GIB = 1024**3
 # float32 master, its gradient, and AdamW's two moments.

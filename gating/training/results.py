@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gating.commands.run_folder import MANIFEST_FILE
-from gating.files import replacing, write_json
-from gating.model.fusion import save_fusion
-from gating.model.gate import Gate, save_gate
-from gating.model.loading import save_adapter, save_model
-from gating.model.schema import SpecialistConfig
-from gating.training.inputs import RunInputs
-from gating.training.learner import Learner
+from ultrafuser.gating.commands.run_folder import MANIFEST_FILE
+from ultrafuser.gating.files import replacing, write_json
+from ultrafuser.gating.model.fusion import save_fusion
+from ultrafuser.gating.model.gate import Gate, save_gate
+from ultrafuser.gating.model.loading import save_adapter, save_model
+from ultrafuser.gating.model.schema import SpecialistConfig
+from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.learner import Learner
 
 
 def save_results(

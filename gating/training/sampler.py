@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import Sampler
 
-from gating.errors import SamplerError
+from ultrafuser.gating.errors import SamplerError
 
 
 class BalancedBatches(Sampler[list[int]]):

@@ -8,9 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gating.commands.fields import Amount, CacheFolder, CommandSettings, Count, NotNegative, Positive, Precision
-from gating.commands.flags import parse_command
-from gating.errors import TrainError
+from ultrafuser.gating.commands.fields import (
+    Amount,
+    CacheFolder,
+    CommandSettings,
+    Count,
+    NotNegative,
+    Positive,
+    Precision,
+)
+from ultrafuser.gating.commands.flags import parse_command
+from ultrafuser.gating.errors import TrainError
 
 # The paper's, for three 13B models on 16 GPUs: steps and rows per domain of each stage.
 PAPER_STEPS = {1: 400, 2: 5000}

@@ -19,12 +19,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from gating.commands.provenance import PROVENANCE_FILE
-from gating.errors import NonFiniteLossError, TrainError
-from gating.files import put_in_place, write_json
-from gating.training.learner import FusedLearner, Learner, trainable_parameters
-from gating.training.sampler import BalancedBatches
-from gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
+from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
+from ultrafuser.gating.errors import NonFiniteLossError, TrainError
+from ultrafuser.gating.files import put_in_place, write_json
+from ultrafuser.gating.training.learner import FusedLearner, Learner, trainable_parameters
+from ultrafuser.gating.training.sampler import BalancedBatches
+from ultrafuser.gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
 
 TRAINED_FILE = "trained.safetensors"
 _STAGING = ".partial"

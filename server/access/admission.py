@@ -16,9 +16,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.middleware import is_among, refuse
-from server.errors import ApiError, Overloaded, Rejection, ShuttingDown, TimedOut
-from server.metrics import REJECTIONS
+from ultrafuser.server.access.middleware import is_among, refuse
+from ultrafuser.server.errors import ApiError, Overloaded, Rejection, ShuttingDown, TimedOut
+from ultrafuser.server.metrics import REJECTIONS
 
 DEFAULT_MAX_REQUESTS = 1024
 """Unfinished requests that a server takes if nothing else is set."""

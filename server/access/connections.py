@@ -13,7 +13,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import InvalidRequest
+from ultrafuser.server.errors import InvalidRequest
 
 MAX_HEADER_BYTES = 65536
 """Length of a request's line and headers beyond which they are refused."""

@@ -12,11 +12,19 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.keys import CACHE_SALT, KeyRing
-from server.access.quotas import Quota
-from server.errors import UNFORESEEN, ApiError, InvalidApiKey, RateLimited, Rejection, TooManyHeaders, UntrustedHost
-from server.log import request_id
-from server.metrics import DISCONNECTS, REJECTIONS
+from ultrafuser.server.access.keys import CACHE_SALT, KeyRing
+from ultrafuser.server.access.quotas import Quota
+from ultrafuser.server.errors import (
+    UNFORESEEN,
+    ApiError,
+    InvalidApiKey,
+    RateLimited,
+    Rejection,
+    TooManyHeaders,
+    UntrustedHost,
+)
+from ultrafuser.server.log import request_id
+from ultrafuser.server.metrics import DISCONNECTS, REJECTIONS
 
 PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Paths that need no key. Everything else does, so that a new route is closed until the application opens it."""

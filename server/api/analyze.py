@@ -10,15 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.api.response import BODY_ERRORS
-from server.errors import ContextTooLong, InvalidRequest
-from server.requests.checked_route import CheckedRoute
-from server.requests.checks import check_request
-from server.requests.limits import RequestBounds
-from server.requests.unsupported import refuse_media
-from server.requests.weights_field import GATE_WEIGHTS
-from server.serving.serving import Serving
-from server.serving.translation import TRANSLATED_ERRORS, as_api_error, error_in
+from ultrafuser.server.api.response import BODY_ERRORS
+from ultrafuser.server.errors import ContextTooLong, InvalidRequest
+from ultrafuser.server.requests.checked_route import CheckedRoute
+from ultrafuser.server.requests.checks import check_request
+from ultrafuser.server.requests.limits import RequestBounds
+from ultrafuser.server.requests.unsupported import refuse_media
+from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
+from ultrafuser.server.serving.serving import Serving
+from ultrafuser.server.serving.translation import TRANSLATED_ERRORS, as_api_error, error_in
 
 router = APIRouter(route_class=CheckedRoute)
 

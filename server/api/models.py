@@ -5,10 +5,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.response import READ_ERRORS, error_responses, to_response
-from server.errors import ModelNotFound
-from server.serving.openapi import answer
-from server.serving.serving import Serving
+from ultrafuser.server.api.response import READ_ERRORS, error_responses, to_response
+from ultrafuser.server.errors import ModelNotFound
+from ultrafuser.server.serving.openapi import answer
+from ultrafuser.server.serving.serving import Serving
 
 router = APIRouter(responses=READ_ERRORS)
 

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 
-from server.api.response import READ_ERRORS
-from server.health import Readiness
-from server.metrics import DRAINING, ENGINE_UP, READY, UNFINISHED, scrape
-from server.serving.installation import VLLM_VERSION
-from server.serving.serving import Serving
 from ultrafuser import __version__
+from ultrafuser.server.api.response import READ_ERRORS
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.metrics import DRAINING, ENGINE_UP, READY, UNFINISHED, scrape
+from ultrafuser.server.serving.installation import VLLM_VERSION
+from ultrafuser.server.serving.serving import Serving
 
 router = APIRouter(responses=READ_ERRORS)
 

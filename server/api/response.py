@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from server.errors import ApiError, NonfiniteOutput, Rejection
-from server.metrics import REJECTIONS
-from server.serving.translation import as_api_error, error_in
+from ultrafuser.server.errors import ApiError, NonfiniteOutput, Rejection
+from ultrafuser.server.metrics import REJECTIONS
+from ultrafuser.server.serving.translation import as_api_error, error_in
 
 EARLY_SECONDS = 1.0
 """How long a stream's headers wait for its first event.

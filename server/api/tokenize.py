@@ -4,10 +4,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
 
-from server.api.response import BODY_ERRORS, to_response
-from server.requests.checked_route import CheckedRoute
-from server.serving.openapi import answer
-from server.serving.serving import Serving
+from ultrafuser.server.api.response import BODY_ERRORS, to_response
+from ultrafuser.server.requests.checked_route import CheckedRoute
+from ultrafuser.server.serving.openapi import answer
+from ultrafuser.server.serving.serving import Serving
 
 router = APIRouter(route_class=CheckedRoute, responses=BODY_ERRORS)
 

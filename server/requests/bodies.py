@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
-from server.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from server.settings import Limits
+from ultrafuser.server.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from ultrafuser.server.settings import Limits
 
 MAX_DEPTH = 200
 """How deeply a body may nest: the parser's own limit, far below Python's."""

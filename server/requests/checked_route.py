@@ -12,9 +12,9 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 from starlette.types import Receive
 
-from server.requests.bodies import read_request
-from server.requests.checks import check_request, is_checked
-from server.requests.limits import RequestBounds
+from ultrafuser.server.requests.bodies import read_request
+from ultrafuser.server.requests.checks import check_request, is_checked
+from ultrafuser.server.requests.limits import RequestBounds
 
 
 class CheckedRoute(APIRoute):

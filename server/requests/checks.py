@@ -1,7 +1,7 @@
 """The one check that every request with a body passes between its validation and its route.
 
 Each kind of request has its own, in the order in which its faults are told; a kind without one is not served
-(`server.requests.checked_route`). Knows requests, neither routes nor engines.
+(`server/requests/checked_route.py`). Knows requests, neither routes nor engines.
 """
 
 from functools import singledispatch
@@ -11,8 +11,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 
-from server.requests.limits import RequestBounds, check_limits, check_token_ids
-from server.requests.unsupported import (
+from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
+from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
     COMPLETION_REFUSALS,
     TOKENIZE_REFUSALS,
@@ -20,7 +20,7 @@ from server.requests.unsupported import (
     refuse,
     refuse_media,
 )
-from server.requests.weights_field import ask_for_weights
+from ultrafuser.server.requests.weights_field import ask_for_weights
 
 
 @singledispatch

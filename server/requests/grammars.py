@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
-from server.errors import InvalidRequest
+from ultrafuser.server.errors import InvalidRequest
 
 START_SECONDS = 120.0
 """How long the process may take to start: it imports torch."""
@@ -119,7 +119,12 @@ class GrammarCheck:
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
-        command = (sys.executable, "-m", "server.requests.grammar_worker", json.dumps(asdict(self._vocabulary)))
+        command = (
+            sys.executable,
+            "-m",
+            "ultrafuser.server.requests.grammar_worker",
+            json.dumps(asdict(self._vocabulary)),
+        )
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_BYTES)
         self._process = process
         if not await self._ask(process, b"", START_SECONDS):

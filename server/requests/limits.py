@@ -12,8 +12,8 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.errors import InvalidRequest
-from server.settings import Limits
+from ultrafuser.server.errors import InvalidRequest
+from ultrafuser.server.settings import Limits
 
 MAX_BIAS = 100
 """OpenAI's range of `logit_bias`; vLLM would clip."""

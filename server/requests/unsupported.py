@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from server.errors import UnsupportedParameter
-from server.metrics import REFUSED
-from server.requests.weights_field import GATE_WEIGHTS
+from ultrafuser.server.errors import UnsupportedParameter
+from ultrafuser.server.metrics import REFUSED
+from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 
 RESERVED_TEMPLATE_KEYS = frozenset(
     {"chat_template", "conversation", "eos_token", "model_config", "return_dict", "tokenize", "tokenizer", "tools"}

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from server.errors import InvalidRequest
+from ultrafuser.server.errors import InvalidRequest
 
 GATE_WEIGHTS = "gate_weights"
 """Name of the field in requests (true or false) and in choices; also the engine's own name for the wish."""

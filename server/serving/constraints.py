@@ -6,7 +6,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.request import get_structured_output_key
 from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
-from server.requests.grammars import Constraint, Vocabulary
+from ultrafuser.server.requests.grammars import Constraint, Vocabulary
 
 
 def leading_vocabulary(config: VllmConfig) -> Vocabulary:

@@ -4,10 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from gating.model.fusion import FusionConfig
-from gating.model.gate import gate_digest
-from server.serving.installation import VLLM_VERSION
 from ultrafuser import __version__
+from ultrafuser.gating.model.fusion import FusionConfig
+from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.server.serving.installation import VLLM_VERSION
 
 _HEX_DIGITS = 12
 

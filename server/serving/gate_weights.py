@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from vllm.outputs import CompletionOutput
 
-from server.requests.weights_field import GATE_WEIGHTS
+from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 
 _DIGITS = 6
 

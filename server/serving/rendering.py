@@ -1,7 +1,7 @@
 """Messages to n prompts: each specialist's own chat template and tokenizer, and one engine input out of all of them.
 
 Every specialist reads the same content: what its template cannot show is folded into the first user turn, and special
-tokens that it spells out are text to all (`gating.templates`). The longest rendering is canonical; all n travel beside
+tokens that it spells out are text to all (`gating/templates/`). The longest rendering is canonical; all n travel beside
 it. A raw prompt is the same for all. Rendering runs in threads, off the event loop.
 Knows text and token ids, neither HTTP nor the engine.
 """
@@ -18,11 +18,11 @@ from vllm.renderers import ChatParams, TokenizeParams
 from vllm.renderers.hf import HfRenderer
 from vllm.tokenizers import get_tokenizer
 
-from gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
-from gating.templates import Literals, Marked, TemplateError, fold_messages
-from server.engine.shared.extra_args import SPECIALIST_PROMPTS
-from server.errors import ContextTooLong, InvalidRequest
-from server.requests.limits import check_token_ids
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
+from ultrafuser.gating.templates import Literals, Marked, TemplateError, fold_messages
+from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS
+from ultrafuser.server.errors import ContextTooLong, InvalidRequest
+from ultrafuser.server.requests.limits import check_token_ids
 
 Messages = Sequence[Any]
 

@@ -24,24 +24,24 @@ from vllm.outputs import RequestOutput
 from vllm.parser.metrics import init_parser_metrics
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.access.keys import salt_cache
-from server.errors import ApiError
-from server.requests.grammars import GrammarCheck
-from server.requests.limits import RequestBounds
-from server.requests.weights_field import is_asked
-from server.serving.constraints import constraint_of, leading_vocabulary
-from server.serving.fingerprint import fingerprint
-from server.serving.gate_weights import WeightsInEvents, add_to_choices
-from server.serving.rendering import FusedRenderer
-from server.serving.translation import as_api_error, error_in
-from server.settings import ServerSettings
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.server.access.keys import salt_cache
+from ultrafuser.server.errors import ApiError
+from ultrafuser.server.requests.grammars import GrammarCheck
+from ultrafuser.server.requests.limits import RequestBounds
+from ultrafuser.server.requests.weights_field import is_asked
+from ultrafuser.server.serving.constraints import constraint_of, leading_vocabulary
+from ultrafuser.server.serving.fingerprint import fingerprint
+from ultrafuser.server.serving.gate_weights import WeightsInEvents, add_to_choices
+from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.translation import as_api_error, error_in
+from ultrafuser.server.settings import ServerSettings
 
 
 class _Fused:
     """What both kinds of completions have.
 
-    Raises what vLLM's stream generators would write into the stream; `server.api.response` decides where it goes.
+    Raises what vLLM's stream generators would write into the stream; `server/api/response.py` decides where it goes.
     """
 
     specialists: Sequence[str] = ()

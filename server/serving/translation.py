@@ -1,4 +1,4 @@
-"""The one place where vLLM's, FastAPI's and unforeseen exceptions become our errors (`server.errors`)."""
+"""The one place where vLLM's, FastAPI's and unforeseen exceptions become our errors (`server/errors.py`)."""
 
 import re
 from collections import Counter
@@ -16,8 +16,16 @@ from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from server.engine.client.nonfinite import NonfiniteOutputError
-from server.errors import UNFORESEEN, ApiError, EngineDead, InvalidRequest, NonfiniteOutput, Overloaded, sanitized
+from ultrafuser.server.engine.client.nonfinite import NonfiniteOutputError
+from ultrafuser.server.errors import (
+    UNFORESEEN,
+    ApiError,
+    EngineDead,
+    InvalidRequest,
+    NonfiniteOutput,
+    Overloaded,
+    sanitized,
+)
 
 # The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
 TRANSLATED_ERRORS: tuple[type[Exception], ...] = (

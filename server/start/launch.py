@@ -18,25 +18,25 @@ import torch
 import uvicorn
 from pydantic import ValidationError
 
-from gating.errors import UserError
-from gating.model.fusion import EngineSettings, FusionConfig, inspect_fusion
-from gating.model.gate import gate_digest
-from gating.model.materialize import materialize
-from server.access.admission import DEFAULT_MAX_REQUESTS, Admission
-from server.access.connections import guarded_protocol
-from server.app import create_app
-from server.engine.client.async_llm import FusedAsyncLLM
-from server.engine.shared.options import check_engine_options
-from server.health import Heartbeat, Readiness, StallWatch
-from server.log import adopt_vllm_logging
-from server.metrics import describe_build
-from server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
-from server.serving.serving import Serving, build_serving, warm_up
-from server.serving.step_metrics import StepMetrics
-from server.settings import EngineStartError, ServerSettings, SettingsError
-from server.start.children import tied_children
-from server.start.listener import base_url
-from server.start.progress import StartupProgress
+from ultrafuser.gating.errors import UserError
+from ultrafuser.gating.model.fusion import EngineSettings, FusionConfig, inspect_fusion
+from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.server.access.admission import DEFAULT_MAX_REQUESTS, Admission
+from ultrafuser.server.access.connections import guarded_protocol
+from ultrafuser.server.app import create_app
+from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
+from ultrafuser.server.engine.shared.options import check_engine_options
+from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
+from ultrafuser.server.log import adopt_vllm_logging
+from ultrafuser.server.metrics import describe_build
+from ultrafuser.server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
+from ultrafuser.server.serving.serving import Serving, build_serving, warm_up
+from ultrafuser.server.serving.step_metrics import StepMetrics
+from ultrafuser.server.settings import EngineStartError, ServerSettings, SettingsError
+from ultrafuser.server.start.children import tied_children
+from ultrafuser.server.start.listener import base_url
+from ultrafuser.server.start.progress import StartupProgress
 
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""

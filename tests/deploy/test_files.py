@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from deploy.dashboards import FOLDER, write_dashboards
-from gating.model.engine_options import EngineOptions
-from server.settings import PREFIX, ServerSettings
 from ultrafuser import __version__
+from ultrafuser.gating.model.engine_options import EngineOptions
+from ultrafuser.server.settings import PREFIX, ServerSettings
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"

@@ -12,10 +12,10 @@ import openai
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from server.access.connections import MAX_HEADER_BYTES
-from server.settings import ServerSettings
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess, wait_for
+from ultrafuser.server.access.connections import MAX_HEADER_BYTES
+from ultrafuser.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

@@ -9,12 +9,12 @@ import openai
 import pytest
 import torch
 
-from gating.model.fusion import load_fusion
-from gating.model.materialize import materialize
-from gating.model.reference import UltraFuserForCausalLM
 from tests.e2e.process import ServerProcess
 from tests.prompts import prompts_of
 from tests.server.engine.judge import MIN_GAP
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 MODEL = "ultrafuser-demo"
 NUM_STREAMS = 32

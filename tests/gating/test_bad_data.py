@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gating.errors import DataError
-from server.__main__ import EXIT_WRONG_INPUT, main
-from server.cli import OFFLINE_COMMANDS
+from ultrafuser.gating.errors import DataError
+from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
+from ultrafuser.server.cli import OFFLINE_COMMANDS
 
 COMMANDS = {
     "train": ["train", "FUSION", "--stage", "1", "--data", "FILE"],

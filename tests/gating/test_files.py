@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gating.errors import DataError
-from gating.files import read_json_lines, read_lines, replacing, split_name, write_json
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.files import read_json_lines, read_lines, replacing, split_name, write_json
 
 
 def write_text(path: Path, text: str) -> None:

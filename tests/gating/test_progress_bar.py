@@ -2,7 +2,7 @@
 
 import pytest
 
-from gating.progress_bar import StepProgress, counting_bar
+from ultrafuser.gating.progress_bar import StepProgress, counting_bar
 
 
 def test_a_step_is_a_line_when_it_begins(capsys: pytest.CaptureFixture[str]) -> None:

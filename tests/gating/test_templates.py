@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gating.templates import TemplateError, fold_messages, load_template, template_names
-from gating.templates.probe import Capabilities, capabilities
 from tests.fakes import build_tokenizer
+from ultrafuser.gating.templates import TemplateError, fold_messages, load_template, template_names
+from ultrafuser.gating.templates.probe import Capabilities, capabilities
 
 USER = {"role": "user", "content": "Add 2 and 3."}
 REPLY = {"role": "assistant", "content": "It is 5."}

@@ -14,15 +14,15 @@ import httpx
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
-from server.app import create_app
-from server.engine.shared.options import engine_arguments
-from server.health import Readiness
-from server.serving.rendering import FusedRenderer
-from server.serving.serving import build_serving
-from server.settings import ServerSettings
 from tests.fakes import write_tiny_fusion
 from tests.server.scripted import ScriptedEngine
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from ultrafuser.server.app import create_app
+from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.serving import build_serving
+from ultrafuser.server.settings import ServerSettings
 
 
 @pytest.fixture(scope="session")

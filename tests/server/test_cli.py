@@ -16,14 +16,14 @@ from unittest import mock
 import pytest
 
 import ultrafuser
-from gating.model.engine_options import EngineOptions
-from gating.model.schema import EngineSettings
-from server.__main__ import main
-from server.cli import build_parser, parse_command
-from server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
-from server.log import CONFIGURED_LOGGERS
-from server.settings import ServerSettings, SettingsError
-from server.start.launch import _check_tool_parser
+from ultrafuser.gating.model.engine_options import EngineOptions
+from ultrafuser.gating.model.schema import EngineSettings
+from ultrafuser.server.__main__ import main
+from ultrafuser.server.cli import build_parser, parse_command
+from ultrafuser.server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
+from ultrafuser.server.log import CONFIGURED_LOGGERS
+from ultrafuser.server.settings import ServerSettings, SettingsError
+from ultrafuser.server.start.launch import _check_tool_parser
 
 NOT_FLAGS = {
     "shutdown_timeout",  # the server has its own: it waits for requests before it ends the engine
@@ -71,7 +71,7 @@ def test_every_engine_setting_of_the_fusion_file_may_be_given() -> None:
 def test_help_and_well_known_refusals_import_neither_vllm_nor_torch(flag: str) -> None:
     code = (
         "import sys\n"
-        "from server.cli import parse_command\n"
+        "from ultrafuser.server.cli import parse_command\n"
         f"try: parse_command(['serve', '{flag}'], {{}})\n"
         "except (SystemExit, ValueError): print('loaded:', {'vllm', 'torch', 'transformers'} & set(sys.modules))"
     )
@@ -188,7 +188,7 @@ def test_a_missing_or_wrong_vllm_is_one_line_and_status_2(
     failure: Exception, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(name: str, *args: Any) -> Any:
-        if name == "server.start.launch":
+        if name == "ultrafuser.server.start.launch":
             raise failure
         return real_import(name, *args)
 

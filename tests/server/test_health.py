@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server.health import Heartbeat, Readiness, StallWatch
+from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
 
 STALL_SECONDS = 0.2
 WAIT_SECONDS = 5 * STALL_SECONDS

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-from gating.commands.run_folder import append_line, whole_lines
-from gating.errors import CommandError
-from gating.evaluation.benchmarks.items import Answer, Item, Request
+from ultrafuser.gating.commands.run_folder import append_line, whole_lines
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Item, Request
 
 ANSWERS_FILE = "answers.jsonl"
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gating.commands.endpoint import ENDPOINT_FIELDS, run_together
-from gating.commands.run_folder import keep_settings, sole_run
-from gating.errors import CommandError, DataError
-from gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
-from gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
-from gating.evaluation.benchmarks.generation import ChatClient
-from gating.evaluation.benchmarks.items import Answered, Benchmark, Item
-from gating.evaluation.benchmarks.llm_as_judge import ALPACA_EVAL, MT_BENCH
-from gating.evaluation.benchmarks.multiple_choice import AQUA, SAT_MATH
-from gating.evaluation.benchmarks.scoring import (
+from ultrafuser.gating.commands.endpoint import ENDPOINT_FIELDS, run_together
+from ultrafuser.gating.commands.run_folder import keep_settings, sole_run
+from ultrafuser.gating.errors import CommandError, DataError
+from ultrafuser.gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
+from ultrafuser.gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
+from ultrafuser.gating.evaluation.benchmarks.generation import ChatClient
+from ultrafuser.gating.evaluation.benchmarks.items import Answered, Benchmark, Item
+from ultrafuser.gating.evaluation.benchmarks.llm_as_judge import ALPACA_EVAL, MT_BENCH
+from ultrafuser.gating.evaluation.benchmarks.multiple_choice import AQUA, SAT_MATH
+from ultrafuser.gating.evaluation.benchmarks.scoring import (
     SCORES_FILE,
     format_table,
     judge_all,
@@ -30,12 +30,12 @@ from gating.evaluation.benchmarks.scoring import (
     unscored,
     write_verdicts,
 )
-from gating.evaluation.benchmarks.sources import data_identity, draw_sample, load_items
-from gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
-from gating.evaluation.benchmarks.word_problems import GSM8K, SVAMP
-from gating.evaluation.settings import EvalSettings
-from gating.files import write_json
-from gating.progress_bar import counting_bar
+from ultrafuser.gating.evaluation.benchmarks.sources import data_identity, draw_sample, load_items
+from ultrafuser.gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
+from ultrafuser.gating.evaluation.benchmarks.word_problems import GSM8K, SVAMP
+from ultrafuser.gating.evaluation.settings import EvalSettings
+from ultrafuser.gating.files import write_json
+from ultrafuser.gating.progress_bar import counting_bar
 
 RESULTS_FILE = "results.json"
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
-from gating.evaluation.sandbox.programs import called_names, complete, extract_code
-from gating.evaluation.sandbox.sandbox import run_tests
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
+from ultrafuser.gating.evaluation.sandbox.programs import called_names, complete, extract_code
+from ultrafuser.gating.evaluation.sandbox.sandbox import run_tests
 
 _HUMANEVAL_PROMPT = (
     "Complete the following Python function. Return the whole function in a Markdown code block.\n\n"

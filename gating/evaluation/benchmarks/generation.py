@@ -3,9 +3,9 @@
 import time
 from typing import Any
 
-from gating.commands.chat_completion import Completion, RequestFailedError
-from gating.commands.endpoint import Endpoint
-from gating.evaluation.benchmarks.items import Answer, Request
+from ultrafuser.gating.commands.chat_completion import Completion, RequestFailedError
+from ultrafuser.gating.commands.endpoint import Endpoint
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Request
 
 # The server says no more than 20 candidates by its defaults, and so does OpenAI.
 _NUM_CANDIDATES = 20

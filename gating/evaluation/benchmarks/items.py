@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from gating.errors import DataError
+from ultrafuser.gating.errors import DataError
 
 
 @dataclass(frozen=True)

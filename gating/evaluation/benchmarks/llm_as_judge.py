@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks.items import Answered, Benchmark, HubSource, Item, Request, Row
-from gating.files import write_json, write_json_lines
+from ultrafuser.gating.evaluation.benchmarks.items import Answered, Benchmark, HubSource, Item, Request, Row
+from ultrafuser.gating.files import write_json, write_json_lines
 
 _ALPACA_PROMPT = (
     "Please give helpful, very detailed, and polite answer to the user's question below. Question: {instruction}"

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from gating.errors import DataError
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
-from gating.evaluation.benchmarks.parsing import option_letter
-from gating.evaluation.benchmarks.word_problems import CHAIN_OF_THOUGHT
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
+from ultrafuser.gating.evaluation.benchmarks.parsing import option_letter
+from ultrafuser.gating.evaluation.benchmarks.word_problems import CHAIN_OF_THOUGHT
 
 # What is to be done comes first: after a question that ends in it small models often say nothing at all.
 _PROMPT = "Choose the correct option and answer with its letter.\n\nQuestion: {question}\nOptions:\n{options}"

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks.intervals import bootstrap_interval, wilson_interval
-from gating.evaluation.benchmarks.items import Answer, Answered, Benchmark, Item, Verdict
-from gating.files import write_json_lines
+from ultrafuser.gating.evaluation.benchmarks.intervals import bootstrap_interval, wilson_interval
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Answered, Benchmark, Item, Verdict
+from ultrafuser.gating.files import write_json_lines
 
 SCORES_FILE = "scores.jsonl"
 

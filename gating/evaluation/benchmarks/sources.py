@@ -7,9 +7,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gating.errors import DataError
-from gating.evaluation.benchmarks.items import Benchmark, HubSource, Item, Row
-from gating.files import file_digest, read_json_lines
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.evaluation.benchmarks.items import Benchmark, HubSource, Item, Row
+from ultrafuser.gating.files import file_digest, read_json_lines
 
 
 def load_items(benchmark: Benchmark, path: Path | None, *, chain_of_thought: bool) -> list[Item]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
-from gating.errors import DataError
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
-from gating.evaluation.benchmarks.parsing import final_number, same_number
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
+from ultrafuser.gating.evaluation.benchmarks.parsing import final_number, same_number
 
 CHAIN_OF_THOUGHT = "\nLet's think step by step."
 """Appended to a prompt, as in the paper."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gating.commands.chat_completion import Completion, RequestFailedError
-from gating.commands.endpoint import Endpoint
-from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, RateLimit
-from gating.synthesis.settings import MakeSettings
-from gating.synthesis.stages.response_schemas import ResponseSchema
-from gating.synthesis.stages.task import Task
+from ultrafuser.gating.commands.chat_completion import Completion, RequestFailedError
+from ultrafuser.gating.commands.endpoint import Endpoint
+from ultrafuser.gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Account, RateLimit
+from ultrafuser.gating.synthesis.settings import MakeSettings
+from ultrafuser.gating.synthesis.stages.response_schemas import ResponseSchema
+from ultrafuser.gating.synthesis.stages.task import Task
 
 _NUM_FORMATS = 3
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "json schema", "structured", "guided", "grammar")

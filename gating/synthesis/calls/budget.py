@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from gating.synthesis.settings import Prices
+from ultrafuser.gating.synthesis.settings import Prices
 
 CHARACTERS_PER_TOKEN = 4
 """Of English with common tokenizers; for estimates before the server has counted."""

@@ -9,18 +9,33 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
-from gating.commands.chat_completion import Completion, RequestFailedError
-from gating.commands.endpoint import run_together
-from gating.errors import EndpointError
-from gating.synthesis.calls.asking import Asker, Tokens
-from gating.synthesis.calls.budget import BudgetSpentError
-from gating.synthesis.calls.text_quality import REFUSAL, TRUNCATED, is_refusal, response_problem, text_problem
-from gating.synthesis.stages.prompt import load_prompt
-from gating.synthesis.stages.records import FAILED, REFUSED_BY_SERVER, UNPARSABLE, Item, Miss, Record, identify, seed_of
-from gating.synthesis.stages.response_schemas import Entry, UnusableError
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import META_TOPICS, SUB_TOPICS
-from gating.synthesis.stages.task import Task
+from ultrafuser.gating.commands.chat_completion import Completion, RequestFailedError
+from ultrafuser.gating.commands.endpoint import run_together
+from ultrafuser.gating.errors import EndpointError
+from ultrafuser.gating.synthesis.calls.asking import Asker, Tokens
+from ultrafuser.gating.synthesis.calls.budget import BudgetSpentError
+from ultrafuser.gating.synthesis.calls.text_quality import (
+    REFUSAL,
+    TRUNCATED,
+    is_refusal,
+    response_problem,
+    text_problem,
+)
+from ultrafuser.gating.synthesis.stages.prompt import load_prompt
+from ultrafuser.gating.synthesis.stages.records import (
+    FAILED,
+    REFUSED_BY_SERVER,
+    UNPARSABLE,
+    Item,
+    Miss,
+    Record,
+    identify,
+    seed_of,
+)
+from ultrafuser.gating.synthesis.stages.response_schemas import Entry, UnusableError
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import META_TOPICS, SUB_TOPICS
+from ultrafuser.gating.synthesis.stages.task import Task
 
 MOST_REFUSED = 20
 """Calls refused one after the other, after which a run ends."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gating.errors import DataError
-from gating.files import read_json_lines, split_name
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.files import read_json_lines, split_name
 
 RUN = 13
 LEAST = 6

@@ -13,19 +13,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gating.commands.provenance import PROVENANCE_FILE, collect_provenance
-from gating.commands.run_folder import SETTINGS_FILE, sole_run
-from gating.errors import CommandError
-from gating.files import file_digest, replacing, write_file, write_json
-from gating.progress_bar import counting_bar
-from gating.synthesis.dataset.card import render_card
-from gating.synthesis.dataset.decontamination import Hit, Index, TestSet
-from gating.synthesis.dataset.duplicates import find_duplicates
-from gating.synthesis.dataset.statistics import Statistics, load_counter
-from gating.synthesis.dataset.training_rows import Row, conversations
-from gating.synthesis.settings import ExportSettings
-from gating.synthesis.stages.records import draw, identify
-from gating.synthesis.stages.store import Store
+from ultrafuser.gating.commands.provenance import PROVENANCE_FILE, collect_provenance
+from ultrafuser.gating.commands.run_folder import SETTINGS_FILE, sole_run
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import file_digest, replacing, write_file, write_json
+from ultrafuser.gating.progress_bar import counting_bar
+from ultrafuser.gating.synthesis.dataset.card import render_card
+from ultrafuser.gating.synthesis.dataset.decontamination import Hit, Index, TestSet
+from ultrafuser.gating.synthesis.dataset.duplicates import find_duplicates
+from ultrafuser.gating.synthesis.dataset.statistics import Statistics, load_counter
+from ultrafuser.gating.synthesis.dataset.training_rows import Row, conversations
+from ultrafuser.gating.synthesis.settings import ExportSettings
+from ultrafuser.gating.synthesis.stages.records import draw, identify
+from ultrafuser.gating.synthesis.stages.store import Store
 
 DATASET_FOLDER = "dataset"
 TRAIN, VALIDATION = "train", "validation"

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from gating.analysis.pictures import png
-from gating.analysis.styles import MARKERS, style_of
-from gating.data.conversations import DataFile
-from gating.errors import CommandError
-from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
-from gating.files import write_file, write_json
-from gating.model.cache import cache_folder
-from gating.model.fusion import load_fusion
-from gating.model.packaged import hidden_bars
-from gating.progress_bar import StepProgress
-from gating.synthesis.dataset.export import DATASET_FOLDER, TRAIN
-from gating.synthesis.settings import MapSettings
+from ultrafuser.gating.analysis.pictures import png
+from ultrafuser.gating.analysis.styles import MARKERS, style_of
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
+from ultrafuser.gating.files import write_file, write_json
+from ultrafuser.gating.model.cache import cache_folder
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.packaged import hidden_bars
+from ultrafuser.gating.progress_bar import StepProgress
+from ultrafuser.gating.synthesis.dataset.export import DATASET_FOLDER, TRAIN
+from ultrafuser.gating.synthesis.settings import MapSettings
 
 SIZE = (7.5, 6.5)
 """Inches."""

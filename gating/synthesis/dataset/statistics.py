@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gating.synthesis.dataset.training_rows import Row
+from ultrafuser.gating.synthesis.dataset.training_rows import Row
 
 
 @dataclass(frozen=True)

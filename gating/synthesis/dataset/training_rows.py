@@ -5,10 +5,10 @@ Knows the store; does not know what is left out later.
 
 from collections.abc import Iterator
 
-from gating.synthesis.stages.records import Frozen, Message
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import RESPONSES
-from gating.synthesis.stages.tasks import good_items
+from ultrafuser.gating.synthesis.stages.records import Frozen, Message
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import RESPONSES
+from ultrafuser.gating.synthesis.stages.tasks import good_items
 
 
 class Row(Frozen):

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from gating.commands.fields import Count
-from gating.errors import DomainError
-from gating.synthesis.stages.records import Frozen
+from ultrafuser.gating.commands.fields import Count
+from ultrafuser.gating.errors import DomainError
+from ultrafuser.gating.synthesis.stages.records import Frozen
 
 _FOLDER = Path(__file__).parents[1] / "domains"
 Text = Annotated[str, Field(min_length=1)]

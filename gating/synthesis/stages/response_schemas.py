@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, create_model
 
-from gating.synthesis.stages.domain import Limits
+from ultrafuser.gating.synthesis.stages.domain import Limits
 
 MISSING = "missing"
 

@@ -15,10 +15,10 @@ from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError
 
-from gating.commands.run_folder import append_line, whole_lines
-from gating.errors import StoreError
-from gating.files import file_digest, write_json
-from gating.synthesis.stages.records import Miss, Record
+from ultrafuser.gating.commands.run_folder import append_line, whole_lines
+from ultrafuser.gating.errors import StoreError
+from ultrafuser.gating.files import file_digest, write_json
+from ultrafuser.gating.synthesis.stages.records import Miss, Record
 
 MANIFEST_FILE = "manifest.json"
 MISSES_FILE = "misses.jsonl"

@@ -6,9 +6,9 @@ Knows no calls. The paper's six stages ("UltraChat 2") are here seven kinds of c
 from dataclasses import dataclass
 from typing import Any
 
-from gating.synthesis.stages.domain import Domain, digest
-from gating.synthesis.stages.prompt import load_prompt, prompt_names
-from gating.synthesis.stages.records import identify
+from ultrafuser.gating.synthesis.stages.domain import Domain, digest
+from ultrafuser.gating.synthesis.stages.prompt import load_prompt, prompt_names
+from ultrafuser.gating.synthesis.stages.records import identify
 
 META_TOPICS, SUB_TOPICS, INSTRUCTIONS = "meta_topics", "sub_topics", "instructions"
 RELATED, COMPLICATIONS, RESPONSES = "related", "complications", "responses"

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gating.synthesis.stages.domain import Domain
-from gating.synthesis.stages.prompt import Prompt
-from gating.synthesis.stages.records import Message
-from gating.synthesis.stages.response_schemas import ResponseSchema
+from ultrafuser.gating.synthesis.stages.domain import Domain
+from ultrafuser.gating.synthesis.stages.prompt import Prompt
+from ultrafuser.gating.synthesis.stages.records import Message
+from ultrafuser.gating.synthesis.stages.response_schemas import ResponseSchema
 
 
 @dataclass(frozen=True)

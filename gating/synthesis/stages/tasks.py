@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from gating.synthesis.stages.prompt import Prompt, load_prompt
-from gating.synthesis.stages.records import FAILED, Item, Message, Record, draw, identify
-from gating.synthesis.stages.response_schemas import (
+from ultrafuser.gating.synthesis.stages.prompt import Prompt, load_prompt
+from ultrafuser.gating.synthesis.stages.records import FAILED, Item, Message, Record, draw, identify
+from ultrafuser.gating.synthesis.stages.response_schemas import (
     instruction_schema,
     instructions_schema,
     message_schema,
@@ -18,8 +18,8 @@ from gating.synthesis.stages.response_schemas import (
     sub_topics_schema,
     topics_schema,
 )
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import (
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import (
     COMPLICATIONS,
     INSTRUCTIONS,
     META_TOPICS,
@@ -31,7 +31,7 @@ from gating.synthesis.stages.structure import (
     response_stage,
     user_stage,
 )
-from gating.synthesis.stages.task import Task
+from ultrafuser.gating.synthesis.stages.task import Task
 
 WAYS_TO_COMPLICATE = (
     "adding a condition or a constraint that the answer has to meet",

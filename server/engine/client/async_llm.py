@@ -14,13 +14,13 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
-from gating.model.fusion import FusionConfig, inspect_fusion
-from server.engine.client.input_processor import FusedInputProcessor
-from server.engine.client.nonfinite import raise_if_nan, raise_if_nonfinite
-from server.engine.client.step_feed import StepFeed
-from server.engine.client.weight_stream import Takeover, stream_weights
-from server.engine.shared.options import engine_arguments
-from server.engine.shared.spec import EngineSpec
+from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
+from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.nonfinite import raise_if_nan, raise_if_nonfinite
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.client.weight_stream import Takeover, stream_weights
+from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.engine.shared.spec import EngineSpec
 
 
 class FusedAsyncLLM(AsyncLLM):

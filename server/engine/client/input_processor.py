@@ -13,8 +13,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS, forced_token_ids
-from server.engine.shared.spec import EngineSpec
+from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS, forced_token_ids
+from ultrafuser.server.engine.shared.spec import EngineSpec
 
 UNFUSED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
 """Sampling parameters that read logits outside the fused decode step."""

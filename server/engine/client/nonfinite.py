@@ -6,7 +6,7 @@ from vllm.exceptions import GenerationError
 from vllm.logprobs import PromptLogprobs
 from vllm.outputs import CompletionOutput
 
-from server.engine.shared.step import NONFINITE_OUTPUT
+from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
 
 
 class NonfiniteOutputError(GenerationError):

@@ -11,12 +11,12 @@ from vllm import LLM
 from vllm.inputs import EngineInput
 from vllm.v1.engine.input_processor import InputProcessor
 
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.engine.client.input_processor import FusedInputProcessor
-from server.engine.client.step_feed import StepFeed
-from server.engine.client.weight_stream import Takeover
-from server.engine.shared.extra_args import SPECIALIST_PROMPTS, fused_input
-from server.engine.shared.options import engine_arguments
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.client.weight_stream import Takeover
+from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS, fused_input
+from ultrafuser.server.engine.shared.options import engine_arguments
 
 
 class OfflineEngine(LLM):

@@ -15,7 +15,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import SchedulerStats
 
-from server.engine.shared.report import StepReport, unpack
+from ultrafuser.server.engine.shared.report import StepReport, unpack
 
 
 class StepFeed:

@@ -15,7 +15,7 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from server.engine.shared.extra_args import wants_weights
+from ultrafuser.server.engine.shared.extra_args import wants_weights
 
 Weights = NDArray[np.float32]
 Place = tuple[int, int]

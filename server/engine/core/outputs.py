@@ -9,8 +9,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from server.engine.shared.report import pack
-from server.engine.shared.step import NONFINITE_OUTPUT, StepRecord
+from ultrafuser.server.engine.shared.report import pack
+from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT, StepRecord
 
 
 def add_weights(outputs: Sequence[EngineCoreOutput], step: StepRecord, wanting: set[str]) -> None:

@@ -22,10 +22,10 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from server.engine.core.hashing import fused_block_hasher, lag
-from server.engine.core.outputs import add_report, add_weights, nonfinite_end
-from server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_weights
-from server.engine.shared.step import StepRecord
+from ultrafuser.server.engine.core.hashing import fused_block_hasher, lag
+from ultrafuser.server.engine.core.outputs import add_report, add_weights, nonfinite_end
+from ultrafuser.server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_weights
+from ultrafuser.server.engine.shared.step import StepRecord
 
 
 class FusedSchedulerMixin(Scheduler):

@@ -11,10 +11,10 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
-from gating.errors import UserError
-from gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
-from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
-from server.engine.shared.spec import EngineSpec, SpecialistSpec
+from ultrafuser.gating.errors import UserError
+from ultrafuser.gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
+from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 
 _ENGINE = __name__.removesuffix(".shared.options")
 SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"

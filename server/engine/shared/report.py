@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.engine.shared.step import NUM_OTHER_MARKS, Span
+from ultrafuser.server.engine.shared.step import NUM_OTHER_MARKS, Span
 
 GATE = "gate"
 """The gate's name among those whose values may be not finite."""

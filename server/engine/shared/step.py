@@ -1,7 +1,7 @@
 """What is known of a step besides its tokens, from the workers to the scheduler, beside vLLM's own output.
 
 Shapes: S specialists, B rows that end in a token, T tokens that are handed out, X = S + 3 marks of a row
-(`server.engine.worker.observing`).
+(`server/engine/worker/observing.py`).
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.row import Row
 
 NUM_OTHER_MARKS = 3
 """Marks of a row that come after the weights."""

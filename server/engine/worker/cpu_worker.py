@@ -6,7 +6,7 @@ the CPU may import this module; the engine's options name it where the platform 
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from server.engine.worker.worker import FusedWorkerMixin
+from ultrafuser.server.engine.worker.worker import FusedWorkerMixin
 
 
 class FusedCPUWorker(FusedWorkerMixin, CPUWorker):

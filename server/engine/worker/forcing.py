@@ -15,8 +15,8 @@ from torch import Tensor
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from server.engine.shared.extra_args import forced_token_ids
-from server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.extra_args import forced_token_ids
+from ultrafuser.server.engine.shared.row import Row
 
 
 def given_tokens(rows: Sequence[Row], requests: Mapping[str, CachedRequestState]) -> dict[int, int]:

@@ -13,16 +13,16 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from server.engine.shared.row import Row
-from server.engine.worker.forcing import Forcing, given_tokens
-from server.engine.worker.mixing import Mixer, Rows
-from server.engine.worker.output import StepOnTheWay, completed
-from server.engine.worker.prompt_logprobs import PromptLogprobs
-from server.engine.worker.sampling import LeaderDraw, give, in_order_of
-from server.engine.worker.specialists import Specialists, rows_of, unfinished_slots
-from server.engine.worker.timing import StepClock
-from server.engine.worker.view import SpecialistView, scheduled_requests
-from server.engine.worker.warming import largest_step
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.forcing import Forcing, given_tokens
+from ultrafuser.server.engine.worker.mixing import Mixer, Rows
+from ultrafuser.server.engine.worker.output import StepOnTheWay, completed
+from ultrafuser.server.engine.worker.prompt_logprobs import PromptLogprobs
+from ultrafuser.server.engine.worker.sampling import LeaderDraw, give, in_order_of
+from ultrafuser.server.engine.worker.specialists import Specialists, rows_of, unfinished_slots
+from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.view import SpecialistView, scheduled_requests
+from ultrafuser.server.engine.worker.warming import largest_step
 
 
 class FusedModelRunner:

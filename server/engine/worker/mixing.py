@@ -5,7 +5,7 @@ another placement (specialists on separate groups of GPUs) replaces this module 
 tensors and what their rows are, not the schedule.
 
 Shapes: S specialists, B rows that end in a token, R rows of a runner's logits, D hidden size, V vocabulary,
-X marks of a row (`server.engine.worker.observing`).
+X marks of a row (`server/engine/worker/observing.py`).
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
-from gating.model.gate import Gate, fuse
-from server.engine.shared.row import Row
-from server.engine.worker.observing import neutralize, observe
-from server.engine.worker.timing import StepClock
+from ultrafuser.gating.model.gate import Gate, fuse
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.observing import neutralize, observe
+from ultrafuser.server.engine.worker.timing import StepClock
 
 
 @dataclass(frozen=True)

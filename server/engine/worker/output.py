@@ -2,7 +2,7 @@
 
 Nothing waits for the record: it is on the host when the step's tokens are.
 
-Shapes: B rows that end in a token, X marks of a row (`server.engine.worker.observing`).
+Shapes: B rows that end in a token, X marks of a row (`server/engine/worker/observing.py`).
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from server.engine.shared.row import Row
-from server.engine.shared.step import NUM_OTHER_MARKS, StepRecord
-from server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.step import NUM_OTHER_MARKS, StepRecord
+from ultrafuser.server.engine.worker.timing import StepClock
 
 
 class StepOnTheWay:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from server.engine.worker.mixing import Mixer
+from ultrafuser.server.engine.worker.mixing import Mixer
 
 MAX_POSITIONS = 128
 """Positions scored at once. One position of three specialists takes about 3 MB at 150,000 ids, and nothing is set aside

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.row import Row
 
 
 class LeaderDraw:

@@ -19,9 +19,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_workspace
 
-from server.engine.shared.row import Row
-from server.engine.worker.timing import StepClock
-from server.engine.worker.warming import keeping_workspace
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.warming import keeping_workspace
 
 _ASKED_OF_ALL = frozenset(
     {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from server.engine.shared.step import Span
+from ultrafuser.server.engine.shared.step import Span
 
 _MOST_REMEMBERED = 256
 """Measurements that wait to be taken: those of a few steps."""

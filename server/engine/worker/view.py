@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from server.engine.shared.extra_args import specialist_prompts
+from ultrafuser.server.engine.shared.extra_args import specialist_prompts
 
 BlockIds = tuple[list[int], ...]
 """Block ids of a request, one list per KV cache group."""

@@ -13,8 +13,8 @@ import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from server.engine.shared.row import Row
-from server.engine.worker.mixing import Rows
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.mixing import Rows
 
 
 def largest_step(runners: Sequence[GPUModelRunner]) -> list[Rows]:

@@ -2,7 +2,7 @@
 
 Everything a worker does (device, memory, profiling, CUDA graphs, tensor parallelism) stays vLLM's; the
 mix-in only replaces the worker's model runner by n of them. `VllmConfig.additional_config` says which.
-Knows no CPU: to import vLLM's worker for it takes the GPU away (`server.engine.worker.cpu_worker`).
+Knows no CPU: to import vLLM's worker for it takes the GPU away (`server/engine/worker/cpu_worker.py`).
 """
 
 import copy
@@ -13,11 +13,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
 
-from gating.model.gate import load_gate
-from server.engine.shared.spec import EngineSpec, SpecialistSpec
-from server.engine.worker.fused_step import FusedModelRunner
-from server.engine.worker.mixing import Mixer
-from server.engine.worker.specialists import Specialists
+from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
+from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
+from ultrafuser.server.engine.worker.mixing import Mixer
+from ultrafuser.server.engine.worker.specialists import Specialists
 
 
 class FusedWorkerMixin(Worker):

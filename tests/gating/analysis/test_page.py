@@ -5,9 +5,9 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
-from gating.analysis.page import STYLE_SHEET, render_page
-from gating.analysis.styles import PALETTE, level, style_of
 from tests.gating.analysis.readings import conversation_of
+from ultrafuser.gating.analysis.page import STYLE_SHEET, render_page
+from ultrafuser.gating.analysis.styles import PALETTE, level, style_of
 
 NAMES = ("text", "co<de")
 TEXTS = ["<script>", "alert('1')", "\n", "&amp;", "  \t", "", "中", "\x1b\x00", "\r\n", '"', "<|im_end|>"]

@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from gating.commands.provenance import collect_provenance, git_state
+from ultrafuser.gating.commands.provenance import collect_provenance, git_state
 
 ROOT = Path(__file__).parents[3]
 

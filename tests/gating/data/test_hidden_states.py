@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gating.data.batches import collate_hidden_states, collate_rows
-from gating.data.conversations import DataFile
-from gating.data.encoded_rows import Rows, load_rows
-from gating.data.encoding import ConversationEncoder
-from gating.data.hidden_states import CachedHiddenStates, HiddenStateSource, cache_hidden_states
-from gating.model.fusion import load_fusion
-from gating.model.responses import response_states
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.data.batches import collate_hidden_states, collate_rows
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.data.encoded_rows import Rows, load_rows
+from ultrafuser.gating.data.encoding import ConversationEncoder
+from ultrafuser.gating.data.hidden_states import CachedHiddenStates, HiddenStateSource, cache_hidden_states
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.responses import response_states
 
 NAMES = ("text", "code", "math")
 # float32 sums of differently padded batches, at hidden states of about 1.

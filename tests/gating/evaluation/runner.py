@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks.benchmarks import run_benchmarks
-from gating.evaluation.settings import EvalSettings
 from tests.gating.evaluation.endpoint import Endpoint, Script, serving
 from tests.gating.evaluation.examples import ROWS, write_rows
+from ultrafuser.gating.evaluation.benchmarks.benchmarks import run_benchmarks
+from ultrafuser.gating.evaluation.settings import EvalSettings
 
 
 class Runner:

@@ -19,12 +19,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch.distributed.tensor import DTensor
 
-from gating.data import hidden_states
-from gating.errors import NonFiniteLossError
-from gating.training.command import train
-from gating.training.learner import FusedLearner, Learner
-from gating.training.settings import parse_settings
-from gating.training.trainer import FusedTrainer
+from ultrafuser.gating.data import hidden_states
+from ultrafuser.gating.errors import NonFiniteLossError
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.learner import FusedLearner, Learner
+from ultrafuser.gating.training.settings import parse_settings
+from ultrafuser.gating.training.trainer import FusedTrainer
 
 
 def main(jobs: list[dict[str, Any]]) -> None:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gating.data.batches import collate_rows
-from gating.training.building import build
-from gating.training.inputs import gather_inputs
-from gating.training.learner import FusedLearner, trainable_parameters
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.training.building import build
+from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.learner import FusedLearner, trainable_parameters
 
 
 @pytest.mark.parametrize("changes", [{"stage": 1}, {"stage": 2}, {"stage": 2, "learn": "full"}], ids=str)

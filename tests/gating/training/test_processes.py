@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from gating.commands.run_folder import RUN_FOLDER
-from gating.training.command import train
-from gating.training.settings import parse_settings
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.settings import parse_settings
 
 ROOT = Path(__file__).parents[3]
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gating.commands.run_folder import RUN_FOLDER
-from gating.data.batches import collate_rows
-from gating.errors import NonFiniteLossError, TrainError
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
-from gating.training.command import train
-from gating.training.inputs import gather_inputs
-from gating.training.plan import measure
-from gating.training.sampler import ProportionalBatches
-from gating.training.trainer import FusedTrainer
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import losses_in
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.errors import NonFiniteLossError, TrainError
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.plan import measure
+from ultrafuser.gating.training.sampler import ProportionalBatches
+from ultrafuser.gating.training.trainer import FusedTrainer
 
 NAMES = ("text", "code", "math")
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_is_older_than_a_setting_had_its_default(run, settings
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(run, settings_of, monkeypatch, tmp_path):
-    from gating.training.learner import Learner
+    from ultrafuser.gating.training.learner import Learner
 
     forward = Learner.forward
     calls: list[int] = []
@@ -169,7 +169,7 @@ def test_proportional_sampling_reads_all_rows_alike_and_counts_epochs_of_the_uni
 
 
 def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("gating.model.loading.load_frozen", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("ultrafuser.gating.model.loading.load_frozen", lambda *_: pytest.fail("weights were loaded"))
     assert train(settings_of(stage=2, plan=True, steps=100)) is None
     said = capsys.readouterr().err
     assert "text: 10 rows" in said
@@ -184,7 +184,7 @@ def test_the_plan_counts_evaluation_rows_for_the_disk_and_the_longest_sequence(
     settings_of, capsys, monkeypatch, tmp_path
 ):
     """It once counted training rows only."""
-    monkeypatch.setattr("gating.training.plan._GIB", 1)
+    monkeypatch.setattr("ultrafuser.gating.training.plan._GIB", 1)
     long = [{"role": "user", "content": "a " * 300}, {"role": "assistant", "content": "b"}]
     rows = [{"domain": name, "messages": long} for name in NAMES]
     (tmp_path / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -10,8 +10,8 @@ from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from server.access.admission import Admission, AdmissionControl
-from server.app import PUBLIC_PATHS
+from ultrafuser.server.access.admission import Admission, AdmissionControl
+from ultrafuser.server.app import PUBLIC_PATHS
 
 
 class Work:
@@ -158,7 +158,7 @@ def reading(work: Work, admission: Admission) -> AdmissionControl:
 
 def become_late_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """How long a body may take, also of the requests that are on their way."""
-    monkeypatch.setattr("server.access.admission.MIN_ARRIVAL_SECONDS", seconds)
+    monkeypatch.setattr("ultrafuser.server.access.admission.MIN_ARRIVAL_SECONDS", seconds)
 
 
 async def test_a_late_body_gives_its_place_to_the_next_request(

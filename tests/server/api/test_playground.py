@@ -7,14 +7,14 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from gating.analysis.styles import PALETTE, style_of
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.api.playground import FILES, FOLDER
-from server.app import create_app
-from server.health import Readiness
-from server.serving.serving import build_serving
-from server.settings import ServerSettings
 from tests.server.scripted import ScriptedEngine
+from ultrafuser.gating.analysis.styles import PALETTE, style_of
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.server.api.playground import FILES, FOLDER
+from ultrafuser.server.app import create_app
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.serving.serving import build_serving
+from ultrafuser.server.settings import ServerSettings
 
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_file())

@@ -7,10 +7,10 @@ import pytest
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from server.app import ROUTERS
-from server.errors import InvalidRequest
-from server.requests import checked_route
-from server.requests.checked_route import CheckedRoute
+from ultrafuser.server.app import ROUTERS
+from ultrafuser.server.errors import InvalidRequest
+from ultrafuser.server.requests import checked_route
+from ultrafuser.server.requests.checked_route import CheckedRoute
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")

@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 from vllm.config import StructuredOutputsConfig
 
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
 from tests.fakes import write_tiny_fusion
 from tests.server.engine.harness import InProcessEngine
 from tests.server.engine.judge import Judge
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 BUDGET_16 = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
 """A prefill budget that cuts every prompt into chunks."""

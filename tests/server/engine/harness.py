@@ -14,14 +14,14 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from gating.model.fusion import inspect_fusion, load_fusion
-from server.engine.client.input_processor import FusedInputProcessor
-from server.engine.client.step_feed import StepFeed
-from server.engine.shared.extra_args import fused_input
-from server.engine.shared.options import engine_arguments
-from server.engine.shared.report import StepReport
-from server.engine.worker.fused_step import FusedModelRunner
 from tests.server.engine.async_cpu import AsyncOnCPUEngineArgs
+from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.shared.extra_args import fused_input
+from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
 
 Prompts = list[list[int]]
 """A request's own prompts, one per specialist."""

@@ -9,12 +9,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from transformers import AutoTokenizer
 
-from gating.model.fusion import load_fusion
-from gating.templates import fold_messages
-from server.engine.shared.options import EngineOptionError
-from server.llm import FusedLLM
 from tests.server.engine.harness import greedy, random_prompts
 from tests.server.engine.judge import Judge
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.templates import fold_messages
+from ultrafuser.server.engine.shared.options import EngineOptionError
+from ultrafuser.server.llm import FusedLLM
 
 
 @pytest.fixture(scope="module")

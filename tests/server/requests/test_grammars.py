@@ -9,9 +9,9 @@ import pytest
 import pytest_asyncio
 from vllm.sampling_params import StructuredOutputsParams
 
-from server.errors import InvalidRequest
-from server.requests.grammars import Constraint, GrammarCheck
-from server.serving.constraints import constraint_of, leading_vocabulary
+from ultrafuser.server.errors import InvalidRequest
+from ultrafuser.server.requests.grammars import Constraint, GrammarCheck
+from ultrafuser.server.serving.constraints import constraint_of, leading_vocabulary
 
 SECONDS = 2.0
 DEEP: dict[str, Any] = {"type": "string"}

@@ -12,14 +12,14 @@ import pytest
 import uvloop
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from gating.model.fusion import FusionConfig
-from server.requests.grammars import GrammarCheck
-from server.serving.serving import Serving, warm_up
-from server.settings import ServerSettings
-from server.start import launch
-from server.start.listener import listen_on
-from server.start.progress import StartupProgress
 from tests.server.scripted import ScriptedEngine
+from ultrafuser.gating.model.fusion import FusionConfig
+from ultrafuser.server.requests.grammars import GrammarCheck
+from ultrafuser.server.serving.serving import Serving, warm_up
+from ultrafuser.server.settings import ServerSettings
+from ultrafuser.server.start import launch
+from ultrafuser.server.start.listener import listen_on
+from ultrafuser.server.start.progress import StartupProgress
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")

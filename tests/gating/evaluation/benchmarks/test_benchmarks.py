@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 
-from gating.commands.run_folder import sole_run
-from gating.errors import CommandError
-from gating.evaluation.benchmarks.benchmarks import BENCHMARKS, prompt_version, run_benchmarks
 from tests.gating.evaluation.endpoint import MODEL, Reply, serving
 from tests.gating.evaluation.examples import ROWS
 from tests.gating.evaluation.runner import result_of
+from ultrafuser.gating.commands.run_folder import sole_run
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.benchmarks.benchmarks import BENCHMARKS, prompt_version, run_benchmarks
 
 NUM_PENS = len(ROWS["gsm8k"])
 
@@ -127,7 +127,16 @@ def test_a_run_that_is_killed_is_gone_on_with_and_asks_nothing_twice(runner):
     answers = runner.output / "gsm8k" / "answers.jsonl"
     with serving(slow) as endpoint:
         (file,) = runner.settings(endpoint, "gsm8k").benchmark
-        command = [sys.executable, "-m", "server", "eval", "--benchmark", file, "--output", str(runner.output)]
+        command = [
+            sys.executable,
+            "-m",
+            "ultrafuser.server",
+            "eval",
+            "--benchmark",
+            file,
+            "--output",
+            str(runner.output),
+        ]
         command += ["--base-url", endpoint.base_url, "--concurrency", "4"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60
@@ -193,7 +202,7 @@ def test_a_folder_of_another_prompt_or_other_data_is_refused(runner, monkeypatch
         with pytest.raises(CommandError, match="was made with data 'sha256:"):
             runner(endpoint, "svamp")
         monkeypatch.undo()
-        monkeypatch.setattr("gating.evaluation.benchmarks.benchmarks.prompt_version", lambda _: "new")
+        monkeypatch.setattr("ultrafuser.gating.evaluation.benchmarks.benchmarks.prompt_version", lambda _: "new")
         with pytest.raises(CommandError, match="was made with prompt_version"):
             runner(endpoint, "svamp")
     assert endpoint.asked == []

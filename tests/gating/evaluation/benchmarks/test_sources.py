@@ -2,12 +2,12 @@
 
 import pytest
 
-from gating.errors import CommandError, DataError
-from gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkFile
-from gating.evaluation.benchmarks.multiple_choice import SAT_MATH
-from gating.evaluation.benchmarks.sources import draw_sample, load_items
-from gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
 from tests.gating.evaluation.examples import ROWS, write_rows
+from ultrafuser.gating.errors import CommandError, DataError
+from ultrafuser.gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkFile
+from ultrafuser.gating.evaluation.benchmarks.multiple_choice import SAT_MATH
+from ultrafuser.gating.evaluation.benchmarks.sources import draw_sample, load_items
+from ultrafuser.gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
 
 # What each benchmark cannot do without.
 NEEDED = {

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from gating.data.conversations import Conversation, DataFile, read_conversations
-from gating.errors import DataError
-from gating.synthesis.dataset.decontamination import Hit, Index, TestSet
-from gating.synthesis.dataset.export import export
-from gating.synthesis.settings import ExportSettings
-from gating.training.command import train
-from gating.training.settings import TrainSettings
-from server.__main__ import EXIT_WRONG_INPUT, main
 from tests.gating.evaluation.endpoint import Reply
 from tests.gating.synthesis.model import answer, schema_of, serving_model
 from tests.gating.synthesis.runs import run, settings_of
+from ultrafuser.gating.data.conversations import Conversation, DataFile, read_conversations
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.synthesis.dataset.decontamination import Hit, Index, TestSet
+from ultrafuser.gating.synthesis.dataset.export import export
+from ultrafuser.gating.synthesis.settings import ExportSettings
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.settings import TrainSettings
+from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
 
 
 @pytest.fixture(scope="module")

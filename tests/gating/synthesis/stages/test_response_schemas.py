@@ -3,8 +3,8 @@
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from gating.synthesis.stages.domain import Limits
-from gating.synthesis.stages.response_schemas import (
+from ultrafuser.gating.synthesis.stages.domain import Limits
+from ultrafuser.gating.synthesis.stages.response_schemas import (
     MISSING,
     Entry,
     UnusableError,

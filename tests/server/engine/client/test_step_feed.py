@@ -11,14 +11,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from server.engine.client.step_feed import StepFeed
-from server.engine.core.outputs import add_report
-from server.engine.shared.extra_args import GATE_WEIGHTS
-from server.engine.shared.report import StepReport
-from server.engine.shared.row import Row
-from server.engine.shared.step import Span, StepRecord
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.core.outputs import add_report
+from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
+from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.step import Span, StepRecord
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50), (5, 90, 33)]
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]

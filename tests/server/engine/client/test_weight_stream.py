@@ -10,16 +10,16 @@ import pytest
 from vllm import RequestOutput
 from vllm.outputs import CompletionOutput
 
-from gating.model.decoding import Generation
-from gating.model.fusion import load_fusion, save_fusion
-from gating.model.materialize import materialize
-from gating.model.reference import UltraFuserForCausalLM
-from server.engine.client.weight_stream import History, Takeover
-from server.engine.shared.extra_args import GATE_WEIGHTS
 from tests.prompts import prompts_of
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import MIN_GAP, Judge
+from ultrafuser.gating.model.decoding import Generation
+from ultrafuser.gating.model.fusion import load_fusion, save_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.server.engine.client.weight_stream import History, Takeover
+from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 
 ASKING = {GATE_WEIGHTS: True}
 MAX_TOKENS = 20

@@ -10,12 +10,13 @@ from vllm.inputs import tokens_input
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.gpu_worker import Worker
 
-import server.engine
-from gating.errors import FusionError
-from gating.model.engine_options import REFUSED_OPTIONS
-from gating.model.fusion import inspect_fusion, load_fusion
-from server.engine.core.scheduler import make_scheduler
-from server.engine.shared.options import (
+import ultrafuser.server.engine
+from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.engine_options import REFUSED_OPTIONS
+from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.server.engine.core.scheduler import make_scheduler
+from ultrafuser.server.engine.shared.options import (
     ALLOWED_ENGINE_OPTIONS,
     GPU_WORKER,
     SCHEDULER,
@@ -23,7 +24,6 @@ from server.engine.shared.options import (
     check_engine_options,
     engine_arguments,
 )
-from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
 
 PROMPTS = random_prompts((5, 6, 7), seed=0)
 
@@ -31,13 +31,13 @@ PROMPTS = random_prompts((5, 6, 7), seed=0)
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.32.1+cpu"])
 def test_another_vllm_release_is_refused_by_name(version: str) -> None:
     with pytest.raises(RuntimeError, match=rf"vllm {version.replace('+', '.')} is installed.*install vllm==0.32.0"):
-        server.engine.check_vllm_version(version)
+        ultrafuser.server.engine.check_vllm_version(version)
 
 
 def test_a_local_build_of_the_supported_release_is_accepted() -> None:
-    server.engine.check_vllm_version("0.32.0+cpu")
+    ultrafuser.server.engine.check_vllm_version("0.32.0+cpu")
     with pytest.raises(RuntimeError):
-        server.engine.check_vllm_version("0.31.0+cpu")
+        ultrafuser.server.engine.check_vllm_version("0.31.0+cpu")
 
 
 @pytest.mark.parametrize(

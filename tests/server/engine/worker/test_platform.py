@@ -9,8 +9,8 @@ import pytest
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from server.engine.shared.options import CPU_WORKER, GPU_WORKER
 from tests.server.engine.harness import InProcessEngine
+from ultrafuser.server.engine.shared.options import CPU_WORKER, GPU_WORKER
 
 ON_ANOTHER_PLATFORM = """
 import json, pkgutil, sys
@@ -38,15 +38,15 @@ def functions():
 
 vllm.platforms._current_platform = UnspecifiedPlatform()
 before = functions()
-import server.engine
+import ultrafuser.server.engine
 
-modules = [module.name for module in pkgutil.walk_packages(server.engine.__path__, "server.engine.")]
+modules = [module.name for module in pkgutil.walk_packages(server.engine.__path__, "ultrafuser.server.engine.")]
 for name in sorted(modules):
-    if name != "server.engine.worker.cpu_worker":
+    if name != "ultrafuser.server.engine.worker.cpu_worker":
         __import__(name)
 
-from gating.model.fusion import inspect_fusion, load_fusion
-from server.engine.shared.options import engine_arguments
+from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.server.engine.shared.options import engine_arguments
 
 fusion = load_fusion(Path(sys.argv[1]))
 worker = engine_arguments(fusion, inspect_fusion(fusion))["worker_cls"]

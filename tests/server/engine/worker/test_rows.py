@@ -11,18 +11,18 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-from gating.model.gate import fuse
-from server.engine.client.step_feed import StepFeed
-from server.engine.client.weight_stream import History, Takeover
-from server.engine.core.outputs import add_report, add_weights
-from server.engine.shared.extra_args import FORCED_TOKEN_IDS
-from server.engine.shared.report import StepReport
-from server.engine.shared.row import Row
-from server.engine.shared.step import Span, StepRecord
-from server.engine.worker.forcing import Forcing, given_tokens
-from server.engine.worker.mixing import Mixer, Rows
-from server.engine.worker.sampling import in_order_of
-from server.engine.worker.timing import StepClock
+from ultrafuser.gating.model.gate import fuse
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.client.weight_stream import History, Takeover
+from ultrafuser.server.engine.core.outputs import add_report, add_weights
+from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS
+from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.step import Span, StepRecord
+from ultrafuser.server.engine.worker.forcing import Forcing, given_tokens
+from ultrafuser.server.engine.worker.mixing import Mixer, Rows
+from ultrafuser.server.engine.worker.sampling import in_order_of
+from ultrafuser.server.engine.worker.timing import StepClock
 
 NUM_SHARED, WIDTHS = 10, (12, 10, 11)
 LEADER = [
@@ -66,7 +66,7 @@ def forward_passes(orders: list[list[Row]]) -> tuple[list[Rows], dict[tuple[str,
 def test_rows_are_mixed_with_the_same_position_of_the_other_specialists(
     monkeypatch: pytest.MonkeyPatch, others: list[Row]
 ) -> None:
-    monkeypatch.setattr("server.engine.worker.mixing.get_tp_group", lambda: SimpleNamespace(world_size=1))
+    monkeypatch.setattr("ultrafuser.server.engine.worker.mixing.get_tp_group", lambda: SimpleNamespace(world_size=1))
     passes, found = forward_passes([[*LEADER, *others], [*others, *FOLLOWER], [*LEADER, *others]])
     mixer = Mixer(FixedGate(), NUM_SHARED)  # type: ignore[arg-type]
     fused_RV, marks_XB = mixer.fuse_into_leader(passes, LEADER, StepClock(torch.device("cpu")))

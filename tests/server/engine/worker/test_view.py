@@ -6,8 +6,8 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from server.engine.shared.extra_args import SPECIALIST_PROMPTS
-from server.engine.worker.view import SpecialistView, own_span
+from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS
+from ultrafuser.server.engine.worker.view import SpecialistView, own_span
 
 
 @pytest.mark.parametrize(
