@@ -12,7 +12,8 @@ UserError              what was asked for cannot be done
    ├─ DomainError      a file that describes a domain
    └─ StoreError       the folder of a run of `ultrafuser data`
 
-Knows no module of this package, so that all may raise them.
+On the serving side, `SettingsError` is a CommandError and `EngineOptionError` a UserError. Knows no module of this
+package, so that all may raise them.
 """
 
 

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from ultrafuser import __version__
 from ultrafuser.gating.commands.flags import Parser, add_flags, flag_of, resolve
-from ultrafuser.gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
 from ultrafuser.gating.model.schema import EngineSettings
+from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
 from ultrafuser.server.settings import (
     PREFIX,
     SECTIONS,

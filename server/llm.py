@@ -16,7 +16,7 @@ class FusedLLM(OfflineEngine):
     specialist. Text and plain token ids are the same for all specialists. With `extra_args={"gate_weights": True}` in
     the sampling parameters, completions have `gate_weights`: float32 [tokens, specialists].
 
-    Used in a `with` statement, or ended by `shutdown`, it gives weights, cache and processes back.
+    Used in a `with` statement, or ended by `shutdown`, it gives its processes and its cache back.
     """
 
     def __init__(self, fusion: str | Path | FusionConfig, **engine_options: Any) -> None:

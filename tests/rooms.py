@@ -14,20 +14,27 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- rooms: `python -m tests.rooms` writes this -->\n", "<!-- end of rooms -->\n"
 
 
-def _readme_folders() -> list[str]:
-    """The folders in the README's tree, with the folders that they are in."""
+def _readme_tree() -> dict[str, str]:
+    """The README's tree: each folder, with the folders that it is in, and what is said of it; "" is the top's files."""
     (tree,) = [block for block in (ROOT / "README.md").read_text().split("```\n") if block.startswith("ultrafuser/")]
-    folders, parents = [], {0: ""}
+    said, parents, folder = {"": ""}, {0: ""}, ""
     for line in tree.splitlines():
-        indent, names = re.fullmatch(r"( *)(.*?)(?:  .*)?", line).groups()  # type: ignore[union-attr]
-        for name in names.split():
-            if name.endswith("/"):
-                folders.append(parents[len(indent)] + name)
-                parents[len(indent) + 2] = folders[-1]
-    return folders
+        indent, names, text = re.fullmatch(r"( *)(.*?)(  .*)?", line).groups()  # type: ignore[union-attr]
+        if len(indent) <= max(parents) and names.split()[0].endswith("/"):
+            for name in names.split():
+                folder = parents[len(indent)] + name
+                said[folder] = text or ""
+            parents = {depth: parent for depth, parent in parents.items() if depth <= len(indent)}
+            parents[len(indent) + 2] = folder
+        elif indent:
+            said[folder] += f" {names} {text or ''}"
+        else:
+            said[""] += f" {line}"
+            folder = ""
+    return said
 
 
-README_FOLDERS = _readme_folders()
+README_TREE = _readme_tree()
 
 
 def contracts() -> list[dict[str, Any]]:

@@ -12,11 +12,10 @@ import yaml
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from tests.rooms import README_FOLDERS
+from tests.rooms import README_TREE
 from ultrafuser import __version__
 from ultrafuser.gating.analysis import command as analysis
 from ultrafuser.gating.evaluation import command as evaluate
-from ultrafuser.gating.model.engine_options import EngineOptions
 from ultrafuser.gating.model.fusion import FusionConfig, preset_names
 from ultrafuser.gating.model.schema import EngineSettings, SamplingDefaults, SpecialistConfig
 from ultrafuser.gating.synthesis import command as synthesize
@@ -24,6 +23,7 @@ from ultrafuser.gating.synthesis.stages.domain import Domain, Limits
 from ultrafuser.gating.templates import template_names
 from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 from ultrafuser.server.cli import parse_command
+from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.settings import PREFIX, ServerSettings
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,8 @@ def commands(page: Path) -> list[list[str]]:
 
 @each_page
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
-    spans = re.findall(r"`[^`\n]+`", page.read_text())
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall(r"`[^`]+`", prose)]
     named = set(re.findall(r"(?<![\w.-])(?<!data )make ([a-z-]+)(?=[\s`]|$)", "\n".join(spans)))
     named |= {word for words in commands(page) if words[0] == "make" for word in words[1:2]}
     assert named <= set(TARGETS)
@@ -212,19 +213,18 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_readmes_tree_names_what_exists() -> None:
-    assert [folder for folder in README_FOLDERS if not (ROOT / folder).is_dir()] == []
-    (tree,) = re.findall(r"^```\n(ultrafuser/.*?)^```", README, re.MULTILINE | re.DOTALL)
-    files = re.findall(r"(?:^|[\s(])([\w.]+\.(?:py|md|yml)|Dockerfile|Makefile|\.ci/run)\b", tree)
-    places = (ROOT, *(ROOT / folder for folder in README_FOLDERS))
-    assert len(files) > 20
-    assert [name for name in files if not any((place / name).exists() for place in places)] == []
+@pytest.mark.parametrize("folder", README_TREE)
+def test_the_readmes_tree_names_what_exists_where_it_is(folder: str) -> None:
+    assert (ROOT / folder).is_dir()
+    names = re.findall(r"(?:^|[\s(])([\w./-]+\.(?:py|md|yml|toml)|Dockerfile|Makefile|\.ci/run)\b", README_TREE[folder])
+    places = (ROOT / folder, ROOT) if folder else (ROOT,)
+    assert [name for name in names if not (places["/" in name and len(places) > 1] / name).exists()] == []
 
 
 def test_every_folder_at_the_top_has_a_line_in_the_readmes_tree() -> None:
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
     assert {"gating", "server", "tests", "ultrafuser"} <= set(packages)
-    assert {f"{name}/" for name in [*packages, "docs", "requirements"]} <= set(README_FOLDERS)
+    assert [name for name in [*packages, "docs", "requirements"] if not README_TREE[f"{name}/"].strip()] == []
 
 
 def test_the_version_is_the_same_everywhere() -> None:

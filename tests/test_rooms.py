@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rooms import PAGE, README_FOLDERS, ROOT, contracts, rooms_of, with_drawing
+from tests.rooms import PAGE, README_TREE, ROOT, contracts, rooms_of, with_drawing
 
-README = (ROOT / "README.md").read_text()
 SOURCES = [path for top in ("server", "gating") for path in sorted((ROOT / top).rglob("*.py"))]
 ROOMS = sorted({path.parent for path in SOURCES if (path.parent / "__init__.py").exists()})
 MEANS_THE_SAME_EVERYWHERE = {"__init__", "command", "settings", "errors"}
@@ -29,9 +28,11 @@ def test_a_room_says_what_it_is_for_and_what_it_does_not_know(room: Path) -> Non
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=named)
 def test_a_module_is_in_a_room_that_a_document_names(path: Path) -> None:
     folder = f"{named(path.parent)}/"
-    assert folder in README_FOLDERS, f"the README's tree has no line for {folder}"
+    assert folder in README_TREE, f"the README's tree has no line for {folder}"
     if path.parent.name in ("server", "gating") and path.stem != "__main__":
-        assert path.name in README, f"{path.name} is on the floor of {folder}, and the README's tree does not name it"
+        assert path.name in README_TREE[folder], (
+            f"{path.name} is on the floor of {folder}, and the tree does not say so"
+        )
 
 
 def test_a_file_name_has_one_meaning() -> None:

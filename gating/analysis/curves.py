@@ -3,7 +3,7 @@
 Knows what `runs.py` read; the figure needs no display.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Panel:
     label: str
     """Of the vertical axis."""
 
-    curves: Iterable[tuple[Series, dict[str, Any]]]
+    curves: Sequence[tuple[Series, dict[str, Any]]]
 
 
 def draw_curves(runs: Sequence[RunCurves]) -> Figure:
@@ -61,12 +61,12 @@ def _panels(runs: Sequence[RunCurves]) -> Iterator[Panel]:
     looks = [_look(labels.index(run.label)) for run in runs]
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
     specialists = _specialists(runs)
-    yield Panel(0, 0, "training loss", "nats per token", zip([run.loss for run in runs], looks, strict=True))
+    yield Panel(0, 0, "training loss", "nats per token", tuple(zip([run.loss for run in runs], looks, strict=True)))
     if any(len(run.domains) > 1 for run in runs):
-        means = zip([run.eval_loss for run in runs], looks, strict=True)
+        means = tuple(zip([run.eval_loss for run in runs], looks, strict=True))
         yield Panel(0, 1, "evaluation loss, mean of domains", "", means)
     for column, domain in enumerate(domains):
-        losses = zip([run.domains.get(domain, Series()) for run in runs], looks, strict=True)
+        losses = tuple(zip([run.domains.get(domain, Series()) for run in runs], looks, strict=True))
         yield Panel(1, column, f"evaluation loss, {domain}", "" if column else "nats per token", losses)
         if specialists:
             curves = [

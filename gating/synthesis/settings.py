@@ -16,7 +16,7 @@ from ultrafuser.gating.commands.fields import (
 )
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.synthesis.stages.domain import load_domain
-from ultrafuser.gating.synthesis.stages.structure import SIZES, Structure
+from ultrafuser.gating.synthesis.stages.structure import FROM_SETTINGS, Structure
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -140,7 +140,7 @@ class MakeSettings(CommandSettings):
         domains = tuple(load_domain(name).model_copy(update=changes) for name in self.domain)
         if len({domain.name for domain in domains}) < len(domains):
             raise CommandError("domain: two have the same name; name each once")
-        return Structure(domains=domains, **{name: getattr(self, name) for name in SIZES})
+        return Structure(domains=domains, **{name: getattr(self, name) for name in FROM_SETTINGS})
 
 
 class ExportSettings(CommandSettings):

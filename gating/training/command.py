@@ -26,7 +26,7 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     """The command; returns the exit status. `cache` is the default of `--cache`.
 
     Raises:
-        TrainError, FusionError: one line for the user.
+        CommandError, FusionError: one line for the user.
     """
     train(parse_settings(argv, cache))
     return 0
@@ -36,7 +36,7 @@ def train(settings: TrainSettings) -> Path | None:
     """Train as the settings say; returns the new fusion's file, or None after a plan.
 
     Raises:
-        TrainError, FusionError: what cannot be done, before any weight is loaded (DataError, SamplerError), or that
+        CommandError, FusionError: what cannot be done, before any weight is loaded (DataError, SamplerError), or that
             training has gone wrong (NonFiniteLossError); then the last checkpoint stays.
     """
     from ultrafuser.gating.training.inputs import gather_inputs

@@ -70,7 +70,7 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     """Load, prepare and check everything that a run needs, but weights.
 
     Raises:
-        FusionError, TrainError: what is wrong with fusion, data or settings.
+        FusionError, CommandError: what is wrong with fusion, data or settings.
     """
     cache_dir = cache_folder(settings.cache)
     files, eval_files = [[DataFile.parse(file) for file in own] for own in (settings.data, settings.eval_data)]

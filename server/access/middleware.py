@@ -27,7 +27,7 @@ from ultrafuser.server.log import request_id
 from ultrafuser.server.metrics import DISCONNECTS, REJECTIONS
 
 PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""Paths that need no key. Everything else does, so that a new route is closed until the application opens it."""
+"""Of the probes. Which paths need no key is the application's decision; a new route is closed until it opens it."""
 
 MAX_HEADERS = 200
 """Most header lines of a request; no client has a tenth of them. Their length is the connection's affair."""

@@ -52,6 +52,7 @@ class SpecialistRenderer:
         self._eos_token = tokenizer.convert_ids_to_tokens(eos_token_id)
         self._literals = Literals(tokenizer)
         self._renderer = HfRenderer(config, tokenizer)
+        self.shutdown = self._renderer.shutdown
 
     def render(self, messages: Messages, chat_params: ChatParams, tok_params: TokenizeParams) -> Rendering:
         """Fold, render and tokenize; blocks.
@@ -125,6 +126,11 @@ class FusedRenderer(HfRenderer):
             SpecialistRenderer(config, specialist, fusion.eos_token_ids[0]) for specialist in fusion.specialists
         )
         self._num_shared_ids = info.num_shared_ids
+
+    def shutdown(self) -> None:
+        for specialist in self.specialists:
+            specialist.shutdown()
+        super().shutdown()
 
     def render_chat(
         self,

@@ -161,9 +161,9 @@ class _Service:
             _at_stop_signals(signal.SIG_IGN)
             for task in self._companions:
                 task.cancel()
-            await self._serving.grammars.close()
-        results = await asyncio.gather(*self._companions, return_exceptions=True)
-        failures = [result for result in results if isinstance(result, Exception)]
+            self._accompany(self._serving.grammars.close())
+            ended, _ = await asyncio.wait(self._companions, timeout=LAST_WORDS_SECONDS)
+        failures = [failure for task in ended if not task.cancelled() and (failure := task.exception())]
         for failure in failures:
             logger.error("the server ended because of", exc_info=failure)
         return 1 if failures or self._engine_failed else 0

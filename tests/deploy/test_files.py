@@ -10,7 +10,7 @@ import yaml
 
 from deploy.dashboards import FOLDER, write_dashboards
 from ultrafuser import __version__
-from ultrafuser.gating.model.engine_options import EngineOptions
+from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.settings import PREFIX, ServerSettings
 
 ROOT = Path(__file__).parent.parent.parent

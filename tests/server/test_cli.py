@@ -16,11 +16,11 @@ from unittest import mock
 import pytest
 
 import ultrafuser
-from ultrafuser.gating.model.engine_options import EngineOptions
 from ultrafuser.gating.model.schema import EngineSettings
 from ultrafuser.server.__main__ import main
 from ultrafuser.server.cli import build_parser, parse_command
 from ultrafuser.server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
+from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.log import CONFIGURED_LOGGERS
 from ultrafuser.server.settings import ServerSettings, SettingsError
 from ultrafuser.server.start.launch import _check_tool_parser

@@ -24,7 +24,7 @@ def _read_mt_bench(row: Row, chain_of_thought: bool) -> Item:
 def _write_mt_bench(folder: Path, model: str, answered: Answered) -> Path:
     """FastChat's `model_answer/MODEL.jsonl`: one line a question."""
     path = folder / "model_answer.jsonl"
-    lines = []
+    rows = []
     for item, (answer,) in answered:
         missing = len(item.requests[0].turns) - len(answer.texts)
         content = {
@@ -34,8 +34,8 @@ def _write_mt_bench(folder: Path, model: str, answered: Answered) -> Path:
             "choices": [{"index": 0, "turns": [*answer.texts, *[_FAILED_TURN] * missing]}],
             "tstamp": answer.time,
         }
-        lines.append(content)
-    write_json_lines(path, lines)
+        rows.append(content)
+    write_json_lines(path, rows)
     return path
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 
 from ultrafuser.gating.synthesis.stages.domain import Limits
 
@@ -85,6 +85,14 @@ class _Instructions(BaseModel):
     instructions: list[str]
 
 
+class _Instruction(BaseModel):
+    instruction: str
+
+
+class _Message(BaseModel):
+    message: str
+
+
 class _Related(BaseModel):
     strong: list[str] = []
     weak: list[str] = []
@@ -138,17 +146,17 @@ def related_schema(strong: int, weak: int, limits: Limits) -> ResponseSchema:
 
 def instruction_schema(limits: Limits) -> ResponseSchema:
     """One instruction, to be made anew."""
-    return _single("instruction", _instruction(limits))
+    return _single(_Instruction, _instruction(limits))
 
 
 def message_schema(limits: Limits) -> ResponseSchema:
     """One message of a user."""
-    return _single("message", _string(limits.instruction))
+    return _single(_Message, _string(limits.instruction))
 
 
-def _single(name: str, entry: Mapping[str, Any]) -> ResponseSchema:
-    """One text under a name, which is the schema's too."""
-    model = create_model("Single", **{name: (str, ...)})  # type: ignore[call-overload]
+def _single(model: type[BaseModel], entry: Mapping[str, Any]) -> ResponseSchema:
+    """One text under the name of the model's field, which is the schema's too."""
+    (name,) = model.model_fields
 
     def read(content: Any) -> list[Entry]:
         return [Entry(getattr(model.model_validate(content), name).strip())]

@@ -15,7 +15,7 @@ RELATED, COMPLICATIONS, RESPONSES = "related", "complications", "responses"
 PER_CALL = 10
 """Most instructions that one call is asked for."""
 
-SIZES = ("strong", "weak", "complex_share", "turns", "turn_share", "seed")
+FROM_SETTINGS = ("strong", "weak", "complex_share", "turns", "turn_share", "seed")
 """What a structure takes from the settings as it is."""
 
 
@@ -58,7 +58,7 @@ class Structure:
 
     def as_json(self) -> dict[str, Any]:
         """What must be the same for the same folder."""
-        own = {name: getattr(self, name) for name in SIZES}
+        own = {name: getattr(self, name) for name in FROM_SETTINGS}
         prompts = {f"prompt {name}": load_prompt(name).identity for name in prompt_names()}
         domains = {f"domain {domain.name}": digest(domain) for domain in self.domains}
         return {"domains": sorted(domain.name for domain in self.domains), **own, **prompts, **domains}

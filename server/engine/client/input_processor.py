@@ -16,7 +16,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS, forced_token_ids
 from ultrafuser.server.engine.shared.spec import EngineSpec
 
-UNFUSED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
+UNSUPPORTED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
 """Sampling parameters that read logits outside the fused decode step."""
 
 
@@ -42,7 +42,7 @@ class FusedInputProcessor(InputProcessor):
         """
         if not isinstance(params, SamplingParams):
             raise VLLMValidationError("pooling is not fused; send a generation request", parameter="task")
-        self._refuse_unfused(prompt, params)
+        self._refuse_unsupported(prompt, params)
         own_prompts = prompt.get(SPECIALIST_PROMPTS) if isinstance(prompt, dict) else None
         request = super().process_inputs(request_id, prompt, params, *args, **kwargs)
         assert request.prompt_token_ids is not None
@@ -62,8 +62,8 @@ class FusedInputProcessor(InputProcessor):
         # Only the length: vLLM would hold the canonical prompt, whoever's it is, against the leader's vocabulary.
         self._validate_prompt_len(len(prompt_input["prompt_token_ids"]), prompt_type)
 
-    def _refuse_unfused(self, prompt: Any, params: SamplingParams) -> None:
-        for name in UNFUSED_PARAMS:
+    def _refuse_unsupported(self, prompt: Any, params: SamplingParams) -> None:
+        for name in UNSUPPORTED_PARAMS:
             if getattr(params, name) is not None:
                 raise VLLMValidationError(f"{name} is not supported: it is not fused yet", parameter=name)
         if SPECIALIST_PROMPTS in (params.extra_args or {}):

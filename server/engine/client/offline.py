@@ -39,7 +39,8 @@ class OfflineEngine(LLM):
 
     def shutdown(self) -> None:
         """End the engine: when this returns its processes are gone and its memory is free; it answers nothing more."""
-        self.renderer.shutdown()
+        for renderer in (self.renderer, self.llm_engine.renderer):
+            renderer.shutdown()
         self.llm_engine.engine_core.shutdown()
 
     def _run_engine(self, *args: Any, **kwargs: Any) -> list[Any]:

@@ -12,9 +12,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from ultrafuser.gating.errors import UserError
-from ultrafuser.gating.model.engine_options import REFUSED_OPTIONS, EngineOptions
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
+from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
 
 _ENGINE = __name__.removesuffix(".shared.options")
 SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"

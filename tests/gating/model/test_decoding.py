@@ -16,7 +16,7 @@ from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 QUESTIONS = ("Hello there", "What is 2+2?", "Tell me a very long story about a dog, please.", "x")
-# See test_modeling.py: logits of about 20 in float32, summed in another order.
+# See test_reference.py: logits of about 20 in float32, summed in another order.
 LOGPROB_TOLERANCE = 5e-4
 
 

@@ -1,5 +1,6 @@
 """Engines and references shared by the engine tests: one engine per configuration, started when first asked for."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +38,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session", autouse=True)
 def shared_groups() -> Iterator[None]:
     """Engines of one process share communication groups, which vLLM takes away with the first engine that ends."""
+    gc.collect()
+    gc.freeze()  # a start collects garbage nine times, half a second each among all that tests have imported
     with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
         yield
 

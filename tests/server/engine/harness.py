@@ -51,7 +51,6 @@ class InProcessEngine:
         args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), options))
         if force_async:
             args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
-        gc.freeze()  # a start collects garbage nine times, half a second each among all that tests have imported
         self.llm = LLMEngine.from_engine_args(args)
         self.llm.input_processor = FusedInputProcessor(self.llm.input_processor)
         self.steps = StepFeed(self.llm.output_processor, fusion.specialist_names)

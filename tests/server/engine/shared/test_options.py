@@ -13,7 +13,6 @@ from vllm.v1.worker.gpu_worker import Worker
 import ultrafuser.server.engine
 from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
 from ultrafuser.gating.errors import FusionError
-from ultrafuser.gating.model.engine_options import REFUSED_OPTIONS
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.server.engine.core.scheduler import make_scheduler
 from ultrafuser.server.engine.shared.options import (
@@ -24,6 +23,7 @@ from ultrafuser.server.engine.shared.options import (
     check_engine_options,
     engine_arguments,
 )
+from ultrafuser.server.engine_options import REFUSED_OPTIONS
 
 PROMPTS = random_prompts((5, 6, 7), seed=0)
 

@@ -40,7 +40,8 @@ vllm.platforms._current_platform = UnspecifiedPlatform()
 before = functions()
 import ultrafuser.server.engine
 
-modules = [module.name for module in pkgutil.walk_packages(server.engine.__path__, "ultrafuser.server.engine.")]
+engine = ultrafuser.server.engine
+modules = [module.name for module in pkgutil.walk_packages(engine.__path__, f"{engine.__name__}.")]
 for name in sorted(modules):
     if name != "ultrafuser.server.engine.worker.cpu_worker":
         __import__(name)
