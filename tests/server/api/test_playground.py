@@ -80,7 +80,8 @@ async def test_a_file_that_the_browser_has_is_not_sent_again(client: httpx.Async
 
 def test_every_file_of_the_page_is_served_and_no_other() -> None:
     """Served is what the page leads to, by links and imports; a file that lies beside them would need no key either."""
-    reached, found = set(), {"index.html"}
+    reached: set[str] = set()
+    found = {"index.html"}
     while found - reached:
         name = min(found - reached)
         reached.add(name)
