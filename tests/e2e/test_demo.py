@@ -18,7 +18,7 @@ from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 MODEL = "ultrafuser-demo"
 NUM_STREAMS = 32
-MAX_TOKENS = 12
+MAX_TOKENS = 6
 SUBJECTS = ("the sea", "a prime number", "a hash table", "rain", "a triangle", "a loop", "bread", "the moon")
 TASKS = ("Explain {} in one sentence.", "Write a haiku about {}.", "Why is {} useful?", "Give me a fact about {}.")
 QUESTIONS = [task.format(subject) for subject in SUBJECTS for task in TASKS]

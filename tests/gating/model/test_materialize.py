@@ -57,6 +57,7 @@ def packaged_folder(model_cache: Path) -> Path:
     return Path(materialize(without_adapters(load_fusion("demo")), model_cache).specialists[0].model)
 
 
+@pytest.mark.long
 def test_every_packaged_weight_is_the_files_own_value_in_bfloat16(packaged_folder: Path) -> None:
     saved = load_file(packaged_folder / "model.safetensors")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)

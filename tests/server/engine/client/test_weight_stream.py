@@ -133,7 +133,7 @@ def demo(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [2048, 16])
+@pytest.mark.parametrize("budget", [pytest.param(2048, marks=pytest.mark.long), 16])
 def test_the_demos_trained_gate_gives_the_references_weights(budget: int, demo: Demo) -> None:
     options: dict[str, Any] = {"kv_cache_memory_bytes": 2**28, "max_model_len": 512, "max_num_batched_tokens": budget}
     ends = list(demo.eos_token_ids)
