@@ -29,6 +29,7 @@ RUN /opt/ultrafuser/bin/pip install --no-deps --only-binary :all: --requirement 
 COPY pyproject.toml README.md LICENSE ./
 COPY gating gating
 COPY server server
+COPY ultrafuser ultrafuser
 RUN /opt/ultrafuser/bin/pip install --no-deps --no-build-isolation .
 
 FROM build AS build-cuda
@@ -37,6 +38,7 @@ RUN /opt/ultrafuser/bin/pip install --no-deps --only-binary :all: --requirement 
 COPY pyproject.toml README.md LICENSE ./
 COPY gating gating
 COPY server server
+COPY ultrafuser ultrafuser
 RUN /opt/ultrafuser/bin/pip install --no-deps --no-build-isolation .
 
 FROM base AS runtime

@@ -31,9 +31,10 @@ serve: $(STAMP) ## Serve a fused model: HOST=, PORT=, FUSION= (a preset or a fil
 test: $(STAMP) ## Run the tests: ARGS= goes to pytest, e.g. ARGS="-k gate"
 	@exec $(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP) ## Check format, style and types
+check: $(STAMP) ## Check format, style, the arrows between rooms, and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/mypy
 
 check-deploy: $(STAMP) ## Check the files of deploy/ with the tools they are for, fetched once; says what could not be run

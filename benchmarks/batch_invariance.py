@@ -47,7 +47,7 @@ def measure(options: Options) -> list[Comparison]:
     """Share of equal responses, and share of tokens before the first difference."""
     from benchmarks.engines import fused_engine, plain_engine
 
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
     prompts = render(fusion, conversations(sizes.num_requests))
     requests = [Request(own, sizes.num_tokens, may_end_early=True) for own in prompts]

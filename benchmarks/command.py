@@ -1,49 +1,61 @@
 """What every benchmark's command line shares: options, a clean standard output, and the result at the end."""
 
-import argparse
 import gc
 import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from benchmarks.environment import describe_environment
-from benchmarks.measure import Comparison
+from benchmarks.measure import Comparison, Frozen
 from benchmarks.result import RESULTS_FOLDER, Question, Result, today
-from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
-from gating.model.materialize import materialize
-from server.settings import vllm_environment
+from ultrafuser.gating.commands.flags import Settings, parse_command
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.server.settings import vllm_environment
 
 ENVIRON: Mapping[str, str] = dict(os.environ)
 """The environment as it was before vLLM, which adds variables of its own, was imported."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Frozen):
     """What a benchmark was asked to do."""
 
-    fusion: str
+    fusion: str = "demo"
     """Fusion file or preset."""
 
-    cache: Path | None
-    """Folder of prepared weights; None: the default one."""
+    cache: Path | None = None
+    """Folder of prepared weights; default: ultrafuser's own."""
 
-    is_quick: bool
-    """Tiny sizes: shows that the benchmark works, measures nothing worth keeping."""
+    quick: bool = False
+    """Tiny sizes, to see that it works; files no result."""
 
-    runs_fused: bool
-    """Whether our side is run."""
+    only: Literal["fused", "baseline"] | None = None
+    """Run one side; then there are no ratios."""
 
-    runs_baseline: bool
-    """Whether the other side is run."""
+    results: Path | None = None
+    """Folder for the result; default: benchmarks/results."""
 
-    results: Path | None
-    """Where the result is filed; None: nowhere."""
+    @property
+    def runs_fused(self) -> bool:
+        """Whether our side is run."""
+        return self.only != "baseline"
+
+    @property
+    def runs_baseline(self) -> bool:
+        """Whether the other side is run."""
+        return self.only != "fused"
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the result is filed; None: nowhere."""
+        return self.results or (None if self.quick or self.only else RESULTS_FOLDER)
 
     def load(self) -> tuple[FusionConfig, FusedModelInfo]:
         """The fusion, its weights prepared, and what its models are."""
@@ -53,7 +65,7 @@ class Options:
 
 def run_benchmark(question: Question, measure: Callable[[Options], Sequence[Comparison]]) -> None:
     """Run one benchmark as a program. A missed bar is a result (exit status 0), an exception is an error."""
-    options = _parse(question, sys.argv[1:])
+    options = parse_options(Options, question.name, sys.argv[1:], description=f"{question.text} {question.method}")
     environment = describe_environment(f"benchmarks.{question.name}", sys.argv[1:])
     os.environ.update(vllm_environment(os.environ, "warning"))  # what the server gives its own engine
     # Otherwise a SIGTERM would end this process without its `finally` clauses, and leave servers behind.
@@ -62,8 +74,8 @@ def run_benchmark(question: Question, measure: Callable[[Options], Sequence[Comp
         comparisons = tuple(measure(options))
         result = Result(question=question, date=today(), comparisons=comparisons, environment=environment)
         summary: dict[str, Any] = {**result.summary, "file": None}
-        if options.results is not None:
-            summary["file"] = str(result.write(options.results))
+        if options.folder is not None:
+            summary["file"] = str(result.write(options.folder))
         gc.collect()  # an engine that is only collected after its modules would complain
         print(json.dumps(summary), file=stdout, flush=True)
 
@@ -73,25 +85,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _parse(question: Question, argv: Sequence[str]) -> Options:
-    parser = argparse.ArgumentParser(
-        f"python -m benchmarks.{question.name}", description=f"{question.text} {question.method}", allow_abbrev=False
-    )
-    parser.add_argument("--fusion", default="demo", help="fusion file or preset (default: demo)")
-    parser.add_argument("--cache", type=Path, help="folder of prepared weights (default: ultrafuser's own)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; files no result")
-    parser.add_argument("--only", choices=["fused", "baseline"], help="run one side; then there are no ratios")
-    parser.add_argument("--results", type=Path, help="folder for the result (default: benchmarks/results)")
-    arguments = parser.parse_args(argv)
-    keeps_result = not (arguments.quick or arguments.only)
-    return Options(
-        fusion=arguments.fusion,
-        cache=arguments.cache,
-        is_quick=arguments.quick,
-        runs_fused=arguments.only != "baseline",
-        runs_baseline=arguments.only != "fused",
-        results=arguments.results or (RESULTS_FOLDER if keeps_result else None),
-    )
+def parse_options(
+    model: type[Settings], name: str, argv: Sequence[str], *, description: str, usage: str = "", positional: str = ""
+) -> Settings:
+    """Read a benchmark's command line; prints and exits for `--help` and, with status 2, for what cannot be done."""
+    prog = f"python -m benchmarks.{name}"
+    usage, text = f"{usage} [options]".strip(), textwrap.fill(description, 110)
+    try:
+        return parse_command(model, argv, prog=prog, usage=usage, description=text, positional=positional)
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @contextmanager

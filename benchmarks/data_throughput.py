@@ -48,7 +48,7 @@ QUICK = Sizes(call_seconds=0.02, sub_topics=1, instructions=1)
 
 def measure(options: Options) -> list[Comparison]:
     """The responses, which are most of the calls; the whole run; and the run against a full server."""
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     with timed_model(sizes.call_seconds) as model, tempfile.TemporaryDirectory() as folder:
         _make(folder, model.base_url, sizes)
         return compare(model.stop(), CONCURRENCY)
@@ -84,8 +84,8 @@ def elapsed(served: Sequence[Served]) -> float:
 
 
 def _make(folder: str, base_url: str, sizes: Sizes) -> None:
-    from gating.synthesis.make import make
-    from gating.synthesis.settings import MakeSettings
+    from ultrafuser.gating.synthesis.make import make
+    from ultrafuser.gating.synthesis.settings import MakeSettings
 
     settings = MakeSettings(
         output=folder,

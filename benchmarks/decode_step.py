@@ -45,7 +45,7 @@ def measure(options: Options) -> list[Comparison]:
     # Imported here, so that `--help` and wrong options answer at once.
     from benchmarks.engines import fused_engine, plain_engine
 
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
     fused = fused_engine(fusion) if options.runs_fused else None
     plain = plain_engine(fusion, info) if options.runs_baseline else None

@@ -18,8 +18,9 @@ from vllm.inputs import EngineInput, tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.workload import Prompts, Request
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.llm import FusedLLM, fused_input
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.server.engine.shared.extra_args import fused_input
+from ultrafuser.server.llm import FusedLLM
 
 
 class StepEngine:

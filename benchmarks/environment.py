@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.measure import Frozen
-from server import __version__
+from ultrafuser import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS_THAT_MATTER = ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "VLLM_USE_SPINLOOP_EXT")

@@ -41,7 +41,7 @@ def look_at(pid: int, url: str, num_requests: int) -> Footprint:
     """Look at the server with this process id and address."""
     metrics = _metrics(url)
     server = psutil.Process(pid)
-    processes = [server, *server.start.children(recursive=True)]
+    processes = [server, *server.children(recursive=True)]
     return Footprint(
         num_requests=num_requests,
         rss_bytes=sum(process.memory_info().rss for process in processes),

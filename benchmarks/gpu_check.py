@@ -5,14 +5,11 @@ Run: python -m benchmarks.gpu_check [--quick]
 `--quick` runs the tiny model alone, on whatever the machine has: without a GPU it is the only thing to run.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,8 +19,8 @@ from benchmarks import decode_step
 from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.result import Question
-from benchmarks.workload import Prompts, Request, conversations, random_requests, render
-from gating.model.fusion import FusedModelInfo, FusionConfig
+from benchmarks.workload import Prompts, Request, conversations, random_requests, render, tiny_fusion
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 
 QUESTION = Question(
     name="gpu_check",
@@ -45,7 +42,6 @@ UTILIZATION = 0.5
 """Share of the memory that vLLM must find free at the start of an engine; what it takes is the fusion file's to say."""
 
 
-@dataclass(frozen=True)
 class OnGPU(Options):
     """Options whose fusion runs with compiled models and CUDA graphs, whatever its file says."""
 
@@ -62,10 +58,10 @@ def measure(options: Options) -> list[Comparison]:
         SystemExit: there is no GPU, and `--quick` was not asked for.
     """
     has_gpu = torch.cuda.is_available()
-    if not (has_gpu or options.is_quick):
+    if not (has_gpu or options.quick):
         raise SystemExit("gpu_check: no GPU answers; --quick runs the part that needs none")
-    options = OnGPU(**vars(options)) if has_gpu else options
-    if options.is_quick:
+    options = OnGPU(**dict(options)) if has_gpu else options
+    if options.quick:
         return check_tiny(options)
     comparisons: list[Comparison] = []
     for part in (check_tiny, check_demo, measure_steps, measure_fusing):
@@ -76,10 +72,8 @@ def measure(options: Options) -> list[Comparison]:
 
 def check_tiny(options: Options) -> list[Comparison]:
     """Three random specialists of different depth, on random prompts of different lengths."""
-    from tests.fakes import write_tiny_fusion
-
-    with tempfile.TemporaryDirectory() as folder:
-        fusion, info = replace(options, fusion=str(write_tiny_fusion(Path(folder)))).load()
+    with tiny_fusion() as path:
+        fusion, info = options.model_copy(update={"fusion": path}).load()
         lengths = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50)]
         requests = random_requests(info, [100] * len(lengths), [0] * len(lengths), seed=0)
         prompts = [
@@ -102,7 +96,7 @@ def exactness(name: str, fusion: FusionConfig, prompts: Sequence[Prompts], num_t
     from vllm.compilation.counter import compilation_counter
 
     from benchmarks.engines import fused_engine
-    from gating.model.reference import UltraFuserForCausalLM
+    from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
     reference = UltraFuserForCausalLM.from_fusion(fusion)
     expected = [
@@ -151,7 +145,7 @@ def measure_fusing(options: Options) -> list[Comparison]:
 @contextmanager
 def timed_mixing() -> Iterator[list[float]]:
     """Collects the seconds that each step's gate and mixing take, from an idle device to an idle device."""
-    from server.engine.worker.mixing import Mixer
+    from ultrafuser.server.engine.worker.mixing import Mixer
 
     seconds: list[float] = []
     fuse = Mixer.fuse_into_leader

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from benchmarks.workload import Request
-from gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
-from gating.model.gate import fuse, load_gate
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.gate import fuse, load_gate
 
 CacheKind = Literal["dynamic", "static"]
 """Transformers' growing cache, copied in every step, or its cache of fixed size, read as a whole in every step."""

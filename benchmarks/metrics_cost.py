@@ -41,9 +41,9 @@ class Switch:
 
     def install(self) -> None:
         """Come between the engine and its metrics, for good."""
-        from server.engine.core import scheduler
-        from server.engine.worker import mixing
-        from server.engine.worker.timing import StepClock
+        from ultrafuser.server.engine.core import scheduler
+        from ultrafuser.server.engine.worker import mixing
+        from ultrafuser.server.engine.worker.timing import StepClock
 
         for owner, name, off in (
             (mixing, "observe", _weights_alone),
@@ -87,9 +87,9 @@ def measure(options: Options) -> list[Comparison]:
     """One comparison per batch size."""
     # Imported here, so that `--help` and wrong options answer at once.
     from benchmarks.engines import fused_engine
-    from server.serving.step_metrics import StepMetrics
+    from ultrafuser.server.serving.step_metrics import StepMetrics
 
-    sizes = QUICK if options.is_quick else Sizes(num_rounds=24, num_steps=8)
+    sizes = QUICK if options.quick else Sizes(num_rounds=24, num_steps=8)
     fusion, info = options.load()
     engine = fused_engine(fusion)
     engine.llm.steps.listen(StepMetrics(fusion.specialist_names).record)

@@ -53,7 +53,7 @@ def compare_with_servers(options: Options) -> list[Comparison]:
     """
     from benchmarks.servers import fused_server, plain_servers, running
 
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
     lengths, num_tokens = [sizes.prompt_length] * sizes.batch, [sizes.num_tokens] * sizes.batch
     prompts = [request.prompts[0] for request in random_requests(info, lengths, num_tokens, seed=0)]

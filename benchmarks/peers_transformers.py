@@ -13,7 +13,7 @@ from benchmarks.command import Options, say
 from benchmarks.measure import Bar, Comparison, Measured, paired_ratio
 from benchmarks.stepping import Job, Round, alternate, race
 from benchmarks.workload import Request, random_requests
-from gating.model.fusion import FusedModelInfo
+from ultrafuser.gating.model.fusion import FusedModelInfo
 
 if TYPE_CHECKING:
     from benchmarks.engines import StepEngine
@@ -48,7 +48,7 @@ def compare_with_transformers(options: Options) -> list[Comparison]:
     from benchmarks.engines import fused_engine
     from benchmarks.lockstep import LockstepLoop
 
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
     engine = fused_engine(fusion) if options.runs_fused else None
     loop = LockstepLoop(fusion, info) if options.runs_baseline else None

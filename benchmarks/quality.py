@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.environment import Environment, describe_environment
 from benchmarks.measure import Frozen
 from benchmarks.result import RESULTS_FOLDER, newest_result, today
-from gating.commands.provenance import write_json
+from ultrafuser.gating.files import write_json
 
 NAME = "quality"
 _METRICS = ("eval_loss", "eval_loss_text", "eval_loss_code", "eval_loss_math")

@@ -20,7 +20,7 @@ from benchmarks.result import Question
 from benchmarks.workload import Prompts, conversations, render
 
 if TYPE_CHECKING:
-    from server.engine.client.async_llm import FusedAsyncLLM
+    from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
 
 QUESTION = Question(
     name="serve_overhead",
@@ -116,7 +116,7 @@ class EngineSide:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from server.llm import fused_input
+        from ultrafuser.server.engine.shared.extra_args import fused_input
 
         params = SamplingParams(
             temperature=0.0, max_tokens=num_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
@@ -128,9 +128,9 @@ class EngineSide:
 def measure(options: Options) -> list[Comparison]:
     """One comparison per number of concurrent streams."""
     from benchmarks.servers import fused_server, running
-    from server.engine.client.async_llm import FusedAsyncLLM
+    from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
 
-    sizes = QUICK if options.is_quick else Sizes()
+    sizes = QUICK if options.quick else Sizes()
     fusion, _ = options.load()
     prompts = render(fusion, conversations(max(sizes.concurrency)))
     server = fused_server(options)

@@ -16,7 +16,7 @@ import httpx
 from benchmarks.command import ENVIRON, Options
 from benchmarks.engines import plain_engine_options
 from benchmarks.environment import num_cores
-from gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 
 START_SECONDS = 600.0
 """How long a server may take until it can generate: several start at once on few cores."""
@@ -119,7 +119,12 @@ def running(servers: Sequence[ServerProcess]) -> Iterator[None]:
 def fused_server(options: Options, *engine_flags: str) -> ServerProcess:
     """`ultrafuser serve` on the benchmark's fusion."""
     cache = [] if options.cache is None else ["--cache", str(options.cache)]
-    return ServerProcess(["-m", "server", "serve", options.fusion, *cache, *engine_flags], "/ready")
+    return serve(options.fusion, *cache, *engine_flags)
+
+
+def serve(fusion: str, *flags: str) -> ServerProcess:
+    """`ultrafuser serve` on a fusion."""
+    return ServerProcess(["-m", "ultrafuser.server", "serve", fusion, *flags], "/ready")
 
 
 def plain_servers(fusion: FusionConfig, info: FusedModelInfo, *engine_flags: str) -> list[ServerProcess]:

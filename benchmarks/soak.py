@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from benchmarks.environment import Environment, describe_environment
 from benchmarks.footprint import Footprint, look_at
 from benchmarks.measure import Frozen
 from benchmarks.result import RESULTS_FOLDER, today
-from benchmarks.servers import ServerProcess, running
+from benchmarks.servers import ServerProcess, running, serve
 from benchmarks.storm import Counts, Storm
-from gating.commands.provenance import write_json
+from benchmarks.workload import tiny_fusion
+from ultrafuser.gating.files import write_json
 
 NAME = "soak"
 NUM_REQUESTS, NUM_CONCURRENT, LEAVING_SHARE = 20_000, 64, 0.2
@@ -97,10 +97,8 @@ def main(argv: Sequence[str]) -> int:
     """Run, file the result, print the verdict as JSON; the exit status is 0 whatever it is."""
     options = _parse(argv)
     environment = describe_environment(f"benchmarks.{NAME}", argv)
-    with tempfile.TemporaryDirectory() as folder:
-        from tests.fakes import write_tiny_fusion
-
-        server = ServerProcess(["-m", "server", "serve", str(write_tiny_fusion(Path(folder) / "tiny"))], "/ready")
+    with tiny_fusion() as fusion:
+        server = serve(fusion)
         with running([server]):
             soak = asyncio.run(_soak(server, options.requests, options.concurrency, environment))
     path: Path | None = None

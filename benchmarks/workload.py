@@ -1,14 +1,17 @@
-"""What the benchmarks ask for: requests of random tokens, and conversations rendered for every specialist."""
+"""What the benchmarks ask for: requests of random tokens, conversations rendered for every specialist, a tiny model."""
 
 import random
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from gating.templates import fold_messages
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.gating.templates import fold_messages
 
 Prompts = list[list[int]]
 """A request's own prompts, one per specialist."""
@@ -81,3 +84,12 @@ def render(fusion: FusionConfig, messages: Sequence[Sequence[dict[str, str]]]) -
             )
             prompts.append(list(tokenizer.encode(text, add_special_tokens=False)))
     return rendered
+
+
+@contextmanager
+def tiny_fusion() -> Iterator[str]:
+    """The fusion file of the tests' tiny random models, which are there while it is used."""
+    from tests.fakes import write_tiny_fusion
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write_tiny_fusion(Path(folder)))

@@ -3,7 +3,7 @@
 
 import sys
 
-from gating.training.command import run
+from ultrafuser.gating.training.command import run
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[1:]))

@@ -1,3 +1,4 @@
 """The serving side: the `ultrafuser` command, the HTTP API and the fused engine. Never imported by `gating`."""
 
-__version__ = "0.1.0"
+if __name__ != "ultrafuser.server":  # found as a folder at the repository's top: every module would exist twice
+    raise ImportError("server is imported as ultrafuser.server")

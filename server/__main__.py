@@ -8,15 +8,15 @@ from contextlib import closing
 from importlib import import_module
 from types import FrameType
 
-from gating.commands.flags import CommandError
-from gating.model.fusion import load_fusion
-from server import __version__
-from server.access.keys import with_all_keys
-from server.cli import OFFLINE_COMMANDS, EngineFlags, ServeCommand, parse_command
-from server.log import LogStream, configure_logging
-from server.settings import EngineStartError, ServerSettings, SettingsError, read_environment, vllm_environment
-from server.start.listener import listen_on
-from server.start.progress import StartupProgress
+from ultrafuser import __version__
+from ultrafuser.gating.errors import UserError
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.server.access.keys import with_all_keys
+from ultrafuser.server.cli import OFFLINE_COMMANDS, OPTION_NAMES, ServeCommand, parse_command
+from ultrafuser.server.log import LogStream, configure_logging
+from ultrafuser.server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
+from ultrafuser.server.start.listener import listen_on
+from ultrafuser.server.start.progress import StartupProgress
 
 NUM_STEPS = 4
 EXIT_FAILED = 1
@@ -40,14 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         print("\nultrafuser: interrupted before it was ready", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except ValueError as error:
-        if not _is_expected(error):
-            raise
+    except (UserError, EngineStartError) as error:  # of any other error the traceback has to be seen
         print(f"ultrafuser: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
-    except EngineStartError as error:
-        print(f"ultrafuser: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_FAILED if isinstance(error, EngineStartError) else EXIT_WRONG_INPUT
 
 
 def _serve(command: ServeCommand) -> int:
@@ -55,9 +50,8 @@ def _serve(command: ServeCommand) -> int:
     settings = with_all_keys(command.settings)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    os.environ.pop(
-        "PROMETHEUS_MULTIPROC_DIR", None
-    )  # one process serves; of a left-over folder it would show old series
+    # One process serves; of a left-over folder it would show old series.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     os.environ.update(vllm_environment(os.environ, settings.log_level))
     configure_logging(settings.log_level, settings.log_format)
     fusion = load_fusion(settings.fusion)
@@ -70,13 +64,9 @@ def _serve(command: ServeCommand) -> int:
 
 
 def _import_serve() -> Callable[..., int]:
-    """The part that needs vLLM.
-
-    Raises:
-        SettingsError: vLLM is not installed, or not in the version that the engine works with.
-    """
+    """The part that needs vLLM, which has to be installed, in the version that the engine works with."""
     try:
-        from server.start.launch import serve
+        from ultrafuser.server.start.launch import serve
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
@@ -88,8 +78,7 @@ def _import_serve() -> Callable[..., int]:
 
 def _offline(command: str, arguments: Sequence[str]) -> int:
     """The commands of `gating` have settings of their own; of the server's they share the cache folder."""
-    names = [*ServerSettings.model_fields, *EngineFlags.model_fields]
-    cache = read_environment(os.environ, names).get("cache")
+    cache = read_environment(os.environ, OPTION_NAMES).get("cache")
     module = import_module(OFFLINE_COMMANDS[command].module)
     try:
         return int(module.run(arguments, cache))
@@ -100,18 +89,6 @@ def _offline(command: str, arguments: Sequence[str]) -> int:
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise Interrupted
-
-
-def _is_expected(error: ValueError) -> bool:
-    """Whether the message alone helps the user; of anything else, the traceback has to be seen."""
-    from gating.model.schema import FusionError
-
-    if isinstance(error, SettingsError | FusionError | CommandError):
-        return True
-    from gating.model.gate import GateError
-    from server.engine.shared.options import EngineOptionError
-
-    return isinstance(error, GateError | EngineOptionError)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,29 @@
 """The HTTP application: routes, error handlers, middleware. Knows the serving classes, starts nothing."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from jinja2 import TemplateError
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from vllm.exceptions import VLLMError
 
-from server import __version__
-from server.access.admission import Admission, AdmissionControl
-from server.access.header_count import HeaderCount
-from server.access.keys import KeyRing
-from server.access.middleware import ApiKeys, RequestLog, TrustedHosts
-from server.access.quotas import Quota
-from server.api import analyze as gate
-from server.api import chat, completions, models, tokenize
-from server.api import probes as health
-from server.api.playground import playground_router
-from server.api.probes import Readiness
-from server.api.response import answer_error
-from server.errors import ApiError
-from server.metrics import count_http_requests
-from server.serving.openapi import describe
-from server.serving.serving import Serving
-from server.settings import ServerSettings
+from ultrafuser import __version__
+from ultrafuser.server.access.admission import Admission, AdmissionControl
+from ultrafuser.server.access.keys import KeyRing
+from ultrafuser.server.access.middleware import PROBE_PATHS, ApiKeys, HeaderCount, RequestLog, TrustedHosts
+from ultrafuser.server.access.quotas import Quota
+from ultrafuser.server.api import analyze, chat, completions, models, probes, tokenize
+from ultrafuser.server.api.playground import FILES, playground_router
+from ultrafuser.server.api.response import answer_error
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.metrics import count_http_requests
+from ultrafuser.server.serving.openapi import describe
+from ultrafuser.server.serving.serving import Serving
+from ultrafuser.server.serving.translation import TRANSLATED_ERRORS
+from ultrafuser.server.settings import ServerSettings
 
-ROUTERS = tuple(module.router for module in (chat, completions, gate, models, tokenize, health))
+ROUTERS = tuple(module.router for module in (chat, completions, analyze, models, tokenize, probes))
 
-# The last four are how vLLM's older code reports a bad request; anything else is a fault of ours and ends as a 500.
-TRANSLATED_ERRORS: tuple[type[Exception], ...] = (
-    ApiError,
-    VLLMError,
-    HTTPException,
-    RequestValidationError,
-    TemplateError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    NotImplementedError,
-)
-"""Exceptions that become OpenAI's error object inside the app, where the request metrics see their status."""
+PUBLIC_PATHS = PROBE_PATHS | FILES.keys()
+"""Paths that need no key and are never turned away: there is nothing secret in the playground's files."""
 
 
 def create_app(
@@ -57,12 +38,11 @@ def create_app(
         redirect_slashes=False,  # a redirect would be an answer without OpenAI's error body
         docs_url=None,  # these two load scripts from elsewhere; /openapi.json stays
         redoc_url=None,
-        lifespan=_ended_with(serving),
     )
     app.state.serving = serving
     app.state.readiness = readiness
     app.state.keep_alive_interval = settings.keep_alive_interval
-    app.state.limits = settings
+    app.state.bounds = serving.bounds
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     for router in ROUTERS:
         app.include_router(router)
@@ -74,27 +54,18 @@ def create_app(
     return app
 
 
-def _ended_with(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await serving.grammars.close()
-
-    return lifespan
-
-
 def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission) -> None:
     """From the inside out: admission, keys, request counts (of refused ones, too), hosts, headers, CORS (whose
     preflights carry no key), log."""
-    app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout)
+    public: dict[str, Any] = {"public_paths": PUBLIC_PATHS}
+    app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout, **public)
     if settings.api_key:
         quotas = [Quota(settings.requests_per_minute, settings.concurrent_requests) for _ in settings.api_key]
-        app.add_middleware(
-            ApiKeys, keys=KeyRing(settings.api_key), quotas=quotas, salts_cache=settings.cache_salt_per_key
-        )
+        salts_cache = settings.cache_salt_per_key
+        app.add_middleware(ApiKeys, keys=KeyRing(settings.api_key), quotas=quotas, salts_cache=salts_cache, **public)
     count_http_requests(app)
     if settings.allowed_host:
-        app.add_middleware(TrustedHosts, hosts=settings.allowed_host)
+        app.add_middleware(TrustedHosts, hosts=settings.allowed_host, **public)
     app.add_middleware(HeaderCount)
     if settings.allowed_origin:
         app.add_middleware(
@@ -104,4 +75,4 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-should-retry", "retry-after"],
         )
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, quiet_paths=PUBLIC_PATHS | {"/version"})

@@ -6,77 +6,38 @@ that `--help` answers at once. Does not start anything.
 
 import argparse
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
-from pydantic import Field, ValidationError
-from pydantic.fields import FieldInfo
+from ultrafuser import __version__
+from ultrafuser.gating.commands.flags import Parser, add_flags, flag_of, resolve
+from ultrafuser.gating.model.schema import EngineSettings
+from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
+from ultrafuser.server.settings import (
+    PREFIX,
+    SECTIONS,
+    ServerSettings,
+    SettingsError,
+    read_environment,
+    resolve_settings,
+)
 
-from gating.model.schema import EngineSettings
-from server import __version__
-from server.settings import PREFIX, SECTIONS, ServerSettings, SettingsError, read_environment, resolve_settings
+_DESCRIPTION = """\
+Serve a fused model behind the OpenAI API.
 
-Count = Annotated[int, Field(ge=1)]
-_SUFFIXED = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])i?B?")
+examples:
+  ultrafuser serve                          the demo, on http://127.0.0.1:8000/v1
+  ultrafuser serve my.yaml --port 9000      your own fusion file
+  ultrafuser serve demo --max-num-seqs 16 --kv-cache-memory-bytes 4G"""
+_EPILOG = f"""\
+Every option can also be set by environment: {PREFIX} and its name, e.g. {PREFIX}PORT=9000,
+{PREFIX}FUSION=my.yaml, {PREFIX}MAX_MODEL_LEN=4K. The command line wins over the environment.
+Numbers take k, m, g (thousands) and K, M, G (powers of 1024)."""
 
-
-class EngineFlags(EngineSettings):
-    """The engine options of the command line: the fusion file's `engine` section, and what only a server needs."""
-
-    async_scheduling: bool | None = None
-    """Schedule the next step while this one runs (GPU only); default: vLLM decides."""
-
-    enable_chunked_prefill: bool | None = None
-    """Compute long prompts in pieces, between the steps of running responses."""
-
-    scheduling_policy: Literal["fcfs", "priority"] | None = None
-    """Serve requests in order of arrival (fcfs) or of their `priority` field."""
-
-    max_num_queued_reqs: Count | None = None
-    """Refuse requests with 503 when this many are unfinished; default: 1024."""
-
-    max_num_queued_tokens: Count | None = None
-    """Refuse requests with 503 when this many prompt tokens wait; default: no limit."""
-
-    max_logprobs: Annotated[int, Field(ge=-1)] | None = None
-    """Most log probabilities per token a request may ask for; -1: the whole vocabulary; default: 20."""
-
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] | None = None
-    """What logprobs are: of the fused logits as they are (raw) or after penalties and masks (processed)."""
-
-    structured_outputs_config: dict[str, Any] | None = None
-    """Settings of structured output as JSON, e.g. '{"backend": "xgrammar"}'."""
-
-    prefix_caching_hash_algo: Literal["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"] | None = None
-    """How blocks of the prefix cache are hashed."""
-
-    otlp_traces_endpoint: str | None = None
-    """Send vLLM's request traces to this OpenTelemetry collector."""
-
-    disable_log_stats: bool | None = None
-    """Do not collect vLLM's metrics; /metrics then lacks the vllm:* series."""
-
-    enable_log_requests: bool | None = None
-    """Log when the engine receives, finishes and aborts a request (its id, never its text)."""
-
-
-SERVER_FLAGS_OF_VLLM: Mapping[str, str] = {
-    "api_server_count": "several frontend processes are not supported; start replicas behind a load balancer",
-    "data_parallel_size": "data parallelism is not fused; start replicas behind a load balancer",
-    "pipeline_parallel_size": "pipeline parallelism is not fused; use --tensor-parallel-size",
-    "headless": "a fused engine has one frontend; start replicas behind a load balancer",
-    "chat_template": "chat templates are set per specialist in the fusion file",
-    "lora_modules": "LoRA requests are not fused; name an adapter per specialist in the fusion file",
-    "generation_config": "sampling defaults are set in the fusion file",
-    "override_generation_config": "sampling defaults are set in the fusion file",
-    "trust_request_chat_template": "a request cannot bring a template: each specialist has its own",
-    "uvicorn_log_level": "use --log-level",
-    "allowed_origins": "use --allowed-origin, once per origin",
-}
-"""Flags of `vllm serve` that people will try here, each with the way out; some are engine options."""
+OPTION_NAMES = frozenset(ServerSettings.model_fields) | frozenset(EngineOptions.model_fields)
+"""Of everything that a flag or a variable may set."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +56,22 @@ class OfflineCommand:
 
 OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
     "train": OfflineCommand(
-        "gating.training.command", "train a gate, specialists, or both", "the same command with --resume goes on"
+        "ultrafuser.gating.training.command",
+        "train a gate, specialists, or both",
+        "the same command with --resume goes on",
     ),
     "eval": OfflineCommand(
-        "gating.evaluation.command", "evaluate a fused model", "the same command goes on from what is in the cache"
+        "ultrafuser.gating.evaluation.command",
+        "evaluate a fused model",
+        "the same command goes on from what is in the cache",
     ),
     "data": OfflineCommand(
-        "gating.synthesis.command",
+        "ultrafuser.gating.synthesis.command",
         "make instruction data for new domains",
         "the same command goes on from what is there",
     ),
     "analyze": OfflineCommand(
-        "gating.analysis.command",
+        "ultrafuser.gating.analysis.command",
         "show what a gate does, and training curves",
         "the same command uses what is in the cache",
     ),
@@ -118,8 +83,6 @@ class ServeCommand:
     """What `ultrafuser serve` was asked to do."""
 
     settings: ServerSettings
-    """The server's settings."""
-
     engine_options: Mapping[str, Any]
     """The engine options that were given; they override the fusion file's."""
 
@@ -134,92 +97,36 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> ServeComma
     flags = vars(arguments)
     if rest:
         _refuse(rest[0])
-    environment = read_environment(environ, [*ServerSettings.model_fields, *EngineFlags.model_fields])
-    return ServeCommand(resolve_settings(flags, environment), _engine_options(flags, environment))
+    environment = read_environment(environ, OPTION_NAMES)
+    settings = resolve_settings(flags, environment)
+    engine = resolve(EngineOptions, flags, environment, PREFIX)
+    return ServeCommand(settings, engine.model_dump(exclude_unset=True))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all flags, grouped; a flag that was not given leaves no attribute."""
-    parser = _Parser("ultrafuser", "Serve several specialised language models as one, fused token by token.")
+    parser = Parser(
+        prog="ultrafuser", description="Serve several specialised language models as one, fused token by token."
+    )
     parser.add_argument("--version", action="version", version=f"ultrafuser {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_ServeParser)
-    serve = commands.add_parser("serve", help="serve a fused model behind the OpenAI API")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a fused model behind the OpenAI API",
+        usage="ultrafuser serve [FUSION] [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
     for name, command in OFFLINE_COMMANDS.items():
         commands.add_parser(name, help=f"{command.summary} (`ultrafuser {name} --help`)")
-    fusion = ServerSettings.model_fields["fusion"]
-    serve.add_argument("fusion", nargs="?", metavar="FUSION", default=argparse.SUPPRESS, help=_help(fusion))
-    for section in SECTIONS:
-        _add_group(serve, str(section.__doc__), section.model_fields)
-    own = {name: field for name, field in EngineFlags.model_fields.items() if name not in EngineSettings.model_fields}
-    _add_group(serve, "The engine (each overrides the fusion file's `engine` section)", EngineSettings.model_fields)
-    _add_group(serve, "The engine's requests and metrics", own)
+    engine, own = EngineSettings.model_fields, EngineOptions.model_fields
+    sections = {str(section.__doc__): section.model_fields for section in SECTIONS} | {
+        "The engine (each overrides the fusion file's `engine` section)": engine,
+        "The engine's requests and metrics": {name: own[name] for name in own if name not in engine},
+    }
+    for title, fields in sections.items():
+        add_flags(serve, fields, title, positional="fusion", overrides=True)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; see `{self.prog} --help`")
-
-
-class _ServeParser(_Parser):
-    def __init__(self, prog: str, **_: Any) -> None:
-        description = (
-            "Serve a fused model behind the OpenAI API.\n\nexamples:\n"
-            "  ultrafuser serve                          the demo, on http://127.0.0.1:8000/v1\n"
-            "  ultrafuser serve my.yaml --port 9000      your own fusion file\n"
-            "  ultrafuser serve demo --max-num-seqs 16 --kv-cache-memory-bytes 4G"
-        )
-        epilog = (
-            f"Every option can also be set by environment: {PREFIX} and its name, e.g. {PREFIX}PORT=9000,\n"
-            f"{PREFIX}FUSION=my.yaml, {PREFIX}MAX_MODEL_LEN=4K. The command line wins over the environment.\n"
-            "Numbers take k, m, g (thousands) and K, M, G (powers of 1024)."
-        )
-        super().__init__(prog, description, epilog)
-        self.usage = "ultrafuser serve [FUSION] [options]"
-
-
-def _add_group(parser: argparse.ArgumentParser, title: str, fields: Mapping[str, FieldInfo]) -> None:
-    group = parser.add_argument_group(title)
-    for name, field in fields.items():
-        if name == "fusion":
-            continue
-        plain = _plain_type(field)
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
-        if plain is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(plain) is tuple:
-            options |= {"action": "append", "metavar": name.split("_")[-1].upper()}
-        else:
-            options["metavar"] = _metavar(name, plain)
-        group.add_argument(f"--{name.replace('_', '-')}", **options)
-
-
-def _plain_type(field: FieldInfo) -> Any:
-    """The type of a field's values, without `| None`."""
-    arguments = [part for part in get_args(field.annotation) if part is not type(None)]
-    plain = arguments[0] if type(None) in get_args(field.annotation) else field.annotation
-    return get_args(plain)[0] if get_origin(plain) is Annotated else plain
-
-
-def _metavar(name: str, plain: Any) -> str:
-    if get_origin(plain) is Literal:
-        return "{" + ",".join(get_args(plain)) + "}"
-    return {int: "N", float: "X"}.get(plain, name.split("_")[-1].upper())
-
-
-def _help(field: FieldInfo) -> str:
-    text = " ".join(str(field.description).split()).replace("null ", "unset, it ").replace("%", "%%")
-    is_told = "default:" in text or field.default in (None, (), "")
-    return text if is_told else f"{text.rstrip('.')} (default: {field.default})."
 
 
 def _dashed(argument: str) -> str:
@@ -228,49 +135,19 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-def _engine_options(flags: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    fields = EngineFlags.model_fields
-    given = {name: value for source in (environment, flags) for name, value in source.items() if name in fields}
-    values = {name: _value(_plain_type(fields[name]), value) for name, value in given.items()}
-    try:
-        return EngineFlags.model_validate(values).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        source = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
-        raise SettingsError(f"{source}: {first['msg']}, got {given[name]!r}; change the value") from error
-
-
-def _value(plain: Any, value: Any) -> Any:
-    """A number with its suffix worked out, JSON as the object it describes; all else is left to the model."""
-    if plain is int and isinstance(value, str) and (match := _SUFFIXED.fullmatch(value)):
-        number, unit = match.groups()
-        power = "kmgt".index(unit.lower()) + 1
-        return int(float(number) * (1000 if unit.islower() else 1024) ** power)
-    if get_origin(plain) is dict and isinstance(value, str):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
-
-
 def _refuse(argument: str) -> NoReturn:
     """Say what is wrong with an argument that no flag took."""
     flag = argument.partition("=")[0]
     if not flag.startswith("--"):
         raise SettingsError(f"{argument}: unexpected argument; name one fusion file, see `ultrafuser serve --help`")
     name = flag.removeprefix("--").replace("-", "_")
-    if name in SERVER_FLAGS_OF_VLLM:
-        raise SettingsError(f"{flag}: {SERVER_FLAGS_OF_VLLM[name]}")
-    names = [*ServerSettings.model_fields, *EngineFlags.model_fields]
-    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
-        raise SettingsError(f"{flag}: there is no such option; did you mean --{near[0].replace('_', '-')}?")
-    # Only now, on the way out, is it worth the seconds that importing vLLM takes.
-    from server.engine.shared.options import EngineOptionError, check_engine_options
+    if name in REFUSED_OPTIONS:
+        reason = REFUSED_OPTIONS[name]
+    elif near := difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.75):
+        reason = f"there is no such option; did you mean {flag_of(near[0])}?"
+    else:  # only now, on the way out, is it worth the seconds that importing vLLM takes
+        from ultrafuser.server.engine.shared.options import refusal
 
-    try:
-        check_engine_options({name: None})
-    except EngineOptionError as error:
-        raise SettingsError(f"{flag}: {str(error).partition(': ')[2]}") from error
-    raise SettingsError(f"{flag}: set it in the fusion file's `engine` section")
+        reason = refusal(name)
+    # Where a reason names another option, its flag is meant here.
+    raise SettingsError(f"{flag}: " + re.sub(r"\w+_\w+", lambda option: flag_of(option[0]), reason))

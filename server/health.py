@@ -1,19 +1,15 @@
-"""Whether the engine gets on with its work: the age of its last step, and what to make of it.
+"""Whether the server can take requests: warm, not about to end, and with an engine that gets on with its work.
 
-An engine that hangs still looks alive to everything that only asks whether its process is there. Knows that there are
-steps and unfinished requests, not what they are.
+An engine that hangs still looks alive to everything that only asks whether its process is there: what counts is the age
+of its last step. Knows that there are steps and unfinished requests, not what they are.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
-
-from vllm.v1.engine.exceptions import EngineDeadError
-
-from server.api.probes import Readiness
 
 MAX_CHECK_SECONDS = 1.0
 """Longest time between two looks at the engine."""
@@ -21,8 +17,36 @@ MAX_CHECK_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Readiness:
+    """What the start and the end of the server have to say about its being ready."""
+
+    is_warm: bool = False
+    """A token was produced since the start."""
+
+    is_ending: bool = False
+    """A signal has asked the server to end."""
+
+    is_stalled: bool = False
+    """The engine has work and makes no steps."""
+
+    def obstacle(self, engine_errored: bool) -> str | None:
+        """Why the server cannot take requests; None if it can."""
+        if engine_errored:
+            return "the engine has stopped"
+        if self.is_ending:
+            return "shutting down"
+        if self.is_stalled:
+            return "the engine has work, but makes no steps"
+        return None if self.is_warm else "warming up: no token produced yet"
+
+
 class Engine(Protocol):
     """What has to be known of an engine."""
+
+    @property
+    def errored(self) -> bool:
+        """Whether it has stopped, for good."""
 
     def get_num_unfinished_requests(self) -> int:
         """Requests that wait or run."""
@@ -38,17 +62,13 @@ class Heartbeat:
         self._clock = clock
         self._last = clock()
 
-    def step(self, _report: object = None) -> None:
-        """The report of a step has arrived."""
-        self._last = self._clock()
-
-    def rest(self) -> None:
-        """There is nothing to do."""
+    def beat(self, _report: object = None) -> None:
+        """The report of a step has arrived, or there is nothing to do."""
         self._last = self._clock()
 
     @property
     def age_seconds(self) -> float:
-        """Time since the last step or rest."""
+        """Time since the last beat."""
         return self._clock() - self._last
 
 
@@ -63,8 +83,11 @@ class StallWatch:
 
     async def run(self) -> None:
         """Watch for as long as the engine lives."""
-        with suppress(EngineDeadError):
+        try:
             await self._watch()
+        except Exception:
+            if not self._engine.errored:
+                raise
 
     async def _watch(self) -> None:
         while True:
@@ -80,5 +103,5 @@ class StallWatch:
 
     def _is_late(self) -> bool:
         if self._engine.get_num_unfinished_requests() == 0:
-            self._heartbeat.rest()
+            self._heartbeat.beat()
         return self._heartbeat.age_seconds > self._stall_seconds

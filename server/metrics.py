@@ -1,16 +1,15 @@
 """Our own Prometheus metrics, beside vLLM's `vllm:*` and the `http_*` of the web framework; all in one registry.
 
-What the engine's steps report is counted in `server.serving.step_metrics`, the rest in the API process. Labels are
+What the engine's steps report is counted in `server/serving/step_metrics.py`, the rest in the API process. Labels are
 bounded: no label ever holds what a client sent.
 """
 
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, generate_latest
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.responses import Response
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from server import __version__
+from ultrafuser import __version__
 
 BUILD_INFO = Gauge(
     "fused_build_info",
@@ -38,19 +37,11 @@ def describe_build(model_name: str, num_specialists: int, vllm_version: str, gat
     SPECIALISTS.labels(model_name).set(num_specialists)
 
 
-def show_state(*, is_ready: bool, is_up: bool, is_draining: bool, num_unfinished: int) -> None:
-    """Set the gauges of the server's state; they are looked up when somebody scrapes."""
-    READY.set(is_ready)
-    ENGINE_UP.set(is_up)
-    DRAINING.set(is_draining)
-    UNFINISHED.set(num_unfinished)
-
-
 def count_http_requests(app: FastAPI) -> None:
     """Add vLLM's `http_requests_total` and the request durations to the registry."""
-    Instrumentator(excluded_handlers=_UNCOUNTED, registry=get_prometheus_registry()).add().instrument(app)
+    Instrumentator(excluded_handlers=_UNCOUNTED, registry=REGISTRY).add().instrument(app)
 
 
 def scrape() -> Response:
     """Everything in the registry, in Prometheus' text format."""
-    return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)

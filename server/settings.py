@@ -7,11 +7,13 @@ default below. The engine's options travel the same way; their defaults are in t
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from server.log import LogFormat
+from ultrafuser.gating.commands.flags import resolve
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.server.log import LogFormat
 
 PREFIX = "ULTRAFUSER_"
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -22,8 +24,8 @@ _VLLM_LEVELS: Mapping[LogLevel, str] = {"debug": "INFO", "info": "ERROR", "warni
 _SERVICE_LINK = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+)")
 
 
-class SettingsError(ValueError):
-    """A setting is unknown or has an unusable value. One line: the name, the value, the way out."""
+SettingsError = CommandError
+"""A setting is unknown or has an unusable value. One line: the name, the value, the way out."""
 
 
 class EngineStartError(RuntimeError):
@@ -168,16 +170,7 @@ def resolve_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -
     Raises:
         SettingsError: a value does not fit; names the flag or variable it came from.
     """
-    fields = ServerSettings.model_fields
-    values: dict[str, Any] = {name: _from_text(name, value) for name, value in environment.items() if name in fields}
-    values |= {name: value for name, value in flags.items() if name in fields}
-    try:
-        settings = ServerSettings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        source = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
-        raise SettingsError(f"{source}: {first['msg']}, got {first['input']!r}; change the value") from error
+    settings = resolve(ServerSettings, flags, environment, PREFIX)
     if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
         raise SettingsError("--ssl-certfile and --ssl-keyfile: only one is set; set both or none")
     return settings
@@ -186,12 +179,8 @@ def resolve_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -
 def read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
     """The `ULTRAFUSER_*` variables that are set and not empty, by lower-case setting name.
 
-    Args:
-        environ: the process's environment.
-        known: names of all settings and engine options.
-
     Raises:
-        SettingsError: a variable with the prefix is no setting.
+        SettingsError: a variable with the prefix is none of the known settings and engine options.
     """
     values: dict[str, str] = {}
     names = set(known)
@@ -221,11 +210,6 @@ def vllm_environment(environ: Mapping[str, str], log_level: LogLevel) -> dict[st
     if log_level == "debug":
         wanted = {name: value for name, value in wanted.items() if name.startswith("VLLM_")}
     return {name: value for name, value in wanted.items() if name not in environ}
-
-
-def _from_text(name: str, value: str) -> Any:
-    is_list = get_origin(ServerSettings.model_fields[name].annotation) is tuple
-    return tuple(part.strip() for part in value.split(",")) if is_list else value
 
 
 def _is_service_link(variable: str, value: str) -> bool:

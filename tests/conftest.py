@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gating.model.fusion import load_fusion
-from gating.model.materialize import materialize
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.materialize import materialize
 
 # Models this small lose more by waking a second thread than they win: fifty times over on a busy machine.
 torch.set_num_threads(1)

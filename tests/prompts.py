@@ -2,8 +2,8 @@
 
 from transformers import AutoTokenizer
 
-from gating.model.schema import FusionConfig
-from gating.templates import fold_messages
+from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.templates import fold_messages
 
 
 def prompts_of(fusion: FusionConfig, question: str) -> list[list[int]]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from gating.model.decoding import Generation, left_pad
-from gating.model.fusion import FusionConfig
-from gating.model.reference import UltraFuserForCausalLM
-from gating.templates import fold_messages
+from ultrafuser.gating.model.decoding import Generation, left_pad
+from ultrafuser.gating.model.fusion import FusionConfig
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.templates import fold_messages
 
 
 def read(model: UltraFuserForCausalLM, prompts: list[list[int]], given: list[int]) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,14 @@ from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server import errors, metrics
-from server.access import connections
-from server.access import header_count as heads
-from server.app import ROUTERS
-from server.engine.core.nonfinite import NONFINITE_OUTPUT
-from server.requests.bodies import MAX_DEPTH
-from server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
-from server.serving import step_metrics
-from server.settings import Limits
+from ultrafuser.server import errors, metrics
+from ultrafuser.server.access import connections, middleware
+from ultrafuser.server.app import ROUTERS
+from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
+from ultrafuser.server.requests.bodies import MAX_DEPTH
+from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
+from ultrafuser.server.serving import step_metrics, translation
+from ultrafuser.server.settings import Limits
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "api.md").read_text()
@@ -66,7 +65,7 @@ def test_every_error_code_is_listed() -> None:
     classes: list[type[errors.ApiError]] = [errors.ApiError]
     for kind in classes:
         classes += kind.__subclasses__()
-    own = {kind.code for kind in classes} | set(errors._CODES.values())
+    own = {kind.code for kind in classes} | set(translation._CODES.values())
     assert codes == (own | {"model_not_found", "engine_dead", NONFINITE_OUTPUT}) - {None}
 
 
@@ -74,7 +73,7 @@ def test_every_limit_is_listed() -> None:
     assert set(rows("Requests in general")) == {f"--{name.replace('_', '-')}" for name in Limits.model_fields}
     section = SECTIONS["Requests in general"]
     assert f"more than {MAX_DEPTH} levels" in section
-    assert f"{connections.MAX_HEADER_BYTES // 1024} KiB\nand {heads.MAX_HEADERS} lines of headers" in section
+    assert f"{connections.MAX_HEADER_BYTES // 1024} KiB\nand {middleware.MAX_HEADERS} lines of headers" in section
 
 
 def _exported() -> set[str]:

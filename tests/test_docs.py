@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,17 +12,19 @@ import yaml
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from gating.analysis import command as analysis
-from gating.evaluation import command as evaluate
-from gating.model.fusion import FusionConfig, preset_names
-from gating.model.schema import EngineSettings, SamplingDefaults, SpecialistConfig
-from gating.synthesis import command as synthesize
-from gating.synthesis.stages.domain import Domain, Limits
-from gating.templates import template_names
-from gating.training.settings import TrainSettings, parse_settings
-from server import __version__
-from server.cli import EngineFlags, parse_command
-from server.settings import PREFIX, ServerSettings
+from tests.rooms import README_TREE
+from ultrafuser import __version__
+from ultrafuser.gating.analysis import command as analysis
+from ultrafuser.gating.evaluation import command as evaluate
+from ultrafuser.gating.model.fusion import FusionConfig, preset_names
+from ultrafuser.gating.model.schema import EngineSettings, SamplingDefaults, SpecialistConfig
+from ultrafuser.gating.synthesis import command as synthesize
+from ultrafuser.gating.synthesis.stages.domain import Domain, Limits
+from ultrafuser.gating.templates import template_names
+from ultrafuser.gating.training.settings import TrainSettings, parse_settings
+from ultrafuser.server.cli import parse_command
+from ultrafuser.server.engine_options import EngineOptions
+from ultrafuser.server.settings import PREFIX, ServerSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -28,7 +32,7 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
-OFFLINE = {
+OFFLINE: dict[str, Callable[..., BaseModel]] = {
     "train": parse_settings,
     "eval": evaluate.parse_settings,
     "analyze": analysis.parse_settings,
@@ -52,11 +56,9 @@ def commands(page: Path) -> list[list[str]]:
 
 @each_page
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
-    named = set(
-        re.findall(
-            r"(?<![\w.-])(?<!data )make ([a-z-]+)(?=[\s`]|$)", "\n".join(re.findall(r"`[^`]+`", page.read_text()))
-        )
-    )
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall(r"`[^`]+`", prose)]
+    named = set(re.findall(r"(?<![\w.-])(?<!data )make ([a-z-]+)(?=[\s`]|$)", "\n".join(spans)))
     named |= {word for words in commands(page) if words[0] == "make" for word in words[1:2]}
     assert named <= set(TARGETS)
 
@@ -75,7 +77,7 @@ def test_every_makefile_target_is_explained_and_phony() -> None:
 @each_page
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
-    known = {*ServerSettings.model_fields, *EngineFlags.model_fields, *TrainSettings.model_fields}
+    known = {*ServerSettings.model_fields, *EngineOptions.model_fields, *TrainSettings.model_fields}
     data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
     for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
@@ -91,6 +93,23 @@ def test_commands_of_ours_are_accepted(page: Path) -> None:
         if words[0] == "ultrafuser":
             parse = OFFLINE.get(words[1])
             parse(words[2:]) if parse else parse_command(words[1:], {})
+
+
+@each_page
+def test_modules_that_launchers_run_exist_and_take_these_arguments(page: Path) -> None:
+    for words in [words for words in commands(page) if words[0] in ("torchrun", "accelerate")]:
+        module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        assert find_spec(module) is not None, module
+        if module == "gating.train":
+            parse_settings(arguments)
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+
+
+@each_page
+def test_modules_that_are_named_to_be_run_exist(page: Path) -> None:
+    named = set(re.findall(r"python -m ([\w.]+)", page.read_text()))
+    assert [module for module in named if find_spec(module) is None] == []
 
 
 def test_the_readmes_request_is_a_valid_one_for_the_demo() -> None:
@@ -127,7 +146,7 @@ def test_every_setting_is_documented_with_its_default(name: str) -> None:
         assert rows[0][0] == f"`{default}`"
 
 
-@pytest.mark.parametrize("name", sorted(EngineFlags.model_fields.keys() - EngineSettings.model_fields.keys()))
+@pytest.mark.parametrize("name", sorted(EngineOptions.model_fields.keys() - EngineSettings.model_fields.keys()))
 def test_every_engine_option_beyond_the_fusion_file_is_documented(name: str) -> None:
     assert f"| `--{name.replace('_', '-')}` |" in OPERATIONS
 
@@ -135,7 +154,7 @@ def test_every_engine_option_beyond_the_fusion_file_is_documented(name: str) -> 
 @each_page
 def test_environment_variables_that_are_named_exist(page: Path) -> None:
     names = {name.lower() for name in re.findall(rf"{PREFIX}([A-Z_]+)", page.read_text())}
-    assert names <= {*ServerSettings.model_fields, *EngineFlags.model_fields}
+    assert names <= {*ServerSettings.model_fields, *EngineOptions.model_fields}
 
 
 def test_the_example_fusion_file_is_valid_and_has_every_key() -> None:
@@ -188,28 +207,24 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 @each_page
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = re.findall(r"`((?:gating|server|tests|benchmarks|docs|requirements|deploy)/[\w./-]*)`", page.read_text())
+    named = re.findall(
+        r"`((?:ultrafuser|gating|server|tests|benchmarks|docs|requirements|deploy)/[\w./-]*)`", page.read_text()
+    )
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_readmes_tree_names_what_exists() -> None:
-    (tree,) = re.findall(r"^```\n(server/.*?)^```", README, re.MULTILINE | re.DOTALL)
-    folder = ROOT
-    for line in tree.splitlines():
-        names = re.findall(r"(?:^|\s)([\w.]+(?:\.py|\.md|/)|Dockerfile|Makefile|\.ci/run)(?=\s|$)", line)
-        if not line.startswith(" "):
-            folder = ROOT / names[0]
-            assert folder.exists(), names[0]
-        for name in names:
-            places = (folder, ROOT, ROOT / "docs")
-            assert any((place / name).exists() for place in places), f"{name} in {line!r}"
+@pytest.mark.parametrize("folder", README_TREE)
+def test_the_readmes_tree_names_what_exists_where_it_is(folder: str) -> None:
+    assert (ROOT / folder).is_dir()
+    names = re.findall(r"(?:^|[\s(])([\w./-]+\.(?:py|md|yml|toml)|Dockerfile|Makefile|\.ci/run)\b", README_TREE[folder])
+    places = (ROOT / folder, ROOT) if folder else (ROOT,)
+    assert [name for name in names if not (places["/" in name and len(places) > 1] / name).exists()] == []
 
 
 def test_every_folder_at_the_top_has_a_line_in_the_readmes_tree() -> None:
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
-    assert {"gating", "server", "tests"} <= set(packages)
-    for name in [*packages, "docs", "requirements"]:
-        assert re.search(rf"^{name}/\s+\S", README, re.MULTILINE), f"{name}/ is missing in the README's tree"
+    assert {"gating", "server", "tests", "ultrafuser"} <= set(packages)
+    assert [name for name in [*packages, "docs", "requirements"] if not README_TREE[f"{name}/"].strip()] == []
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gating.model.cache import Artifact, Tick, build_once
+from ultrafuser.gating.model.cache import Artifact, Tick, build_once
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOCK = ROOT / "requirements" / "deploy.lock"

@@ -1,1 +1,1 @@
-"""`ultrafuser analyze`: what a gate does, as numbers, pictures and a page, and runs' curves. Trains nothing."""
+"""`ultrafuser analyze`: what a gate does, as numbers, pictures and a page; curves of runs. Does not train or serve."""

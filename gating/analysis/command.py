@@ -1,32 +1,32 @@
 """Shows what a gate does: `ultrafuser analyze`. Weights as tables and pictures, tokens in colour, training curves.
 
-Puts the parts of `gating/analyzing/` together. See docs/evaluation.md.
+Puts the parts of `gating/analysis/` together. See docs/evaluation.md.
 """
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from gating.commands.flags import CommandError, parse_command, require
-from gating.training.settings import Count, Precision
+from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Precision
+from ultrafuser.gating.commands.flags import parse_command, require
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import json_bytes, write_file
+from ultrafuser.gating.model.cache import cache_folder
 
 if TYPE_CHECKING:
-    from gating.analysis.transcripts import ShownConversation
-    from gating.analysis.weights import GateReading
-    from gating.evaluation.held_out import ReadingTask
-    from gating.model.cache import Report
+    from ultrafuser.gating.analysis.transcripts import ShownConversation
+    from ultrafuser.gating.analysis.weights import GateReading
+    from ultrafuser.gating.evaluation.held_out import ReadingTask
+    from ultrafuser.gating.model.cache import Report
 
 
-class AnalysisSettings(BaseModel):
+class AnalysisSettings(CommandSettings):
     """One analysis."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     fusion: str | None = None
     """Fusion file, folder or preset whose gate is shown on --data."""
@@ -56,8 +56,7 @@ class AnalysisSettings(BaseModel):
     seed: int = 0
     """Draws conversations, and resamples for intervals."""
 
-    cache: str | None = None
-    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+    cache: CacheFolder = None
 
     @model_validator(mode="after")
     def _check(self) -> "AnalysisSettings":
@@ -70,21 +69,15 @@ class AnalysisSettings(BaseModel):
         return self
 
 
-def parse_settings(argv: Sequence[str], cache: str | None = None) -> AnalysisSettings:
-    """Read the command line of `ultrafuser analyze`; prints and exits for `--help`. `cache` is as in `run`.
-
-    Raises:
-        CommandError: an unknown flag, or a value that does not fit.
-    """
-    return parse_command(
-        AnalysisSettings,
-        argv,
-        prog="ultrafuser analyze",
-        usage="[FUSION --data DOMAIN=FILE ...] [--run FOLDER ...] --output FOLDER",
-        description="Show what a fused model's gate does on conversations, and the curves of training runs.",
-        positional="fusion",
-        defaults={"cache": cache},
-    )
+parse_settings = partial(
+    parse_command,
+    AnalysisSettings,
+    prog="ultrafuser analyze",
+    usage="[FUSION --data DOMAIN=FILE ...] [--run FOLDER ...] --output FOLDER",
+    description="Show what a fused model's gate does on conversations, and the curves of training runs.",
+    positional="fusion",
+)
+"""Reads the command line of `ultrafuser analyze`, as `parse_command` does."""
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:
@@ -108,28 +101,30 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
     output = _folder(settings.output)
     contents: dict[str, bytes] = {}
     if settings.run:
-        from gating.analysis.curves import draw_curves
-        from gating.analysis.pictures import png
-        from gating.analysis.runs import read_runs
+        from ultrafuser.gating.analysis.curves import draw_curves
+        from ultrafuser.gating.analysis.pictures import png
+        from ultrafuser.gating.analysis.runs import read_runs
 
         contents["curves.png"] = png(draw_curves(read_runs(settings.run)))
     if settings.fusion is not None:
         contents |= _show_gate(settings, settings.fusion)
-    return [_write(output / name, content) for name, content in contents.items()]
+    for name, content in contents.items():
+        write_file(output / name, content)
+    return [output / name for name in contents]
 
 
 def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
     """Read the conversations; contents of the files that show the gate, by name."""
     require("datasets", "eval")
-    from gating.analysis.page import render_page
-    from gating.analysis.pictures import draw_entropy, draw_heatmap, png
-    from gating.analysis.tables import as_json, as_markdown
-    from gating.analysis.token_grid import draw_tokens
-    from gating.analysis.weights import summarize
-    from gating.commands.progress_bar import StepProgress
-    from gating.commands.provenance import PROVENANCE_FILE, collect_provenance
-    from gating.model.loading import identify
-    from gating.model.packaged import hidden_bars
+    from ultrafuser.gating.analysis.page import render_page
+    from ultrafuser.gating.analysis.pictures import draw_entropy, draw_heatmap, png
+    from ultrafuser.gating.analysis.tables import as_json, as_markdown
+    from ultrafuser.gating.analysis.token_grid import draw_tokens
+    from ultrafuser.gating.analysis.weights import summarize
+    from ultrafuser.gating.commands.provenance import PROVENANCE_FILE, collect_provenance
+    from ultrafuser.gating.model.loading import identify
+    from ultrafuser.gating.model.packaged import hidden_bars
+    from ultrafuser.gating.progress_bar import StepProgress
 
     with closing(StepProgress()) as progress, hidden_bars():
         task = _prepare(settings, fusion, progress)
@@ -142,9 +137,9 @@ def _show_gate(settings: AnalysisSettings, fusion: str) -> dict[str, bytes]:
     shown = _shown(settings, task, reading)
     first = list({conversation.domain: conversation for conversation in reversed(shown)}.values())[::-1]
     return {
-        "weights.json": _json(as_json(name, summaries)),
+        "weights.json": json_bytes(as_json(name, summaries)),
         "weights.md": as_markdown(name, summaries).encode(),
-        PROVENANCE_FILE: _json(provenance),
+        PROVENANCE_FILE: json_bytes(provenance),
         "heatmap.png": png(draw_heatmap(reading)),
         "entropy.png": png(draw_entropy(reading)),
         "tokens.html": render_page(name, specialists, shown).encode(),
@@ -158,17 +153,17 @@ def _prepare(settings: AnalysisSettings, fusion: str, on_progress: "Report") -> 
     Raises:
         CommandError: a fusion without a gate.
     """
-    from gating.data.conversations import DataFile
-    from gating.evaluation.held_out import ReadingOptions, prepare_task
-    from gating.model.fusion import load_fusion
-    from gating.model.materialize import DEFAULT_CACHE_DIR
+    from ultrafuser.gating.data.conversations import DataFile
+    from ultrafuser.gating.evaluation.held_out import ReadingOptions, prepare_task
+    from ultrafuser.gating.model.fusion import load_fusion
 
     files = [DataFile.parse(file) for file in settings.data]
     loaded = load_fusion(fusion)
     if loaded.gate is None or len(loaded.specialists) < 2:
         raise CommandError(f"{fusion}: has no gate to analyze; name a fusion of two or more specialists with a gate")
-    cache_dir = (Path(settings.cache) if settings.cache else DEFAULT_CACHE_DIR).expanduser()
-    options = ReadingOptions(cache_dir, settings.limit, settings.seed, settings.max_length, settings.precision)
+    options = ReadingOptions(
+        cache_folder(settings.cache), settings.limit, settings.seed, settings.max_length, settings.precision
+    )
     return prepare_task(fusion, files, options, on_progress)
 
 
@@ -176,9 +171,9 @@ def read_gate(task: "ReadingTask") -> "GateReading":
     """The gate's weights on every response token of the task's conversations."""
     import numpy as np
 
-    from gating.analysis.transcripts import positions_in_responses
-    from gating.analysis.weights import GateReading
-    from gating.evaluation.held_out import FUSED
+    from ultrafuser.gating.analysis.transcripts import positions_in_responses
+    from ultrafuser.gating.analysis.weights import GateReading
+    from ultrafuser.gating.evaluation.held_out import FUSED
 
     reading = task.read_fusion()
     masks = (row["response_mask"][0] for row in task.rows.dataset)
@@ -195,7 +190,7 @@ def read_gate(task: "ReadingTask") -> "GateReading":
 def _shown(settings: AnalysisSettings, task: "ReadingTask", reading: "GateReading") -> list["ShownConversation"]:
     from transformers import AutoTokenizer
 
-    from gating.analysis.transcripts import choose, show
+    from ultrafuser.gating.analysis.transcripts import choose, show
 
     leader = task.prepared.specialists[0]
     tokenizer = AutoTokenizer.from_pretrained(leader.model, revision=leader.revision)
@@ -214,19 +209,3 @@ def _folder(output: str) -> Path:
     except OSError as error:
         raise CommandError(f"--output: {output}: cannot be a folder ({error.strerror}); name another") from error
     return folder
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """The file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-    return path
-
-
-def _json(content: object) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from gating.analysis.runs import RunCurves, Series
-from gating.analysis.styles import MARKERS, PALETTE, PLOT_LINES
+from ultrafuser.gating.analysis.runs import RunCurves, Series
+from ultrafuser.gating.analysis.styles import MARKERS, PALETTE, PLOT_LINES
 
 PANEL_SIZE = (3.9, 2.6)
 """Inches."""
@@ -34,8 +34,7 @@ class Panel:
     label: str
     """Of the vertical axis."""
 
-    curves: tuple[tuple[Series, dict[str, Any]], ...]
-    """Each with its look."""
+    curves: Sequence[tuple[Series, dict[str, Any]]]
 
 
 def draw_curves(runs: Sequence[RunCurves]) -> Figure:
@@ -62,20 +61,20 @@ def _panels(runs: Sequence[RunCurves]) -> Iterator[Panel]:
     looks = [_look(labels.index(run.label)) for run in runs]
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
     specialists = _specialists(runs)
-    yield Panel(0, 0, "training loss", "nats per token", _pair([run.loss for run in runs], looks))
+    yield Panel(0, 0, "training loss", "nats per token", tuple(zip([run.loss for run in runs], looks, strict=True)))
     if any(len(run.domains) > 1 for run in runs):
-        means = [run.eval_loss for run in runs]
-        yield Panel(0, 1, "evaluation loss, mean of domains", "", _pair(means, looks))
+        means = tuple(zip([run.eval_loss for run in runs], looks, strict=True))
+        yield Panel(0, 1, "evaluation loss, mean of domains", "", means)
     for column, domain in enumerate(domains):
-        losses = [run.domains.get(domain, Series()) for run in runs]
-        yield Panel(1, column, f"evaluation loss, {domain}", "" if column else "nats per token", _pair(losses, looks))
+        losses = tuple(zip([run.domains.get(domain, Series()) for run in runs], looks, strict=True))
+        yield Panel(1, column, f"evaluation loss, {domain}", "" if column else "nats per token", losses)
         if specialists:
             curves = [
                 (run.gate.get(domain, {}).get(name, Series()), {**look, "linestyle": _line(index)})
                 for run, look in zip(runs, looks, strict=True)
                 for index, name in enumerate(specialists)
             ]
-            yield Panel(2, column, f"mean gate weights, {domain}", "" if column else "weight", tuple(curves))
+            yield Panel(2, column, f"mean gate weights, {domain}", "" if column else "weight", curves)
 
 
 def _labels(runs: Sequence[RunCurves]) -> list[str]:
@@ -106,10 +105,6 @@ def _draw(chart: Axes, panel: Panel) -> None:
     chart.set(xlabel="step", ylabel=panel.label)
     chart.xaxis.set_major_locator(MaxNLocator(integer=True))
     chart.spines[["top", "right"]].set_visible(False)
-
-
-def _pair(series: Sequence[Series], looks: Sequence[dict[str, Any]]) -> tuple[tuple[Series, dict[str, Any]], ...]:
-    return tuple(zip(series, looks, strict=True))
 
 
 def _look(index: int) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from gating.analysis.styles import style_of
-from gating.analysis.weights import Floats, GateReading
+from ultrafuser.gating.analysis.styles import style_of
+from ultrafuser.gating.analysis.weights import Floats, GateReading
 
 DPI = 130
 HEATMAP_WIDTH, ENTROPY_SIZE = 11.0, (11.0, 4.2)

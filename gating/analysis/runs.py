@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
-from gating.training.settings import RUN_FOLDER
+from ultrafuser.gating.commands.run_folder import MANIFEST_FILE, RUN_FOLDER
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import split_name
 
-MANIFEST_FILE = "manifest.json"
 _LOSS, _GATE = "eval_loss_", "eval_gate_"
 
 
@@ -25,7 +25,6 @@ class Series:
     values: list[float] = field(default_factory=list)
 
     def add(self, step: int, value: float) -> None:
-        """Append a point."""
         self.steps.append(step)
         self.values.append(value)
 
@@ -59,30 +58,23 @@ def read_runs(arguments: Sequence[str]) -> list[RunCurves]:
     Raises:
         CommandError: a folder without a run, or with one that has logged no loss.
     """
-    pairs = [_split(argument) for argument in arguments]
-    names = Counter(Path(folder).resolve().name for _, folder in pairs)
+    pairs = [split_name(argument) for argument in arguments]
+    names = Counter(folder.resolve().name for _, folder in pairs)
     runs = []
     for label, folder in pairs:
-        name = Path(folder).resolve().name
+        name = folder.resolve().name
         # Runs are often told apart by an outer folder: then the whole path is the label.
-        run = _curves(label or (name if names[name] == 1 else folder), _history(folder))
+        run = _curves(label or (name if names[name] == 1 else str(folder)), _history(folder))
         if not run.loss.steps and not run.eval_loss.steps:
             raise CommandError(f"--run: {folder} has logged no loss; look at it again after its first checkpoint")
         runs.append(run)
     return runs
 
 
-def _split(argument: str) -> tuple[str, str]:
-    """Label and folder; no label if the whole is a folder's name."""
-    label, equals, folder = argument.partition("=")
-    return ("", argument) if not equals or Path(argument).is_dir() else (label, folder)
-
-
-def _history(folder: str) -> list[dict[str, Any]]:
+def _history(folder: Path) -> list[dict[str, Any]]:
     """The log of the whole run, or up to the newest checkpoint of one that is not done."""
-    root = Path(folder).expanduser()
-    manifest = root / MANIFEST_FILE
-    states = root.glob(f"{RUN_FOLDER}/checkpoint-*/trainer_state.json")
+    manifest = folder / MANIFEST_FILE
+    states = folder.glob(f"{RUN_FOLDER}/checkpoint-*/trainer_state.json")
     newest = max(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
     for path, key in ((manifest, "history"), (newest, "log_history")):
         if path is not None and path.is_file():
@@ -102,20 +94,12 @@ def _curves(label: str, history: Sequence[Mapping[str, Any]]) -> RunCurves:
             loss.add(step, float(entry["loss"]))
         if "eval_loss" in entry:
             eval_loss.add(step, float(entry["eval_loss"]))
-        for domain in (key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS)):
+        own = [key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS)]
+        for domain in own:
             domains[domain].add(step, float(entry[_LOSS + domain]))
-            for name in _gate_names(entry, domain):
-                gate[domain][name].add(step, float(entry[f"{_GATE}{domain}_{name}"]))
+        for key, value in entry.items():
+            # The longest name: `math` must not take the numbers of `math_easy`.
+            domain = max((name for name in own if key.startswith(f"{_GATE}{name}_")), key=len, default="")
+            if domain:
+                gate[domain][key.removeprefix(f"{_GATE}{domain}_")].add(step, float(value))
     return RunCurves(label, loss, eval_loss, domains, gate)
-
-
-def _gate_names(entry: Mapping[str, Any], domain: str) -> list[str]:
-    """Specialists whose weight on a domain is in a log entry. `math` must not take the numbers of `math_easy`."""
-    prefix = f"{_GATE}{domain}_"
-    longer = [
-        f"{_GATE}{other}_"
-        for other in (key.removeprefix(_LOSS) for key in entry if key.startswith(_LOSS))
-        if other.startswith(f"{domain}_")
-    ]
-    keys = [key for key in entry if key.startswith(prefix) and not key.startswith(tuple(longer))]
-    return [key.removeprefix(prefix) for key in keys]

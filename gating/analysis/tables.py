@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating.analysis.weights import INTERVAL, DomainSummary, Estimate
+from ultrafuser.gating.analysis.weights import INTERVAL, DomainSummary, Estimate
 
 
 def as_json(fusion: str, summaries: Mapping[str, DomainSummary]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Conversations as a picture (paper: Figures 8, 9): letters on a grid, coloured by the gate.
+"""Conversations as a picture (paper: Figures 8, 9): characters on a grid, coloured by the gate.
 
 Knows shown conversations. The grid is laid out without matplotlib's help: that could not wrap coloured words.
 """
@@ -6,18 +6,17 @@ Knows shown conversations. The grid is laid out without matplotlib's help: that 
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gating.analysis.pictures import DPI
-from gating.analysis.styles import CONTROLS, NUM_LEVELS, level, style_of
-from gating.analysis.transcripts import ShownConversation
+from ultrafuser.gating.analysis.pictures import DPI
+from ultrafuser.gating.analysis.styles import CONTROLS, NUM_LEVELS, level, style_of
+from ultrafuser.gating.analysis.transcripts import ShownConversation
 
 NUM_COLUMNS = 110
 MOST_LINES = 40
@@ -27,9 +26,9 @@ _MOST_TURNS = 3
 _MOST_CONVERSATIONS = 12
 """With these limits a picture stays below the 65,536 pixels that Agg can draw."""
 
-# Whole pixels: letters are hinted to them, and those of a word would not fill their cells.
+# Whole pixels: characters are hinted to them, and those of a word would not fill their cells.
 _CELL_WIDTH = 9 / DPI
-_FONT_SIZE = 72 * _CELL_WIDTH / 0.602  # points; the letters of DejaVu Sans Mono have this width
+_FONT_SIZE = 72 * _CELL_WIDTH / 0.602  # points; the characters of DejaVu Sans Mono have this width
 _LINE_HEIGHT = 1.8 * _FONT_SIZE / 72
 _MARGIN = 0.2
 _STRONGEST = 0.6
@@ -52,8 +51,8 @@ _MISSING = "\u25a1"
 
 
 @dataclass(frozen=True)
-class Run:
-    """Letters of one token that stand on one line."""
+class TextRun:
+    """Characters of one token that stand on one line."""
 
     line: int
     column: int
@@ -65,33 +64,34 @@ class Run:
     """Number of the text that they are of."""
 
 
-def lay_out(texts: Sequence[str], num_columns: int = NUM_COLUMNS) -> list[Run]:
+def lay_out(texts: Sequence[str], num_columns: int = NUM_COLUMNS) -> list[TextRun]:
     """Texts one after the other on a grid; a line ends at its last column, and after each line end in the texts.
 
-    A text that fits on a line is not broken. Wide letters (CJK, emoji) take two cells, combining marks none. A line
+    A text that fits on a line is not broken. Wide characters (CJK, emoji) take two cells, combining marks none. A line
     end is shown by an arrow; tabs go to the next column that is a multiple of four. What is not as wide as
-    a letter of the first font is a run of its own.
+    a character of the first font is a run of its own.
     """
-    runs: list[Run] = []
+    runs: list[TextRun] = []
     line = column = 0
     for owner, text in enumerate(texts):
         is_open = False  # whether the last run goes on
-        if column + (width := _width(text.partition("\n")[0])) > num_columns and width <= num_columns:
+        width = sum(_cells(character, 0)[1] for character in text.partition("\n")[0])
+        if column + width > num_columns and width <= num_columns:
             line, column = line + 1, 0
-        for letter in text:
-            shown, width = _cells(letter, column)
-            if column + width > num_columns and width and letter != "\n":
+        for character in text:
+            shown, width = _cells(character, column)
+            if column + width > num_columns and width and character != "\n":
                 line, column, is_open = line + 1, 0, False
             is_alone = width > 1 or not _is_regular(shown)
-            last = runs[-1] if is_open and not is_alone else Run(line, column, 0, "", owner)
-            run = Run(last.line, last.column, last.width + width, last.text + shown, owner)
+            last = runs[-1] if is_open and not is_alone else TextRun(line, column, 0, "", owner)
+            run = TextRun(last.line, last.column, last.width + width, last.text + shown, owner)
             if last.text:
                 runs[-1] = run
             else:
                 runs.append(run)
             column += width
             is_open = not is_alone
-            if letter == "\n":
+            if character == "\n":
                 line, column, is_open = line + 1, 0, False
     return runs
 
@@ -122,15 +122,14 @@ def draw_tokens(specialists: Sequence[str], conversations: Sequence[ShownConvers
     blocks = [_legend(specialists), _plain(" ", _Look())]
     for conversation in conversations[:_MOST_CONVERSATIONS]:
         blocks += _blocks(conversation)
-    placed: list[tuple[Run, _Look]] = []
+    placed: list[tuple[TextRun, _Look]] = []
     num_lines = 0
     for block in blocks:
         runs = lay_out(block.texts)
         shown = range(1 + max((run.line for run in runs), default=0))[block.begin : block.end]
         for run in runs:
             if run.line in shown:
-                line = num_lines + run.line - shown[0]
-                placed.append((Run(line, run.column, run.width, run.text, run.owner), block.looks[run.owner]))
+                placed.append((replace(run, line=num_lines + run.line - shown[0]), block.looks[run.owner]))
         num_lines += len(shown)
     width, height = NUM_COLUMNS * _CELL_WIDTH + 2 * _MARGIN, num_lines * _LINE_HEIGHT + 2 * _MARGIN
     figure = Figure(figsize=(width, height))
@@ -171,7 +170,7 @@ def _plain(text: str, look: _Look, begin: int | None = None) -> _Block:
     return _Block(words, [look] * len(words), begin)
 
 
-def _draw(chart: Axes, placed: Sequence[tuple[Run, _Look]]) -> None:
+def _draw(chart: Axes, placed: Sequence[tuple[TextRun, _Look]]) -> None:
     for run, look in placed:
         if look.leader is not None and run.width:
             colour, alpha = style_of(look.leader).colour, _STRONGEST * look.level / NUM_LEVELS
@@ -181,9 +180,8 @@ def _draw(chart: Axes, placed: Sequence[tuple[Run, _Look]]) -> None:
             run.column, run.line + 0.66, run.text, color=look.ink, fontsize=_FONT_SIZE, family=_families(),
             weight="bold" if look.is_heading else "normal", verticalalignment="baseline", parse_math=False,
         )  # fmt: skip
-    marks = [(look.leader, run) for run, look in placed if look.leader is not None]
-    for leader, group in groupby(sorted(marks, key=lambda mark: mark[0]), key=lambda mark: mark[0]):
-        runs = [run for _, run in group]
+    for leader in sorted({look.leader for _, look in placed if look.leader is not None}):
+        runs = [run for run, look in placed if look.leader == leader]
         chart.hlines(
             [run.line + 0.88 for run in runs],
             [run.column for run in runs],
@@ -194,20 +192,17 @@ def _draw(chart: Axes, placed: Sequence[tuple[Run, _Look]]) -> None:
         )
 
 
-def _width(text: str) -> int:
-    return sum(_cells(letter, 0)[1] for letter in text)
-
-
-def _cells(letter: str, column: int) -> tuple[str, int]:
-    """How a letter is shown, and how many cells it takes."""
-    if letter == "\n":
+def _cells(character: str, column: int) -> tuple[str, int]:
+    """How a character is shown, and how many cells it takes."""
+    if character == "\n":
         return "\u21b5", 1
-    if letter == "\t":
+    if character == "\t":
         return " " * (4 - column % 4), 4 - column % 4
-    letter = letter.translate(CONTROLS)
-    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
-        return (letter if _can_draw(letter) else ""), 0
-    return (letter if _can_draw(letter) else _MISSING), 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+    character = character.translate(CONTROLS)
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return (character if _can_draw(character) else ""), 0
+    width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return (character if _can_draw(character) else _MISSING), width
 
 
 @cache
@@ -217,14 +212,14 @@ def _families() -> list[str]:
 
 
 @cache
-def _can_draw(letter: str) -> bool:
-    return any(_has(name, letter) for name in _families())
+def _can_draw(character: str) -> bool:
+    return any(_has(name, character) for name in _families())
 
 
 @cache
-def _is_regular(letters: str) -> bool:
-    return all(_has(_FAMILIES[0], letter) for letter in letters)
+def _is_regular(characters: str) -> bool:
+    return all(_has(_FAMILIES[0], character) for character in characters)
 
 
-def _has(family: str, letter: str) -> bool:
-    return bool(font_manager.get_font(font_manager.findfont(family)).get_char_index(ord(letter)))
+def _has(family: str, character: str) -> bool:
+    return bool(font_manager.get_font(font_manager.findfont(family)).get_char_index(ord(character)))

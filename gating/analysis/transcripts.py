@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from gating.analysis.weights import GateReading
+from ultrafuser.gating.analysis.weights import GateReading
 
 _REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
 
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One response token."""
-
     text: str
     """What it adds to the response: empty if it only begins a character that the next ones complete."""
 
@@ -58,11 +56,9 @@ class ShownConversation:
 
     turns: tuple[Turn, ...]
     mean_weights: tuple[float, ...]
-    """Over its tokens."""
 
     @property
     def tokens(self) -> tuple[ShownToken, ...]:
-        """Of all its responses."""
         return tuple(token for turn in self.turns for token in turn.tokens)
 
 
@@ -85,7 +81,9 @@ def show(
     numbers = zip(weights, reading.losses_N[tokens].tolist(), reading.entropy_N[tokens].tolist(), strict=True)
     turns, prompt = [], ""
     # `numbers` runs on from one response to the next: zip asks it last, so none is lost between them.
-    for is_response, ids in _spans(row["input_ids"][0], row["response_mask"][0]):
+    pairs = zip(row["response_mask"][0], row["input_ids"][0], strict=True)
+    for is_response, own_pairs in groupby(pairs, key=lambda pair: pair[0]):
+        ids = [token for _, token in own_pairs]
         if not is_response:
             prompt = _decode(tokenizer, ids)
             continue
@@ -127,11 +125,6 @@ def _common(one: str, other: str) -> int:
     """How many letters they begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (first, second) in pairs if first != second), min(len(one), len(other)))
-
-
-def _spans(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[bool, list[int]]]:
-    pairs = groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0])
-    return [(is_response, [token for _, token in own]) for is_response, own in pairs]
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

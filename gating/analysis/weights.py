@@ -43,7 +43,11 @@ class GateReading:
     @cached_property
     def entropy_N(self) -> Floats:
         """Nats, from 0 (one specialist alone) to log S (equal weights)."""
-        return _entropy(self.weights_SN)
+        # A closed gate's weights are exactly 0, whose part is 0.
+        weights_SN = self.weights_SN
+        logs_SN = np.log(weights_SN, out=np.zeros_like(weights_SN), where=weights_SN > 0)
+        # Weights in float32 may sum to a little more than one.
+        return np.maximum(-(weights_SN * logs_SN).sum(axis=0), 0)
 
     @cached_property
     def leaders_N(self) -> NDArray[np.int64]:
@@ -124,13 +128,6 @@ def summarize(reading: GateReading, seed: int = 0) -> dict[str, DomainSummary]:
             entropy=estimates[-1],
         )
     return found
-
-
-def _entropy(weights_SN: Floats) -> Floats:
-    # A closed gate's weights are exactly 0, whose part is 0.
-    logs_SN = np.log(weights_SN, out=np.zeros_like(weights_SN), where=weights_SN > 0)
-    # Weights in float32 may sum to a little more than one.
-    return np.maximum(-(weights_SN * logs_SN).sum(axis=0), 0)
 
 
 def _estimate(sums_KR: Floats, tokens_R: Floats, generator: np.random.Generator) -> list[Estimate]:

@@ -1,1 +1,1 @@
-"""What commands share: flags out of settings, progress, provenance, run folders, asking a server. Knows no model."""
+"""What commands share: flags out of settings, provenance, run folders, asking a server. Knows no model, no command."""

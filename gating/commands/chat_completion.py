@@ -1,4 +1,4 @@
-"""The wire format of chat completions: what a server's response means. Sends nothing."""
+"""Chat completions of an OpenAI API: what a server's response says, and what its refusal means. Sends nothing."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from gating.commands.flags import CommandError
+from ultrafuser.gating.errors import EndpointError
 
 _AGAIN = frozenset({408, 409, 429})
 _SETTINGS = {
@@ -17,11 +17,7 @@ _SETTINGS = {
 }
 
 
-class EndpointError(CommandError):
-    """No request can succeed. One line that names the setting, and the way out."""
-
-
-class FailedError(Exception):
+class RequestFailedError(Exception):
     """A request has failed for good, as far as this run goes."""
 
     def __init__(self, reason: str, *, is_final: bool = False) -> None:
@@ -34,7 +30,6 @@ class Completion:
     """What is kept of a chat completion."""
 
     text: str
-    """The first choice's."""
 
     finish_reason: str
     """As the server names it."""
@@ -46,8 +41,8 @@ class Completion:
     """Tokens of the prompt and of the completion, as the server counts them; None if it does not."""
 
 
-class BrokenError(Exception):
-    """The server answered with something that is no answer."""
+class NoCompletionError(Exception):
+    """A server's response is a success, and no chat completion."""
 
 
 def check_address(base_url: str) -> str:
@@ -80,24 +75,20 @@ def read_completion(content: Any) -> Completion:
     text = choice["message"].get("content") or ""
     if not isinstance(text, str):
         raise TypeError("content is no text")
+    usage = content.get("usage")
     return Completion(
         text=text,
         finish_reason=str(choice.get("finish_reason")),
         top_logprobs=tuple((item["token"], float(item["logprob"])) for item in candidates) or None,
-        usage=_usage(content),
+        usage=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None,
     )
-
-
-def _usage(content: Any) -> tuple[int, int] | None:
-    usage = content.get("usage")
-    return (int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
 
 
 def content_of(response: httpx.Response, path: str) -> Any:
     """The JSON of a response that is a success.
 
     Raises:
-        BrokenError: it is not JSON, or not of the form that is read from it.
+        NoCompletionError: it is not JSON, or not a chat completion's.
     """
     try:
         content = response.json()
@@ -105,14 +96,14 @@ def content_of(response: httpx.Response, path: str) -> Any:
             read_completion(content)
         return content
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BrokenError(f"not a chat completion: {response.text:.80}") from error
+        raise NoCompletionError(f"not a chat completion: {response.text:.80}") from error
 
 
 def refusal(response: httpx.Response) -> str:
     """Why a response is not a success, if asking again may help.
 
     Raises:
-        FailedError: it may not.
+        RequestFailedError: it may not.
         EndpointError: it may not for any other request either.
     """
     reason = f"HTTP {response.status_code}: {_message(response):.300}"
@@ -121,7 +112,7 @@ def refusal(response: httpx.Response) -> str:
         raise EndpointError(f"{_SETTINGS[status]} ({reason}); correct it")
     if status in _AGAIN or status >= 500:
         return reason
-    raise FailedError(reason, is_final=True)
+    raise RequestFailedError(reason, is_final=True)
 
 
 def _message(response: httpx.Response) -> str:

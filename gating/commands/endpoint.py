@@ -12,21 +12,23 @@ from typing import Any, Self
 
 import httpx
 
-from gating.commands.chat_completion import (
-    BrokenError,
+from ultrafuser.gating.commands.chat_completion import (
     Completion,
-    EndpointError,
-    FailedError,
+    NoCompletionError,
+    RequestFailedError,
     check_address,
     content_of,
     read_completion,
     refusal,
     retry_after,
 )
+from ultrafuser.gating.errors import EndpointError
 
 MAX_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
+ENDPOINT_FIELDS = {"base_url", "api_key", "timeout_seconds", "concurrency"}
+"""Of a command's settings: what an `Endpoint` is made with."""
 
 
 class Endpoint:
@@ -86,15 +88,15 @@ class Endpoint:
         try:
             content = await self._send("GET", "/models", None)
             return str(content["data"][0]["id"])
-        except (FailedError, LookupError, TypeError) as error:
-            reason = str(error) if isinstance(error, FailedError) else "it names none"
+        except (RequestFailedError, LookupError, TypeError) as error:
+            reason = str(error) if isinstance(error, RequestFailedError) else "it names none"
             raise EndpointError(f"model: {self._base_url}/models cannot be asked ({reason}); name the model") from error
 
     async def complete(self, body: Mapping[str, Any]) -> Completion:
         """The answer to a request for a chat completion.
 
         Raises:
-            FailedError: there is none, and asking again in this run would not help.
+            RequestFailedError: there is none, and asking again in this run would not help.
             EndpointError: no request can succeed: nothing listens there, or key or model are refused.
         """
         return read_completion(await self._send("POST", "/chat/completions", body))
@@ -113,7 +115,7 @@ class Endpoint:
             except TimeoutError as error:
                 reason = f"no answer within {self._timeout_seconds:g} s"
                 if not self._asks_again_when_late:
-                    raise FailedError(reason) from error
+                    raise RequestFailedError(reason) from error
             except httpx.ConnectError as error:
                 if not tries_left:
                     raise EndpointError(
@@ -121,13 +123,13 @@ class Endpoint:
                         " answers so far are kept"
                     ) from error
                 reason = f"cannot connect: {error}"
-            except (httpx.RequestError, BrokenError) as error:
+            except (httpx.RequestError, NoCompletionError) as error:
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
             if tries_left:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 # Spread, so that requests that failed together do not come back together.
                 await asyncio.sleep(wait if wait is not None else pause * random.uniform(0.25, 0.5))
-        raise FailedError(f"{reason}, {MAX_TRIES} times")
+        raise RequestFailedError(f"{reason}, {MAX_TRIES} times")
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
         client = await self._idle.get()

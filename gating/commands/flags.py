@@ -1,20 +1,28 @@
-"""Command lines laid out from settings: one flag for each field of a frozen model, with the field's text as its help.
+"""Settings out of a command line and an environment: one flag, and one variable, for each field of a frozen model.
 
-Knows argparse and pydantic, and no command. Imports no torch, so that `--help` answers at once.
+A field's docstring is its help. A bool is a flag without a value, a tuple takes several values, a dict takes JSON, a
+whole number may have a suffix (4K); an alias is the flag's name where the field cannot have it. Knows argparse and
+pydantic, and no command. Imports no torch, so that `--help` answers at once.
 """
 
 import argparse
 import importlib
+import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from contextlib import suppress
+from functools import partial
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from ultrafuser.gating.errors import CommandError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
-
-class CommandError(ValueError):
-    """What was asked for cannot be done. One line that names the flag, file or field and the way out."""
+_NOTHING: Mapping[str, Any] = {}
+_SUFFIXED = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])i?B?")
 
 
 def require(package: str, extra: str) -> None:
@@ -34,80 +42,137 @@ def require(package: str, extra: str) -> None:
 def parse_command(
     model: type[Settings],
     argv: Sequence[str],
+    cache: str | None = None,
     *,
     prog: str,
     usage: str,
     description: str,
-    positional: str,
-    defaults: Mapping[str, Any],
+    positional: str = "",
 ) -> Settings:
-    """Read a command line into its settings; prints and exits for `--help`.
+    """Read a command line (without the command's name) into its settings; prints and exits for `--help`.
 
-    Args:
-        model: frozen, with a docstring under each field. A bool is a flag, `tuple[str, ...]` takes several values; an
-            alias is the flag's name where the field cannot have it.
-        argv: without the command's name.
-        prog: the command, for messages.
-        usage: its first line of help.
-        description: its second.
-        positional: the one field that is given without a flag; it may have a default.
-        defaults: replace the model's own.
+    `prog`, `usage` and `description` are for the help. `positional` is the one field that is given without a flag; it
+    may have a default. `cache` is the default of the field of that name, where there is one.
 
     Raises:
         CommandError: an unknown flag, or a value that does not fit.
     """
     parser = build_parser(model, prog=prog, usage=usage, description=description, positional=positional)
-    given = vars(parser.parse_args(argv))
+    return resolve(model, {"cache": cache, **vars(parser.parse_args(argv))})
+
+
+def build_parser(
+    model: type[BaseModel], *, prog: str, usage: str, description: str, positional: str = ""
+) -> argparse.ArgumentParser:
+    """All flags of a model, as `parse_command` describes them."""
+    parser = Parser(prog=prog, usage=f"{prog} {usage}", description=description)
+    add_flags(parser, model.model_fields, positional=positional)
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises its complaints as `CommandError`; a flag that was not given leaves no attribute."""
+
+    def __init__(self, **options: Any) -> None:
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
+        super().__init__(**options, formatter_class=formatter, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; see `{self.prog} --help`")
+
+
+def add_flags(
+    parser: Parser, fields: Mapping[str, FieldInfo], title: str = "", positional: str = "", overrides: bool = False
+) -> None:
+    """Add a flag for each field, in a section of the help if there is a title; `positional` as in `parse_command`.
+
+    `overrides`: an environment may have said something before. Then a bool can be switched off, too, and a tuple's flag
+    takes one value and is repeated.
+    """
+    group = parser.add_argument_group(title) if title else parser
+    for name, field in fields.items():
+        if name == positional:
+            count = None if field.is_required() else "?"
+            parser.add_argument(name, nargs=count, metavar=name.upper(), help=_help(field, overrides))
+        else:
+            name = field.alias or name
+            options = {"dest": name, "help": _help(field, overrides), **_options(name, field, overrides)}
+            group.add_argument(flag_of(name), **options)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def resolve(
+    model: type[Settings], flags: Mapping[str, Any], environment: Mapping[str, str] = _NOTHING, prefix: str = ""
+) -> Settings:
+    """Settings from parsed flags, else from the environment, both by name; names that the model lacks are left alone.
+
+    Of the environment all is text, several values with commas between them; `prefix` is that of its variables.
+
+    Raises:
+        CommandError: a value does not fit; names the flag or variable it came from.
+    """
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    given = {name: value for name, value in {**environment, **flags}.items() if name in fields}
     try:
-        return model(**{**defaults, **given})
+        return model(**{name: _value(fields[name], value) for name, value in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, CommandError):
             name, text = str(cause).split(":", 1)
-            raise type(cause)(f"--{name.replace('_', '-')}:{text}") from error
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise CommandError(f"{flag}: {first['msg']}, got {first['input']!r}; change the value") from error
+            raise type(cause)(f"{flag_of(name)}:{text}") from error
+        name = str(first["loc"][0])
+        source = flag_of(name) if name in flags else prefix + name.upper()
+        value = given[name] if len(first["loc"]) == 1 else first["input"]
+        raise CommandError(f"{source}: {first['msg']}, got {value!r}; change the value") from error
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message}; see `{self.prog} --help`")
+def _help(field: FieldInfo, overrides: bool) -> str:
+    text = " ".join((field.description or "").split())
+    is_off = field.default is False and not overrides
+    if not ("default:" in text.lower() or field.is_required() or is_off or field.default in (None, (), "")):
+        text = f"{text.rstrip('.')} (default: {field.default})."
+    return text.replace("%", "%%")
 
 
-def build_parser(
-    model: type[BaseModel], *, prog: str, usage: str, description: str, positional: str
-) -> argparse.ArgumentParser:
-    """All flags, as `parse_command` describes them; one that was not given leaves no attribute."""
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} {usage}",
-        description=description,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    for name, field in model.model_fields.items():
-        help_text = str(field.description).replace("%", "%%")
-        if name == positional:
-            count = None if field.is_required() else "?"
-            parser.add_argument(name, nargs=count, metavar=name.upper(), help=help_text)
-            continue
-        name = field.alias or name
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=help_text, **_options(name, field))
-    return parser
+def _options(name: str, field: FieldInfo, overrides: bool) -> dict[str, Any]:
+    kind = _kind(field)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction if overrides else "store_true"}
+    options = {"required": field.is_required(), "metavar": name.split("_")[-1].upper()}
+    if get_origin(kind) is tuple:
+        return options | ({"action": "append"} if overrides else {"action": "extend", "nargs": "+"})
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        if isinstance(choices[0], int):  # argparse makes a number of the text, pydantic would not
+            return {"type": int, "choices": choices}
+        return options | {"metavar": "{" + ",".join(choices) + "}"}
+    return options | {"metavar": {int: "N", float: "X"}.get(kind, options["metavar"])}
 
 
-def _options(name: str, field: Any) -> dict[str, Any]:
-    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    metavar = name.split("_")[-1].upper()
-    if field.annotation is bool:
-        return {"action": "store_true"}
-    if field.annotation == tuple[str, ...]:
-        # Each time it is named it adds to what was there: `--data a b` and `--data a --data b` are the same.
-        return {"nargs": "+", "action": "extend", "required": field.is_required(), "metavar": metavar}
-    literal = field.annotation if get_origin(field.annotation) is Literal else next(iter(kinds), None)
-    if get_origin(literal) is Literal:
-        choices = get_args(literal)
-        return {"type": type(choices[0]), "choices": choices}
-    return {"required": field.is_required(), "metavar": metavar}
+def _value(field: FieldInfo, text: Any) -> Any:
+    """What a text stands for, where the model itself would not read it: numbers with a suffix, JSON, several values."""
+    kind = _kind(field)
+    if not isinstance(text, str):
+        return text
+    if kind is int and (match := _SUFFIXED.fullmatch(text)):
+        number, unit = match.groups()
+        power = "kmgt".index(unit.lower()) + 1
+        return int(float(number) * (1000 if unit.islower() else 1024) ** power)
+    if get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(","))
+    if get_origin(kind) is dict:
+        with suppress(json.JSONDecodeError):  # the model says that it is none
+            return json.loads(text)
+    return text
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type of a field's values, without `| None` and constraints."""
+    kinds = get_args(field.annotation)
+    kind = kinds[0] if type(None) in kinds else field.annotation
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind

@@ -12,10 +12,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gating.commands.flags import CommandError
-from gating.commands.provenance import write_json
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import write_json
 
 SETTINGS_FILE = "settings.json"
+"""What a run that goes on must have in common with the one before."""
+
+MANIFEST_FILE = "manifest.json"
+"""Where a training run's result comes from, with its log."""
+
+RUN_FOLDER = "run"
+"""A training run's checkpoints and TensorBoard log, in its output folder."""
 
 
 @contextmanager
@@ -26,15 +33,12 @@ def sole_run(output: Path) -> Iterator[None]:
         CommandError: one is in it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(output / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise CommandError(f"output: another run writes to {output}; wait for it, or name another folder") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:

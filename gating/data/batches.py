@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gating.model.decoding import left_pad
+from ultrafuser.gating.model.decoding import left_pad
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def response_ids(row: Mapping[str, Any]) -> list[int]:
     return [token for token, is_response in pairs if is_response]
 
 
-def collate_states(rows: Sequence[tuple[list[Tensor], Tensor]]) -> dict[str, Any]:
+def collate_hidden_states(rows: Sequence[tuple[list[Tensor], Tensor]]) -> dict[str, Any]:
     """Cached rows (`gating/data/hidden_states.py`) as a batch for `CachedLearner`: `hidden_states` S x [N, D_s] and
     `labels` [N]."""
     num_specialists = len(rows[0][0])

@@ -4,20 +4,15 @@ A row is one JSON object: `{"domain": "code", "messages": [{"role": "user", "con
 ignored. A row that cannot be used is reported with file, line and reason. Knows no tokens.
 """
 
-import gzip
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from gating.training.settings import TrainError
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.files import read_lines, split_name
 
 ROLES = ("system", "developer", "user", "assistant")
-
-
-class DataError(TrainError):
-    """Training data cannot be used. One line that names the file or the domain, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +32,10 @@ class DataFile:
         Raises:
             DataError: there is no such file.
         """
-        domain, equals, path = argument.partition("=")
-        if not equals or Path(argument).is_file():
-            domain, path = "", argument
-        if not Path(path).expanduser().is_file():
+        domain, path = split_name(argument)
+        if not path.is_file():
             raise DataError(f"{path}: no such data file; give JSON lines, FILE or DOMAIN=FILE")
-        return cls(Path(path).expanduser().resolve(), domain or None)
+        return cls(path.resolve(), domain or None)
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,6 @@ class BadRow:
     """A row that was left out."""
 
     file: str
-    """Name of the file."""
 
     line: int
     """Line in the file, from 1."""
@@ -70,7 +62,6 @@ class Conversation:
     """A row that can be used, as far as its form goes."""
 
     domain: str
-    """Its domain."""
 
     messages: list[dict[str, str]]
     """Roles and texts; the last one is a response."""
@@ -82,7 +73,7 @@ def read_conversations(file: DataFile) -> Iterator[tuple[int, Conversation | Bad
     Raises:
         DataError: the file is not gzip although its name says so.
     """
-    for line, text, share in _lines(file.path):
+    for line, text, share in read_lines(file.path):
         yield line, _parse(file, line, text), share
 
 
@@ -126,17 +117,6 @@ def _check_turns(roles: Sequence[str]) -> None:
     for index, (before, role) in enumerate(zip(["", *roles], roles, strict=False)):
         if role == "assistant" and before != "user":
             raise DataError(f"messages.{index}: an assistant message must follow a user message")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes, float]]:
-    size = max(path.stat().st_size, 1)
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
-        try:
-            for line, text in enumerate(lines, start=1):
-                if text.strip():
-                    yield line, text, min(raw.tell() / size, 1.0)
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{path.name}: not a whole gzip file ({error}); compress it again") from error
 
 
 def _parse(file: DataFile, line: int, text: bytes) -> Conversation | BadRow:

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.data.conversations import BadRow, Conversation, DataError, DataFile, read_conversations
-from gating.data.encoding import ConversationEncoder, EncodingError
-from gating.model.cache import Artifact, Report, Tick, build_once, file_digest
+from ultrafuser.gating.data.conversations import BadRow, Conversation, DataFile, read_conversations
+from ultrafuser.gating.data.encoding import ConversationEncoder, EncodingError
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.files import file_digest
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,16 +52,14 @@ class Rows:
 
     def summary(self) -> list[str]:
         """One line per domain, and the count of bad rows by reason, for people."""
-        domains, tokens = self.dataset["domain"][:], self.dataset["num_response_tokens"][:]
-        counts, cut = (
-            Counter(domains),
-            Counter(name for name, is_cut in zip(domains, self.dataset["is_cut"][:], strict=True) if is_cut),
-        )
-        per_domain: Counter[str] = Counter()
-        for name, number in zip(domains, tokens, strict=True):
-            per_domain[name] += number
+        counts, tokens, cut = Counter[str](), Counter[str](), Counter[str]()
+        columns = (self.dataset[column][:] for column in ("domain", "num_response_tokens", "is_cut"))
+        for name, number, is_cut in zip(*columns, strict=True):
+            counts[name] += 1
+            tokens[name] += number
+            cut[name] += is_cut
         lines = [
-            f"{name}: {counts[name]:,} rows, {per_domain[name]:,} response tokens, {cut[name]:,} rows cut at their end"
+            f"{name}: {counts[name]:,} rows, {tokens[name]:,} response tokens, {cut[name]:,} rows cut at their end"
             for name in self.domains
         ]
         if self.bad:

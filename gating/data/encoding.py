@@ -6,14 +6,18 @@ tokens that a conversation spells out are text, as they are to a server.
 Knows templates and tokenizers; does not know files, batches or models.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from gating.model.schema import FusionConfig
-from gating.templates import Literals, Marked, TemplateError, fold_messages
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.model.inspection import FusedModelInfo
+from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.templates import Literals, TemplateError, fold_messages
 
 # Stands for response k while a template is rendered: no template trims it, no conversation contains it.
 _MARK = "\ue000response {}\ue001"
@@ -51,31 +55,37 @@ class _Template:
         self._literals = Literals(tokenizer)
         self.text: str = tokenizer.get_chat_template(chat_template)
         self._eos_token: str = tokenizer.convert_ids_to_tokens(eos_token_id)
-        self._closing = re.compile(r"\s*" + re.escape(self._eos_token))
+        self._closing = re.compile(r"\A\s*" + re.escape(self._eos_token))
 
     def glue_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Token ids before each response: `glue_ids[k]` lies between response k-1 and response k."""
-        marked, responses = _mark_responses(messages)
-        glue = [self._before(marked[:index], count) for count, index in enumerate(responses)]
-        return [self._literals.encode(text, marked) for text, marked in glue]
+        glue: list[list[int]] = []
+        marked: list[Mapping[str, Any]] = []
+        for message in messages:
+            if message["role"] == "assistant":
+                glue.append(self._before(marked, len(glue)))
+                message = {**message, "content": _MARK.format(len(glue) - 1)}
+            marked.append(message)
+        return glue
 
-    def _before(self, messages: Sequence[Mapping[str, Any]], num_responses: int) -> tuple[str, Marked]:
+    def _before(self, messages: Sequence[Mapping[str, Any]], num_responses: int) -> list[int]:
+        """What follows the last of so many responses, each a mark, up to and with the generation prompt."""
         folded, _ = fold_messages(messages, None, self.text)
         literal = self._literals.mark(folded)
-        prompt = self._tokenizer.apply_chat_template(
+        text = self._tokenizer.apply_chat_template(
             literal.value,
             chat_template=self.text,
             tokenize=False,
             add_generation_prompt=True,
             eos_token=self._eos_token,
         )
-        if num_responses == 0:
-            return prompt, literal
-        _, mark, glue = prompt.partition(_MARK.format(num_responses - 1))
-        if not mark or _MARK.format(num_responses - 1) in glue:
-            raise EncodingError(f"messages: the template does not show response {num_responses} exactly once")
-        # The response brings its own EOS: the template's would be a second one.
-        return (self._closing.sub("", glue, count=1) if self._closing.match(glue) else glue), literal
+        if num_responses:
+            _, mark, text = text.partition(_MARK.format(num_responses - 1))
+            if not mark or _MARK.format(num_responses - 1) in text:
+                raise EncodingError(f"messages: the template does not show response {num_responses} exactly once")
+            # The response brings its own EOS: the template's would be a second one.
+            text = self._closing.sub("", text)
+        return self._literals.encode(text, literal)
 
 
 class ConversationEncoder:
@@ -155,23 +165,38 @@ class ConversationEncoder:
             raise EncodingError(f"{error} (specialist {name})") from error
 
 
-def _mark_responses(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The messages with marks in place of responses, and where the responses are."""
-    responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    marked = [dict(message) for message in messages]
-    for count, index in enumerate(responses):
-        marked[index]["content"] = _MARK.format(count)
-    return marked, responses
+def resolve_max_length(max_length: int | None, info: FusedModelInfo) -> int:
+    """Most tokens of a conversation: what was asked for, or the fusion's limit.
+
+    Raises:
+        CommandError: more than that.
+    """
+    if max_length is not None and max_length > info.max_model_len:
+        raise CommandError(f"--max-length: {max_length} is more than the fusion's {info.max_model_len}; lower it")
+    return max_length or info.max_model_len
+
+
+def make_encoder(
+    fusion: FusionConfig, info: FusedModelInfo, max_length: int
+) -> tuple[ConversationEncoder, dict[str, object]]:
+    """The encoder of a prepared fusion, and all that its result depends on beside the conversations."""
+    from transformers import AutoTokenizer
+
+    tokenizers = [AutoTokenizer.from_pretrained(item.model, revision=item.revision) for item in fusion.specialists]
+    encoder = ConversationEncoder(fusion, tokenizers, num_shared_ids=info.num_shared_ids, max_length=max_length)
+    return encoder, {
+        "tokenizers": [_digest(tokenizer) for tokenizer in tokenizers],
+        "templates": encoder.template_texts,
+        "eos": fusion.eos_token_ids[0],
+        "num_shared_ids": info.num_shared_ids,
+        "max_length": max_length,
+    }
 
 
 def _fitting(glue: Sequence[Sequence[int]], lengths: Sequence[int], max_length: int) -> list[int]:
     """How many tokens of each response one specialist has room for; after a cut response nothing follows."""
-    starts = accumulate(len(own) for own in glue)
-    ends = accumulate(lengths)
-    kept = []
-    for before, end, length in zip(starts, ends, lengths, strict=True):
-        kept.append(max(0, min(length, max_length - before - (end - length))))
-    return kept
+    spans = zip(accumulate(len(own) for own in glue), accumulate(lengths), lengths, strict=True)
+    return [max(0, min(length, max_length - before - (end - length))) for before, end, length in spans]
 
 
 def _join(glue: Sequence[list[int]], responses: Sequence[list[int]]) -> list[int]:
@@ -181,3 +206,11 @@ def _join(glue: Sequence[list[int]], responses: Sequence[list[int]]) -> list[int
 def _join_masks(glue: Sequence[list[int]], responses: Sequence[list[int]]) -> list[bool]:
     pairs = zip(glue, responses, strict=False)
     return [flag for own, response in pairs for flag in (*[False] * len(own), *[True] * len(response))]
+
+
+def _digest(tokenizer: Any) -> str:
+    content = [
+        tokenizer.backend_tokenizer.to_str(),
+        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gating.data.batches import collate_rows, response_ids
-from gating.model.cache import Artifact, Report, Tick, build_once
-from gating.model.loading import identify, load_one_frozen
-from gating.model.schema import FusionConfig
-from gating.training.learner import response_states
+from ultrafuser.gating.commands.fields import Precision
+from ultrafuser.gating.data.batches import collate_rows, response_ids
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once
+from ultrafuser.gating.model.loading import identify, load_one_frozen
+from ultrafuser.gating.model.responses import response_states
+from ultrafuser.gating.model.schema import FusionConfig
 
 if TYPE_CHECKING:
     import datasets
@@ -34,7 +36,7 @@ _RECIPE = 1
 
 
 @dataclass(frozen=True)
-class StateSource:
+class HiddenStateSource:
     """One frozen specialist, not loaded yet."""
 
     name: str
@@ -47,65 +49,64 @@ class StateSource:
     """Loads the model, in eval mode, in the type in which its states are to be kept."""
 
     dtype: torch.dtype
-    """That type."""
-
     hidden_size: int
-    """D."""
 
     sequence: int
     """Which of a row's sequences it reads: the specialist's place in the fusion that the rows were encoded for."""
 
 
-def state_sources(fusion: FusionConfig, hidden_sizes: Sequence[int], dtype: torch.dtype) -> list[StateSource]:
+def hidden_state_sources(
+    fusion: FusionConfig, hidden_sizes: Sequence[int], dtype: torch.dtype
+) -> list[HiddenStateSource]:
     """The specialists of a prepared fusion; `hidden_sizes` are theirs, `dtype` that of the states."""
     return [
-        StateSource(item.name, identify(item), partial(load_one_frozen, fusion, index, dtype), dtype, size, index)
+        HiddenStateSource(item.name, identify(item), partial(load_one_frozen, fusion, index, dtype), dtype, size, index)
         for index, (item, size) in enumerate(zip(fusion.specialists, hidden_sizes, strict=True))
     ]
 
 
-class CachedStates(Dataset[tuple[list[Tensor], Tensor]]):
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of the specialists' arithmetic on this device."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+class CachedHiddenStates(Dataset[tuple[list[Tensor], Tensor]]):
     """Rows as S tensors [R, D_s] and their labels [R], read from disk when asked for."""
 
     def __init__(self, states: Sequence[Tensor], offsets: Sequence[int], labels_N: Tensor) -> None:
-        """`states`: S tensors [N, D_s]; row i has the tokens from `offsets[i]` to `offsets[i + 1]`."""
+        """`states`: S tensors [N, D_s]; row i has tokens `offsets[i]` to `offsets[i + 1]`, the last one is N."""
         self._states = list(states)
-        self._offsets = list(offsets)
+        self.offsets = list(offsets)
         self._labels_N = labels_N
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @property
-    def offsets(self) -> list[int]:
-        """Row i has the tokens from `offsets[i]` to `offsets[i + 1]`; the last one is N."""
-        return self._offsets
+        return len(self.offsets) - 1
 
     def tokens(self, begin: int, end: int) -> tuple[list[Tensor], Tensor]:
         """Tokens of all rows, counted through: S tensors [end - begin, D_s] and their labels."""
         return [states_ND[begin:end] for states_ND in self._states], self._labels_N[begin:end]
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor]:
-        return self.tokens(self._offsets[index], self._offsets[index + 1])
+        return self.tokens(self.offsets[index], self.offsets[index + 1])
 
 
-def cache_states(
+def cache_hidden_states(
     rows: "datasets.Dataset",
-    sources: Sequence[StateSource],
+    sources: Sequence[HiddenStateSource],
     *,
     num_shared_ids: int,
     batch_size: int,
     device: torch.device,
     cache_dir: Path,
     on_progress: Report | None = None,
-) -> tuple[CachedStates, list[Tensor]]:
+) -> tuple[CachedHiddenStates, list[Tensor]]:
     """The rows' hidden states and the specialists' output layers (S tensors [V, D_s]), from the cache or computed now.
 
     Disk: sum over specialists of N x D_s values of the specialist's type. `batch_size` rows are computed at a time.
     """
-    offsets = [0]
-    for count in rows["num_response_tokens"][:]:
-        offsets.append(offsets[-1] + count)
+    offsets = list(accumulate(rows["num_response_tokens"][:], initial=0))
     states, output_weights = [], []
     for source in sources:
         parts = {
@@ -115,46 +116,43 @@ def cache_states(
             "dtype": str(source.dtype),
             "num_shared_ids": num_shared_ids,
         }
-        job = _Job(rows, source, offsets, num_shared_ids, batch_size, device)
-        artifact = Artifact("states", f"hidden states of {source.name}", parts, job.build)
+        build = partial(_compute, rows, source, offsets, num_shared_ids, batch_size, device)
+        artifact = Artifact("states", f"hidden states of {source.name}", parts, build)
         folder = build_once(artifact, cache_dir, on_progress or (lambda label, share: None))
         states.append(_map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype))
         output_weights.append(load_file(folder / "output_layer.safetensors")["weight"])
     labels_N = torch.tensor([token for row in rows for token in response_ids(row)])
-    return CachedStates(states, offsets, labels_N), output_weights
+    return CachedHiddenStates(states, offsets, labels_N), output_weights
 
 
-@dataclass(frozen=True)
-class _Job:
-    rows: "datasets.Dataset"
-    source: StateSource
-    offsets: Sequence[int]
-    num_shared_ids: int
-    batch_size: int
-    device: torch.device
-
-    @torch.no_grad()
-    def build(self, folder: Path, tick: Tick) -> None:
-        """Rows of similar length go together; each batch writes its rows' places in the file."""
-        specialist = self.source.load().to(self.device)
-        output_layer = specialist.get_output_embeddings()
-        assert output_layer.bias is None, "an output layer with a bias cannot be kept as one matrix"
-        weight_VD = output_layer.weight[: self.num_shared_ids].contiguous().cpu()
-        save_file({"weight": weight_VD}, folder / "output_layer.safetensors")
-        states_ND = _map(folder / "states.bin", (self.offsets[-1], self.source.hidden_size), self.source.dtype)
-        lengths = self.rows["length"][:]
-        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        for begin in range(0, len(order), self.batch_size):
-            tick(begin / len(order))
-            chosen = order[begin : begin + self.batch_size]
-            batch = collate_rows([_only(self.rows[row], self.source.sequence) for row in chosen])
-            tensors = [batch[key][0].to(self.device) for key in ("input_ids", "attention_mask", "response_mask")]
-            found = response_states(specialist, *tensors).to(self.source.dtype).cpu()
-            for row, states_RD in zip(chosen, found.split([self._count(row) for row in chosen]), strict=True):
-                states_ND[self.offsets[row] : self.offsets[row + 1]] = states_RD
-
-    def _count(self, row: int) -> int:
-        return self.offsets[row + 1] - self.offsets[row]
+@torch.no_grad()
+def _compute(
+    rows: "datasets.Dataset",
+    source: HiddenStateSource,
+    offsets: Sequence[int],
+    num_shared_ids: int,
+    batch_size: int,
+    device: torch.device,
+    folder: Path,
+    tick: Tick,
+) -> None:
+    """Rows of similar length go together; each batch writes its rows' places in the file."""
+    specialist = source.load().to(device)
+    output_layer = specialist.get_output_embeddings()
+    assert output_layer.bias is None, "an output layer with a bias cannot be kept as one matrix"
+    weight_VD = output_layer.weight[:num_shared_ids].contiguous().cpu()
+    save_file({"weight": weight_VD}, folder / "output_layer.safetensors")
+    states_ND = _map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype)
+    lengths, counts = rows["length"][:], rows["num_response_tokens"][:]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for begin in range(0, len(order), batch_size):
+        tick(begin / len(order))
+        chosen = order[begin : begin + batch_size]
+        batch = collate_rows([_only(rows[row], source.sequence) for row in chosen])
+        tensors = [batch[key][0].to(device) for key in ("input_ids", "attention_mask", "response_mask")]
+        found = response_states(specialist, *tensors).to(source.dtype).cpu()
+        for row, states_RD in zip(chosen, found.split([counts[row] for row in chosen]), strict=True):
+            states_ND[offsets[row] : offsets[row + 1]] = states_RD
 
 
 def _only(row: dict[str, Any], sequence: int) -> dict[str, Any]:

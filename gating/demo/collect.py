@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gating.commands.provenance import write_json
-from gating.model.cache import file_digest
-from gating.model.fusion import load_fusion
-from gating.model.packaged import DISTRIBUTION, PACKAGE, packaged_model
-from gating.training.results import MANIFEST_FILE
+from ultrafuser.gating.commands.run_folder import MANIFEST_FILE
+from ultrafuser.gating.files import file_digest, write_json
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.packaged import DISTRIBUTION, PACKAGE, packaged_model
 
 STAGES = ("stage1", "stage2")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -1,1 +1,1 @@
-"""`ultrafuser eval`: losses on held-out data, and generation benchmarks through a running server. Trains nothing."""
+"""`ultrafuser eval`: losses on held-out data, and generation benchmarks through a running server. Does not train."""

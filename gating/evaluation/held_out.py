@@ -9,18 +9,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from gating.data.conversations import DataFile
-from gating.data.encoded_rows import Rows, load_rows, select
-from gating.data.hidden_states import StateSource, cache_states, state_sources
-from gating.evaluation.passes import Mix, Reading, alone, read, uniform
-from gating.model.cache import Report
-from gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
-from gating.model.gate import load_gate
-from gating.model.materialize import materialize
-from gating.model.schema import FusionConfig, SpecialistConfig
-from gating.training.inputs import make_encoder, resolve_dtype, resolve_max_length
-from gating.training.settings import Precision
+from ultrafuser.gating.commands.fields import Precision
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.data.encoded_rows import Rows, load_rows, select
+from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
+from ultrafuser.gating.data.hidden_states import (
+    CachedHiddenStates,
+    cache_hidden_states,
+    hidden_state_sources,
+    resolve_dtype,
+)
+from ultrafuser.gating.evaluation.passes import Mix, Reading, alone, fixed, read
+from ultrafuser.gating.model.cache import Report
+from ultrafuser.gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
+from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 
 FUSED = "fused"
 UNIFORM = "uniform"
@@ -37,7 +43,6 @@ class ReadingOptions:
     """Most rows of a domain, drawn at random but the same for the same seed."""
 
     seed: int = 0
-    """Draws them."""
 
     max_length: int | None = None
     """Most tokens of a conversation; default: the fusion's limit."""
@@ -66,10 +71,7 @@ class ReadingTask:
     """The chosen conversations of all domains."""
 
     device: torch.device
-    """Where models run."""
-
     options: ReadingOptions
-    """As asked for."""
 
     on_progress: Report
     """Told what is being done."""
@@ -81,36 +83,37 @@ class ReadingTask:
         order = sorted(self.rows.domains, key=lambda domain: names.index(domain) if domain in names else len(names))
         return {domain: self.rows.indices(domain) for domain in order}
 
-    def read_fusion(self) -> Reading:
-        """Each specialist alone, all with equal weights, and as the gate mixes them, from one pass over the rows."""
-        names = self.loaded.specialist_names
-        mixes: dict[str, Mix] = {name: alone(index, len(names)) for index, name in enumerate(names)}
-        if self.prepared.gate is not None:
-            gate = load_gate(self.prepared.gate, names, self.info.hidden_sizes)
-            mixes |= {UNIFORM: uniform(len(names)), FUSED: gate.to(self.device)}
-        sources = state_sources(self.prepared, self.info.hidden_sizes, self._dtype)
-        return self._read(sources, mixes, self.loaded.name)
-
-    def read_alone(self, model: SpecialistConfig) -> Reading:
-        """A prepared model in the leader's place; its losses are under its name."""
-        single = self.prepared.model_copy(update={"specialists": (model,), "gate": None})
-        sources = state_sources(single, inspect_fusion(single).hidden_sizes, self._dtype)
-        return self._read(sources, {model.name: alone(0, 1)}, model.name)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return resolve_dtype(self.options.precision, self.device)
-
-    def _read(self, sources: Sequence[StateSource], mixes: Mapping[str, Mix], label: str) -> Reading:
-        states, output_weights = cache_states(
+    def hidden_states(
+        self, fusion: FusionConfig, hidden_sizes: Sequence[int], chosen: slice = slice(None)
+    ) -> tuple[CachedHiddenStates, list[Tensor]]:
+        """What a prepared fusion's chosen models make of the rows, and their output layers: `cache_hidden_states`."""
+        dtype = resolve_dtype(self.options.precision, self.device)
+        return cache_hidden_states(
             self.rows.dataset,
-            sources,
+            hidden_state_sources(fusion, hidden_sizes, dtype)[chosen],
             num_shared_ids=self.info.num_shared_ids,
             batch_size=self.options.batch_size,
             device=self.device,
             cache_dir=self.options.cache_dir,
             on_progress=self.on_progress,
         )
+
+    def read_fusion(self) -> Reading:
+        """Each specialist alone, all with equal weights, and as the gate mixes them, from one pass over the rows."""
+        names = self.loaded.specialist_names
+        mixes: dict[str, Mix] = {name: alone(index, len(names)) for index, name in enumerate(names)}
+        if self.prepared.gate is not None:
+            gate = load_gate(self.prepared.gate, names, self.info.hidden_sizes)
+            mixes |= {UNIFORM: fixed([1 / len(names)] * len(names)), FUSED: gate.to(self.device)}
+        return self._read(self.prepared, self.info.hidden_sizes, mixes, self.loaded.name)
+
+    def read_alone(self, model: SpecialistConfig) -> Reading:
+        """A prepared model in the leader's place; its losses are under its name."""
+        single = self.prepared.model_copy(update={"specialists": (model,), "gate": None})
+        return self._read(single, inspect_fusion(single).hidden_sizes, {model.name: alone(0, 1)}, model.name)
+
+    def _read(self, fusion: FusionConfig, hidden_sizes: Sequence[int], mixes: Mapping[str, Mix], label: str) -> Reading:
+        states, output_weights = self.hidden_states(fusion, hidden_sizes)
         tick = partial(self.on_progress, f"losses of {label}")
         return read(states, output_weights, mixes, device=self.device, tick=tick)
 

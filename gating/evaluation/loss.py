@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gating.commands.flags import CommandError
-from gating.evaluation.held_out import FUSED, UNIFORM, ReadingTask
-from gating.evaluation.merging import AVERAGE, BASE, TASK_ARITHMETIC, find_variants
-from gating.evaluation.passes import Reading
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.held_out import FUSED, UNIFORM, ReadingTask
+from ultrafuser.gating.evaluation.merging import AVERAGE, BASE, TASK_ARITHMETIC, find_variants
+from ultrafuser.gating.evaluation.passes import Reading
 
 BASELINE_PREFIX = "baseline:"
 _NUM_RESAMPLES = 2000
@@ -127,7 +127,6 @@ def measure(task: ReadingTask, *, base: str | None, scale: float) -> LossTable:
 
 
 def _row_sums(losses_N: Tensor, reading: Reading) -> Sums:
-    """Of each conversation's tokens."""
     padded = torch.cat([torch.zeros(1, dtype=torch.float64), losses_N.double().cumsum(0)])
     return np.diff(padded[torch.tensor(reading.offsets)].numpy())
 

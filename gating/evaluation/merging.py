@@ -5,17 +5,15 @@ cache; does not know losses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
-from gating.model.cache import Artifact, Report, Tick, build_once
-from gating.model.loading import identify
-from gating.model.materialize import materialize
-from gating.model.packaged import hidden_bars
-from gating.model.schema import FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once
+from ultrafuser.gating.model.loading import identify
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.packaged import hidden_bars
+from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 
 AVERAGE = "average"
 BASE = "base"
@@ -25,17 +23,12 @@ TASK_ARITHMETIC = "task_arithmetic"
 _RECIPE = 1
 
 
-class MergeError(CommandError):
-    """Models cannot be merged, or there is no base. One line that says why."""
+class MergeError(ValueError):
+    """Models cannot be merged, or there is no base: a note in the place of the result."""
 
 
-@dataclass(frozen=True)
-class Term:
-    """One model of a linear combination of weights."""
-
-    factor: float
-    model: SpecialistConfig
-    """Prepared: a folder or a hub id, no adapter."""
+Term = tuple[float, SpecialistConfig]
+"""One model of a linear combination of weights, and its factor. Prepared: a folder or a hub id, no adapter."""
 
 
 def find_variants(
@@ -70,9 +63,9 @@ def find_variants(
     except MergeError as error:
         notes.append(f"no rows {BASE} and {TASK_ARITHMETIC}: {error}")
     try:
-        found.append(combine(AVERAGE, [Term(1 / len(models), model) for model in models]))
+        found.append(combine(AVERAGE, [(1 / len(models), model) for model in models]))
         if len(found) > 1:
-            terms = [Term(1 - scale * len(models), found[0]), *(Term(scale, model) for model in models)]
+            terms = [(1 - scale * len(models), found[0]), *((scale, model) for model in models)]
             found.append(combine(TASK_ARITHMETIC, terms))
     except MergeError as error:
         notes.append(f"no merged weights: {error}")
@@ -104,7 +97,7 @@ def _combine(
         label=f"merging weights: {name.replace('_', ' ')}",
         parts={
             "recipe": _RECIPE,
-            "terms": [[term.factor, identify(term.model)] for term in terms],
+            "terms": [[factor, identify(model)] for factor, model in terms],
             "num_shared_ids": num_shared_ids,
         },
         build=partial(_write, terms, num_shared_ids),
@@ -118,19 +111,19 @@ def _write(terms: Sequence[Term], num_shared_ids: int, folder: Path, tick: Tick)
     """Sums in float32, with two models in memory at a time."""
     from transformers import AutoTokenizer
 
+    (first_factor, first), *others = terms
     with hidden_bars():
-        total = _load(terms[0].model, num_shared_ids)
-        sums = {name: tensor.mul_(terms[0].factor) for name, tensor in _weights(total).items()}
-        for number, term in enumerate(terms[1:], start=1):
+        total = _load(first, num_shared_ids)
+        sums = {name: tensor.mul_(first_factor) for name, tensor in _weights(total).items()}
+        for number, (factor, model) in enumerate(others, start=1):
             tick(number / len(terms))
-            own = _weights(_load(term.model, num_shared_ids))
-            unlike = {name for name in sums.keys() | own.keys() if _shape(sums, name) != _shape(own, name)}
-            if unlike:
-                raise MergeError(f"the models' weights have different shapes ({sorted(unlike)[0]})")
+            own = _weights(_load(model, num_shared_ids))
+            if unlike := _shapes(sums) ^ _shapes(own):
+                raise MergeError(f"the models' weights have different shapes ({min(unlike)[0]})")
             for name, tensor in own.items():
-                sums[name].add_(tensor, alpha=term.factor)
+                sums[name].add_(tensor, alpha=factor)
         total.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(terms[0].model.model, revision=terms[0].model.revision).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(first.model, revision=first.revision).save_pretrained(folder)
 
 
 def _load(model: SpecialistConfig, num_shared_ids: int) -> Any:
@@ -149,5 +142,5 @@ def _weights(model: Any) -> dict[str, Any]:
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
 
-def _shape(weights: dict[str, Any], name: str) -> tuple[int, ...] | None:
-    return tuple(weights[name].shape) if name in weights else None
+def _shapes(weights: dict[str, Any]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gating.data.hidden_states import CachedStates
-from gating.model.cache import Tick
-from gating.model.gate import fuse
+from ultrafuser.gating.data.hidden_states import CachedHiddenStates
+from ultrafuser.gating.model.cache import Tick
+from ultrafuser.gating.model.gate import fuse
 
 CHUNK_SIZE = 256
+"""Tokens whose logits exist at the same time."""
 
 Mix = Callable[[Sequence[Tensor]], Tensor]
 """S hidden states [C, D_s] to weights [S, C], float32. A `Gate` is one."""
@@ -37,41 +38,30 @@ class Reading:
     offsets: Sequence[int]
     """Row i has the tokens from `offsets[i]` to `offsets[i + 1]`."""
 
-    labels_N: Tensor
-    """The tokens."""
+
+def fixed(weights: Sequence[float]) -> Mix:
+    """Every token's logits with the same weights, S in all."""
+
+    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
+        first_CD = hidden_states[0]
+        return torch.tensor(weights, device=first_CD.device).unsqueeze(1).expand(-1, len(first_CD))
+
+    return mix
 
 
 def alone(index: int, num_models: int) -> Mix:
     """One model's logits as they are."""
-
-    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
-        first_CD = hidden_states[0]
-        weights_SC = torch.zeros(num_models, len(first_CD), device=first_CD.device)
-        weights_SC[index] = 1
-        return weights_SC
-
-    return mix
-
-
-def uniform(num_models: int) -> Mix:
-    """All models' logits with equal weights."""
-
-    def mix(hidden_states: Sequence[Tensor]) -> Tensor:
-        first_CD = hidden_states[0]
-        return torch.full((num_models, len(first_CD)), 1 / num_models, device=first_CD.device)
-
-    return mix
+    return fixed([float(number == index) for number in range(num_models)])
 
 
 @torch.no_grad()
 def read(
-    states: CachedStates,
+    states: CachedHiddenStates,
     output_weights: Sequence[Tensor],
     mixes: Mapping[str, Mix],
     *,
     device: torch.device,
     tick: Tick,
-    chunk_size: int = CHUNK_SIZE,
 ) -> Reading:
     """-log softmax(sum over s of w_s * o_s)[label] of every token, for every mix (paper: "The model").
 
@@ -81,23 +71,20 @@ def read(
         mixes: by name.
         device: where logits are computed.
         tick: told the share that is done.
-        chunk_size: tokens whose logits exist at the same time.
     """
     layers = [weight_VD.to(device) for weight_VD in output_weights]
     num_tokens = states.offsets[-1]
     losses = {name: torch.empty(num_tokens) for name in mixes}
     weights = {name: torch.empty(len(layers), num_tokens) for name in mixes}
-    labels_N = torch.empty(num_tokens, dtype=torch.long)
-    for begin in range(0, num_tokens, chunk_size):
+    for begin in range(0, num_tokens, CHUNK_SIZE):
         tick(begin / num_tokens)
-        tokens = slice(begin, begin + chunk_size)
-        hidden_states, labels_C = states.tokens(begin, begin + chunk_size)
+        tokens = slice(begin, begin + CHUNK_SIZE)
+        hidden_states, labels_C = states.tokens(begin, begin + CHUNK_SIZE)
         hidden_states = [hidden_CD.to(device) for hidden_CD in hidden_states]
         logits = [hidden_CD @ layer_VD.T for hidden_CD, layer_VD in zip(hidden_states, layers, strict=True)]
-        labels_N[tokens] = labels_C
         for name, mix in mixes.items():
             weights_SC = mix(hidden_states)
             fused_CV = fuse(weights_SC, logits, len(layers[0]))
             losses[name][tokens] = functional.cross_entropy(fused_CV, labels_C.to(device), reduction="none").cpu()
             weights[name][:, tokens] = weights_SC.cpu()
-    return Reading(losses, weights, states.offsets, labels_N)
+    return Reading(losses, weights, states.offsets)

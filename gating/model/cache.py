@@ -5,14 +5,14 @@ Several processes may share it. Knows files and locks only; it does not know mod
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from ultrafuser.gating.files import file_digest, replacing
 
 Tick = Callable[[float], None]
 """Called by a build now and then with the share of it that is done, 0 to 1."""
@@ -22,6 +22,11 @@ Report = Callable[[str, float], None]
 
 # Larger files are known by size and time: hashing the weights of a large model would take minutes at every start.
 _MAX_HASHED_BYTES = 64 * 1024**2
+
+
+def cache_folder(chosen: str | Path | None) -> Path:
+    """The cache's folder: the one that was chosen, or ~/.cache/ultrafuser."""
+    return Path(chosen or "~/.cache/ultrafuser").expanduser()
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Artifact:
 def build_once(artifact: Artifact, cache_dir: Path, report: Report) -> Path:
     """The artifact's folder, built now if it is missing. A second process waits for the first instead of building too.
 
-    Built beside its place and renamed: an interrupted build leaves nothing that looks complete.
+    An interrupted build leaves nothing that looks complete.
     """
     folder = artifact.folder(cache_dir)
     if folder.is_dir():
@@ -61,15 +66,10 @@ def build_once(artifact: Artifact, cache_dir: Path, report: Report) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), artifact.label, report):
         if not folder.is_dir():
-            partial = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            partial.mkdir()
-            report(artifact.label, 0.0)
-            try:
+            with replacing(folder) as partial:
+                partial.mkdir()
+                report(artifact.label, 0.0)
                 artifact.build(partial, lambda share: report(artifact.label, share))
-                os.rename(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -77,12 +77,6 @@ def fingerprint(folder: Path) -> list[list[object]]:
     """Names and contents of a folder's files, as JSON values: [name, digest], or [name, size, time] of large ones."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [[path.relative_to(folder).as_posix(), *_identity(path)] for path in files]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _identity(path: Path) -> list[object]:

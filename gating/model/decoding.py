@@ -8,6 +8,7 @@ Shape suffixes: S specialists, B requests, T positions, V shared vocabulary.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 if TYPE_CHECKING:
-    from gating.model.reference import UltraFuserForCausalLM
+    from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +85,15 @@ def decode(
     generator: torch.Generator | None = None,
     use_cache: bool = False,
 ) -> list[Generation]:
-    """Continue every request until it ends, all in step; see `UltraFuserForCausalLM.generate`."""
+    """Continue every request until it ends, all in step; see the model's `generate`."""
     _check(model, prompts, rules)
     rows = [_Row(prompt) for prompt in prompts]
-    steps = _CachedSteps(model, rows) if use_cache else _FullSteps(model, rows)
+    next_token = _CachedSteps(model, rows).next_token if use_cache else partial(_next_token_anew, model)
     for _ in range(rules.max_new_tokens):
         active = [row for row in rows if not row.token_ids or row.token_ids[-1] not in rules.eos_token_ids]
         if not active:
             break
-        logits_BV, weights_BS = steps.next_token(active)
+        logits_BV, weights_BS = next_token(active)
         for row, logits_V, weights_S in zip(active, logits_BV, weights_BS, strict=True):
             row.append(logits_V, weights_S, rules, generator)
     return [row.generation() for row in rows]
@@ -166,21 +167,14 @@ class _Row:
         )
 
 
-class _FullSteps:
-    """Computes every step from the first token on."""
-
-    def __init__(self, model: "UltraFuserForCausalLM", rows: Sequence[_Row]) -> None:
-        self._model = model
-
-    def next_token(self, active: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """Fused logits [B, V] and gate weights [B, S] of the active rows."""
-        num_specialists = len(active[0].prompts)
-        batches = [
-            left_pad([[*row.prompts[index], *row.token_ids] for row in active], self._model.device)
-            for index in range(num_specialists)
-        ]
-        logits_BV, weights_SB = self._model.next_token([ids for ids, _ in batches], [mask for _, mask in batches])
-        return logits_BV, weights_SB.T
+def _next_token_anew(model: "UltraFuserForCausalLM", active: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+    """Fused logits [B, V] and gate weights [B, S] of the active rows, computed from the first token on."""
+    batches = [
+        left_pad([[*row.prompts[index], *row.token_ids] for row in active], model.device)
+        for index in range(len(active[0].prompts))
+    ]
+    logits_BV, weights_SB = model.next_token([ids for ids, _ in batches], [mask for _, mask in batches])
+    return logits_BV, weights_SB.T
 
 
 class _CachedSteps:

@@ -13,9 +13,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gating.model.inspection import FusedModelInfo, inspect_fusion
-from gating.model.schema import EngineSettings, FusionConfig, FusionError, SamplingDefaults, SpecialistConfig
-from gating.templates import TemplateError, load_template
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion
+from ultrafuser.gating.model.schema import (
+    PACKAGE_SCHEME,
+    EngineSettings,
+    FusionConfig,
+    SamplingDefaults,
+    SpecialistConfig,
+)
+from ultrafuser.gating.templates import TemplateError, load_template
 
 __all__ = [
     "EngineSettings",
@@ -31,7 +38,6 @@ __all__ = [
 ]
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
-PACKAGE_SCHEME = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

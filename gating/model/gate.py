@@ -16,15 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gating.model.cache import file_digest
-from gating.model.schema import FRESH_GATE
+from ultrafuser.gating.errors import GateError
+from ultrafuser.gating.files import file_digest
+from ultrafuser.gating.model.schema import FRESH_GATE
 
 GATE_FORMAT = "ultrafuser-gate-v1"
 DEFAULT_WIDTH = 512
-
-
-class GateError(ValueError):
-    """A gate file does not fit the specialists. One line that names the file, the key and the way out."""
 
 
 class Gate(nn.Module):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gating.model.schema import FRESH_GATE, FusionConfig, FusionError, SpecialistConfig
-from gating.templates import TemplateError, fold_messages
+from ultrafuser.gating.errors import FusionError, GateError
+from ultrafuser.gating.model.schema import FRESH_GATE, PACKAGE_SCHEME, FusionConfig, SpecialistConfig
+from ultrafuser.gating.templates import TemplateError, fold_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -58,7 +59,10 @@ def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
     _check_gate_exists(config)
     model_configs = [_read_config(item, f"specialists.{index}") for index, item in enumerate(config.specialists)]
     for index, model_config in enumerate(model_configs):
-        _check_architecture(model_config, f"specialists.{index}.model")
+        if refused := _why_not_full_attention(model_config):
+            raise FusionError(
+                f"specialists.{index}.model: {refused}; only decoders with full attention in every layer can be fused"
+            )
     hidden_sizes = tuple(int(model_config.hidden_size) for model_config in model_configs)
     _check_gate(config, hidden_sizes)
     max_model_len = _max_model_len(config, model_configs)
@@ -87,13 +91,13 @@ def _read_config(specialist: SpecialistConfig, key: str) -> "PreTrainedConfig":
     # Imported late: transformers takes a second that a command line's --help should not.
     from transformers import AutoConfig
 
-    if specialist.model.startswith("package:"):
+    if specialist.model.startswith(PACKAGE_SCHEME):
         raise FusionError(f"{key}.model: {specialist.model!r} is not a folder yet; materialize the fusion first")
     folder = Path(specialist.model)
     if folder.is_absolute() or folder.is_dir():
-        _check_folder(folder, f"{key}.model", "config.json", _WEIGHT_FILES)
+        _check_folder(folder, f"{key}.model", "config.json")
     if specialist.adapter is not None and Path(specialist.adapter).is_absolute():
-        _check_folder(Path(specialist.adapter), f"{key}.adapter", "adapter_config.json", _WEIGHT_FILES)
+        _check_folder(Path(specialist.adapter), f"{key}.adapter", "adapter_config.json")
     try:
         return AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
     except (OSError, ValueError, KeyError) as error:
@@ -103,24 +107,18 @@ def _read_config(specialist: SpecialistConfig, key: str) -> "PreTrainedConfig":
         ) from error
 
 
-def _check_folder(folder: Path, key: str, config_name: str, weight_files: Sequence[str]) -> None:
+def _check_folder(folder: Path, key: str, config_name: str) -> None:
     if not folder.is_dir():
         raise FusionError(f"{key}: no such folder {folder}; correct the path")
     if not (folder / config_name).is_file():
         raise FusionError(f"{key}: {folder} has no {config_name}; copy the whole model folder")
-    if not any(any(folder.glob(pattern)) for pattern in weight_files):
-        raise FusionError(f"{key}: {folder} has no weights ({', '.join(weight_files)}); copy the whole model folder")
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise FusionError(f"{key}: {folder} has no weights ({', '.join(_WEIGHT_FILES)}); copy the whole model folder")
     for index_file in folder.glob("*.index.json"):
         shards = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise FusionError(f"{key}: {folder} has no {missing[0]}; copy the whole model folder")
-
-
-def _check_architecture(model_config: "PreTrainedConfig", key: str) -> None:
-    refused = _why_not_full_attention(model_config)
-    if refused:
-        raise FusionError(f"{key}: {refused}; only decoders with full attention in every layer can be fused")
 
 
 def _why_not_full_attention(model_config: "PreTrainedConfig") -> str | None:
@@ -149,7 +147,7 @@ def _check_gate_exists(config: FusionConfig) -> None:
     """First of all, as it takes no hub and is what a fresh copy of a preset lacks."""
     if config.gate is None or config.gate == FRESH_GATE:
         return
-    if config.gate.startswith("package:"):
+    if config.gate.startswith(PACKAGE_SCHEME):
         raise FusionError(f"gate: unknown {config.gate!r}; name a gate file, or {FRESH_GATE}")
     if not Path(config.gate).is_file():
         raise FusionError(f"gate: no such file {config.gate}; train a gate first, or use {FRESH_GATE} (untrained)")
@@ -157,7 +155,7 @@ def _check_gate_exists(config: FusionConfig) -> None:
 
 def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
     # Imported late, as torch comes with it.
-    from gating.model.gate import GateError, check_gate
+    from ultrafuser.gating.model.gate import check_gate
 
     if config.gate is None or config.gate == FRESH_GATE:
         return
@@ -221,11 +219,8 @@ def _num_shared_ids(
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", num_shared_ids: int) -> list[str | None]:
-    tokens: list[str | None] = [None] * num_shared_ids
-    for token, token_id in tokenizer.get_vocab().items():
-        if token_id < num_shared_ids:
-            tokens[token_id] = token
-    return tokens
+    token_of = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    return [token_of.get(token_id) for token_id in range(num_shared_ids)]
 
 
 def _check_template(specialist: SpecialistConfig, tokenizer: "PreTrainedTokenizerBase", key: str) -> None:

@@ -4,7 +4,6 @@ Knows Transformers models and peft adapters. Does not know gates' losses, data o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gating.model.cache import Report, fingerprint
-from gating.model.materialize import materialize
-from gating.model.reference import UltraFuserForCausalLM
-from gating.model.schema import FRESH_GATE, FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.cache import Report, fingerprint
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig, SpecialistConfig
 
 ADAPTER_NAME = "default"
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """How a new low-rank adapter is made."""
-
-    rank: int
-    alpha: int
-    dropout: float
 
 
 def prepare(
@@ -74,13 +64,13 @@ def load_one_frozen(fusion: FusionConfig, index: int, dtype: torch.dtype) -> Any
     return load_frozen(one, dtype)[0]
 
 
-def add_adapter(model: Any, adapter: str | None, settings: LoraSettings) -> None:
+def add_adapter(model: Any, adapter: str | None, *, rank: int, alpha: int, dropout: float) -> None:
     """Let a frozen model learn by a low-rank adapter on all of its linear layers but the output layer.
 
     Args:
         model: a Transformers model; changed in place.
         adapter: a folder or hub id to go on from; null starts a new one, which changes nothing yet.
-        settings: of a new adapter.
+        rank, alpha, dropout: of a new adapter.
     """
     from peft import LoraConfig
 
@@ -88,9 +78,9 @@ def add_adapter(model: Any, adapter: str | None, settings: LoraSettings) -> None
         model.load_adapter(adapter, adapter_name=ADAPTER_NAME, is_trainable=True)
     else:
         config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )

@@ -4,21 +4,18 @@ What it makes stays in a cache (`gating/model/cache.py`) and is shared by all fu
 adapters; does not know engines, and reads no environment: the caller names the cache's folder.
 """
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
-from gating.model.cache import Artifact, Report, Tick, build_once, fingerprint
-from gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
-from gating.model.schema import FusionConfig, FusionError, SpecialistConfig
-
-DEFAULT_CACHE_DIR = Path("~/.cache/ultrafuser")
-PACKAGE_SCHEME = "package:"
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once, cache_folder, fingerprint
+from ultrafuser.gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
+from ultrafuser.gating.model.schema import PACKAGE_SCHEME, FusionConfig, SpecialistConfig
+from ultrafuser.gating.progress_bar import StepProgress
 
 # Part of the cache key: raise it when the same model and adapter are to give another folder.
 _MERGE_RECIPE = 1
@@ -37,7 +34,7 @@ def materialize(config: FusionConfig, cache_dir: Path | None = None, on_progress
         FusionError: a package that is missing, an adapter that is missing or does not fit its model, a cache that
             cannot be written.
     """
-    cache_dir = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    cache_dir = cache_folder(cache_dir)
     recipes = [_recipe(item, f"specialists.{index}", cache_dir) for index, item in enumerate(config.specialists)]
     _build_missing([artifact for recipe in recipes for artifact in recipe], cache_dir, on_progress)
     specialists = [
@@ -137,45 +134,17 @@ def _build_missing(artifacts: Sequence[Artifact], cache_dir: Path, on_progress: 
     missing = {item.folder(cache_dir): item for item in artifacts if not item.folder(cache_dir).is_dir()}
     if not missing:
         return
-    with closing(_Display()) if on_progress is None else nullcontext(on_progress) as report:
+    with closing(StepProgress()) if on_progress is None else nullcontext(on_progress) as report:
         for index, artifact in enumerate(missing.values()):
-            with _told_if_unwritable(artifact, cache_dir):
+            try:
                 build_once(artifact, cache_dir, partial(_report_part, report, index, len(missing)))
+            except (OSError, SafetensorError) as error:  # a full disk, a folder without the right to write
+                if isinstance(error, OSError) and error.errno is None:
+                    raise  # not the disk's
+                way_out = f"make room in {cache_dir}, or name another folder with --cache"
+                raise FusionError(f"{artifact.label}: cannot be written ({error}); {way_out}") from error
         report("models ready", 1.0)
-
-
-@contextmanager
-def _told_if_unwritable(artifact: Artifact, cache_dir: Path) -> Iterator[None]:
-    """A full disk, a folder without the right to write: one line instead of a traceback."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        is_of_the_disk = isinstance(error, SafetensorError) or error.errno is not None
-        if not is_of_the_disk:
-            raise
-        way_out = f"make room in {cache_dir}, or name another folder with --cache"
-        raise FusionError(f"{artifact.label}: cannot be written ({error}); {way_out}") from error
 
 
 def _report_part(report: Report, index: int, count: int, label: str, share: float) -> None:
     report(label, (index + share) / count)
-
-
-class _Display:
-    """A progress bar on stderr; where there is no terminal, a line for each step, for a log."""
-
-    def __init__(self) -> None:
-        self._label = ""
-        self._bar = tqdm(total=1.0, disable=None, bar_format="{desc} |{bar:30}| {percentage:3.0f}% {elapsed}")
-
-    def __call__(self, label: str, share: float) -> None:
-        if not self._bar.disable:
-            self._bar.set_description_str(label, refresh=False)
-            self._bar.update(share - self._bar.n)
-        elif label != self._label:
-            print(label, file=sys.stderr, flush=True)
-        self._label = label
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        self._bar.close()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gating.model.cache import Artifact, Tick, file_digest
+from ultrafuser.gating.files import file_digest
+from ultrafuser.gating.model.cache import Artifact, Tick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from gating.model.decoding import DecodingRules, Generation, decode
-from gating.model.fusion import FusionConfig, FusionError, inspect_fusion
-from gating.model.gate import DEFAULT_WIDTH, Gate, load_gate
-from gating.model.responses import IGNORED_LABEL, gather_responses
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.decoding import DecodingRules, Generation, decode
+from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
+from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate, load_gate
+from ultrafuser.gating.model.responses import IGNORED_LABEL, gather_responses, last_hidden_states
 
 # Models that change the logits after the output layer: the reference would have to know each one's formula.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -145,7 +146,7 @@ class UltraFuserForCausalLM(PreTrainedModel):
         """
         responses = [gather_responses(ids, mask) for ids, mask in zip(input_ids, response_mask, strict=True)]
         tokens_BR = responses[0].tokens_BR
-        for name, other in zip(self._names, responses, strict=True):
+        for name, other in zip(self.config.specialist_names or (), responses, strict=True):
             if not torch.equal(other.tokens_BR, tokens_BR):
                 raise ValueError(f"response_mask: the response tokens of {name!r} differ from the leader's")
         labels_BR = tokens_BR if labels is None else labels
@@ -155,7 +156,7 @@ class UltraFuserForCausalLM(PreTrainedModel):
         for specialist, ids_BT, mask_BT, response in zip(
             self.specialists, input_ids, attention_mask, responses, strict=True
         ):
-            hidden_BTD = _hidden_states(specialist, ids_BT, mask_BT)
+            hidden_BTD = last_hidden_states(specialist, ids_BT, mask_BT)
             index_BRD = response.predictors_BR.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
             hidden_states.append(hidden_BTD.gather(1, index_BRD))
         logits_BRV, weights_SBR = self._mix(hidden_states)
@@ -170,13 +171,9 @@ class UltraFuserForCausalLM(PreTrainedModel):
         With `caches` (one per specialist) `input_ids` are only the positions that are not cached yet, while
         `attention_mask` covers all; the caches are extended in place.
         """
-        hidden_states = [
-            _hidden_states(specialist, ids_BT, mask_BT, caches[index] if caches else None)[:, -1]
-            for index, (specialist, ids_BT, mask_BT) in enumerate(
-                zip(self.specialists, input_ids, attention_mask, strict=True)
-            )
-        ]
-        return self._mix(hidden_states)
+        caches_S: Sequence[Cache | None] = caches or [None] * len(self.specialists)
+        inputs = zip(self.specialists, input_ids, attention_mask, caches_S, strict=True)
+        return self._mix([last_hidden_states(*own)[:, -1] for own in inputs])
 
     @torch.no_grad()
     def generate(
@@ -213,30 +210,10 @@ class UltraFuserForCausalLM(PreTrainedModel):
             weights_S = self.fusion_gate([hidden.float() for hidden in hidden_states])
         return (weights_S.unsqueeze(-1) * logits_SV).sum(dim=0), weights_S
 
-    @property
-    def _names(self) -> list[str]:
-        assert self.config.specialist_names is not None
-        return self.config.specialist_names
 
-
-def _hidden_states(specialist: nn.Module, ids_BT: Tensor, mask_BT: Tensor, cache: Cache | None = None) -> Tensor:
-    """[B, T, D] after the final norm; positions count the real tokens of a row, whatever padding is before them."""
-    positions_BT = (mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-    assert isinstance(specialist, PreTrainedModel)
-    decoder: Any = specialist.base_model
-    return decoder(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        position_ids=positions_BT,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
-
-
-def _logits(specialist: nn.Module, hidden: Tensor) -> Tensor:
-    assert isinstance(specialist, PreTrainedModel)
-    output_layer: Any = specialist.get_output_embeddings()
-    return output_layer(hidden)
+def _logits(specialist: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = specialist.get_output_embeddings()(hidden)
+    return logits
 
 
 def _refuse_changed_logits(config: PreTrainedConfig, key: str) -> None:

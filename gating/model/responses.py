@@ -1,12 +1,15 @@
-"""Where the response tokens of a conversation are in one specialist's own sequence. Knows masks and ids, no models.
+"""Where the response tokens of a conversation are in one specialist's own sequence, and what it makes of them there.
 
-Shape suffixes: B requests, T positions, R response tokens (right-padded).
+Shape suffixes: B requests, T positions, R response tokens (right-padded), N response tokens of all requests (one
+request after the other), D hidden size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 IGNORED_LABEL = -100
 
@@ -46,3 +49,23 @@ def gather_responses(ids_BT: Tensor, response_mask_BT: Tensor) -> Responses:
         tokens_BR=ids_BT.gather(1, positions_BR).where(exists_BR, IGNORED_LABEL),
         predictors_BR=(positions_BR - 1).where(exists_BR, 0),
     )
+
+
+def response_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
+    """[N, D]: after the final norm, one position before every response token. No graph if the specialist is frozen."""
+    learns = any(parameter.requires_grad for parameter in specialist.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        return last_hidden_states(specialist, ids_BT, mask_BT)[:, :-1][response_mask_BT[:, 1:]]
+
+
+def last_hidden_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    """[B, T, D] after the final norm; positions count the real tokens of a row, whatever padding is before them."""
+    positions_BT = (mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+    states_BTD: Tensor = specialist.base_model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+    return states_BTD

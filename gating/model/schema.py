@@ -4,15 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ultrafuser.gating.errors import FusionError
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["awq", "awq_marlin", "gptq", "gptq_marlin", "fp8", "compressed-tensors", "modelopt", "mxfp4"]
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
-FRESH_GATE = "package:fresh"
-
-
-class FusionError(ValueError):
-    """Something in the fusion file is wrong. One line: `KEY: what is wrong; way out`."""
+PACKAGE_SCHEME = "package:"
+FRESH_GATE = f"{PACKAGE_SCHEME}fresh"
 
 
 class _Section(BaseModel):
@@ -76,7 +75,7 @@ class EngineSettings(_Section):
     """Number of devices that each hold a shard of every specialist."""
 
     max_model_len: Count | None = None
-    """Longest prompt plus response in tokens; null takes the smallest of the specialists' own limits."""
+    """Longest prompt plus response in tokens; default: the smallest of the specialists' own limits."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of a device's memory for weights, activations and KV cache together."""

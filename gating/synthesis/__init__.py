@@ -1,1 +1,1 @@
-"""`ultrafuser data`: instruction data for the domains of a fusion, out of calls to a model. See docs/data.md."""
+"""`ultrafuser data`: instruction data for the domains of a fusion, out of calls to a model. Does not train on it."""

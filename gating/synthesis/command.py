@@ -7,16 +7,17 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from gating.commands.flags import CommandError, parse_command, require
-from gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
+from ultrafuser.gating.commands.flags import parse_command, require
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
 
 if TYPE_CHECKING:
-    from gating.synthesis.make import Ending
-    from gating.synthesis.stages.structure import Structure
+    from ultrafuser.gating.synthesis.make import Ending
+    from ultrafuser.gating.synthesis.stages.structure import Structure
 
 _USAGE = """\
 usage: ultrafuser data COMMAND FOLDER [options]
@@ -43,15 +44,14 @@ def parse_settings(argv: Sequence[str], cache: str | None = None) -> BaseModel:
     if argv[0] not in _COMMANDS:
         raise CommandError(f"{argv[0]}: no such command; one of {', '.join(_COMMANDS)}, see `ultrafuser data --help`")
     model, _, description = _COMMANDS[argv[0]]
-    defaults = {"cache": cache} if "cache" in model.model_fields else {}
     return parse_command(
         model,
         argv[1:],
+        cache,
         prog=f"ultrafuser data {argv[0]}",
         usage="FOLDER [options]",
         description=description,
         positional="output",
-        defaults=defaults,
     )
 
 
@@ -65,14 +65,13 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     return _COMMANDS[argv[0]][1](settings)
 
 
-def _make(settings: BaseModel) -> int:
-    assert isinstance(settings, MakeSettings)
+def _make(settings: MakeSettings) -> int:
     structure = settings.structure()
     if settings.dry_run:
         return _estimate(settings, structure)
     for package in ("datasketch", "py3langid"):
         require(package, "data")
-    from gating.synthesis.make import make
+    from ultrafuser.gating.synthesis.make import make
 
     ending = asyncio.run(make(settings, structure))
     print(_describe(ending), file=sys.stderr, flush=True)
@@ -80,9 +79,9 @@ def _make(settings: BaseModel) -> int:
 
 
 def _estimate(settings: MakeSettings, structure: "Structure") -> int:
-    from gating.commands.run_folder import SETTINGS_FILE, keep_settings, sole_run
-    from gating.synthesis.calls.estimate import describe, estimate
-    from gating.synthesis.stages.store import Store
+    from ultrafuser.gating.commands.run_folder import SETTINGS_FILE, keep_settings, sole_run
+    from ultrafuser.gating.synthesis.calls.estimate import describe, estimate
+    from ultrafuser.gating.synthesis.stages.store import Store
 
     folder = Path(settings.output).expanduser()
     if not (folder / SETTINGS_FILE).exists():
@@ -94,17 +93,15 @@ def _estimate(settings: MakeSettings, structure: "Structure") -> int:
     return 0
 
 
-def _export(settings: BaseModel) -> int:
-    assert isinstance(settings, ExportSettings)
-    from gating.synthesis.dataset.export import export
+def _export(settings: ExportSettings) -> int:
+    from ultrafuser.gating.synthesis.dataset.export import export
 
     print(f"written: {export(settings)}", file=sys.stderr, flush=True)
     return 0
 
 
-def _map(settings: BaseModel) -> int:
-    assert isinstance(settings, MapSettings)
-    from gating.synthesis.dataset.map import draw_map
+def _map(settings: MapSettings) -> int:
+    from ultrafuser.gating.synthesis.dataset.map import draw_map
 
     print(f"written: {draw_map(settings)}", file=sys.stderr, flush=True)
     return 0
@@ -124,11 +121,8 @@ def _describe(ending: "Ending") -> str:
     return "\n".join(lines)
 
 
-_COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[BaseModel], int], str]] = {
+_COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[Any], int], str]] = {
     "make": (MakeSettings, _make, "Make instruction data by calls to a model."),
     "export": (ExportSettings, _export, "Write what was made as a data set."),
     "map": (MapSettings, _map, "Draw a data set as a specialist sees it."),
 }
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

@@ -4,9 +4,7 @@ A stage begins when the one before has ended, so what it asks does not depend on
 together; see docs/data.md.
 """
 
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,18 +12,19 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from gating.commands.endpoint import Endpoint
-from gating.commands.provenance import write_json
-from gating.commands.run_folder import keep_settings, sole_run
-from gating.synthesis.calls.asking import Asker, Sampling
-from gating.synthesis.calls.budget import Account, RateLimit
-from gating.synthesis.calls.runner import Runner
-from gating.synthesis.dataset.duplicates import find_duplicates
-from gating.synthesis.settings import MakeSettings
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import COMPLICATIONS, RELATED, Structure
-from gating.synthesis.stages.task import Task
-from gating.synthesis.stages.tasks import Tasks, all_instructions
+from ultrafuser.gating.commands.endpoint import ENDPOINT_FIELDS, Endpoint
+from ultrafuser.gating.commands.run_folder import keep_settings, sole_run
+from ultrafuser.gating.files import write_json
+from ultrafuser.gating.progress_bar import counting_bar
+from ultrafuser.gating.synthesis.calls.asking import Asker
+from ultrafuser.gating.synthesis.calls.budget import Account
+from ultrafuser.gating.synthesis.calls.runner import Runner
+from ultrafuser.gating.synthesis.dataset.duplicates import find_duplicates
+from ultrafuser.gating.synthesis.settings import MakeSettings
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import COMPLICATIONS, RELATED, Structure
+from ultrafuser.gating.synthesis.stages.task import Task
+from ultrafuser.gating.synthesis.stages.tasks import Tasks, all_instructions
 
 REPORT_FILE = "report.json"
 
@@ -41,7 +40,6 @@ class Ending:
     """Calls that failed and may succeed in another run."""
 
     report: dict[str, Any]
-    """The content of report.json."""
 
 
 async def make(settings: MakeSettings, structure: Structure) -> Ending:
@@ -55,24 +53,16 @@ async def make(settings: MakeSettings, structure: Structure) -> Ending:
     with sole_run(folder):
         keep_settings(folder, structure.as_json())
         with Store(folder) as store:
-            async with _endpoint(settings) as endpoint:
+            chosen = settings.model_dump(include=ENDPOINT_FIELDS)
+            async with Endpoint(**chosen, asks_again_when_late=True) as endpoint:
                 model = settings.model or await endpoint.first_model()
                 account = Account(settings.prices, settings.budget, store.tokens)
-                asker = Asker(
-                    endpoint,
-                    Sampling(model=model, **settings.model_dump(include=_SAMPLING)),
-                    account,
-                    RateLimit(settings.requests_per_minute),
-                    RateLimit(settings.tokens_per_minute),
-                )
-                run = _Run(settings, structure, store, Runner(asker, store, settings.concurrency), account)
+                runner = Runner(Asker(endpoint, model, settings, account), store, settings.concurrency)
+                run = _Run(settings, structure, store, runner, account)
                 try:
                     return await run.all_stages()
                 finally:
                     write_json(folder / REPORT_FILE, run.report())
-
-
-_SAMPLING = {"list_tokens", "response_tokens", "temperature", "response_temperature"}
 
 
 class _Run:
@@ -92,11 +82,13 @@ class _Run:
         for stage in self._structure.stages:
             if stage == COMPLICATIONS:
                 self._dropped = drop_duplicates(self._store, self._settings.duplicate_threshold)
-            total, missing = self._num_calls(stage)
-            with progress_bar(stage, total, "call", total - missing) as bar:
-                outcome = await self._runner.make(self._missing(stage), partial(self._show, bar))
-            if outcome.is_stopped:
-                is_stopped = True
+            # Made twice: they are too many to be kept.
+            tasks = partial(self._tasks.of, stage, self._store, self._dropped)
+            are_missing = [self._is_missing(task) for task in tasks()]
+            with counting_bar(stage, len(are_missing), "call", are_missing.count(False)) as bar:
+                missing = filter(self._is_missing, tasks())
+                is_stopped = await self._runner.make(missing, partial(self._show, bar))
+            if is_stopped:
                 break
         num_failed = sum(not miss.is_final for miss in self._store.misses)
         return Ending(is_stopped, num_failed, self.report())
@@ -113,14 +105,6 @@ class _Run:
             "settings": self._settings.model_dump(mode="json", exclude={"api_key"}),
         }
 
-    def _num_calls(self, stage: str) -> tuple[int, int]:
-        """All of a stage, and those that are missing."""
-        are_missing = [self._is_missing(task) for task in self._tasks.of(stage, self._store, self._dropped)]
-        return len(are_missing), sum(are_missing)
-
-    def _missing(self, stage: str) -> Iterator[Task]:
-        return filter(self._is_missing, self._tasks.of(stage, self._store, self._dropped))
-
     def _is_missing(self, task: Task) -> bool:
         miss = self._store.miss(task.id)
         is_rejected = miss is not None and miss.is_final and not self._settings.retry_rejected
@@ -133,10 +117,8 @@ class _Run:
 
 def drop_duplicates(store: Store, threshold: float) -> dict[str, str]:
     """Ids of instructions that say what another says; of those, related ones go first, then those of larger ids."""
-    ranked = sorted(
-        ((record.stage == RELATED, item.id, item.text) for record, item in all_instructions(store)),
-    )
-    with progress_bar("duplicates", len(ranked), "instruction") as bar:
+    ranked = sorted((record.stage == RELATED, item.id, item.text) for record, item in all_instructions(store))
+    with counting_bar("duplicates", len(ranked), "instruction") as bar:
         return find_duplicates(((identity, text) for _, identity, text in ranked), threshold, bar.update)
 
 
@@ -146,20 +128,3 @@ def stage_report(store: Store, stage: str) -> dict[str, Any]:
     good = rejects.pop("", 0)
     missed = Counter(miss.reason for miss in store.misses if miss.stage == stage)
     return {"calls": len(store.ids(stage)), "items": good, "rejected": dict(rejects), "missed": dict(missed)}
-
-
-def progress_bar(label: str, total: int, unit: str, done: int = 0) -> "tqdm[NoReturn]":
-    """On stderr; where there is no terminal, a line when it begins."""
-    if not sys.stderr.isatty():
-        print(f"{label}: {total - done:,} of {total:,} {unit}s to go", file=sys.stderr, flush=True)
-    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=None, smoothing=0.05)
-
-
-def _endpoint(settings: MakeSettings) -> Endpoint:
-    return Endpoint(
-        settings.base_url,
-        api_key=settings.api_key,
-        timeout_seconds=settings.timeout_seconds,
-        concurrency=settings.concurrency,
-        asks_again_when_late=True,
-    )

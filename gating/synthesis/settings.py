@@ -1,25 +1,39 @@
 """The settings of `ultrafuser data make`, `export` and `map`."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from gating.commands.flags import CommandError
-from gating.synthesis.calls.budget import Prices
-from gating.synthesis.stages.domain import load_domain
-from gating.synthesis.stages.structure import Structure
-from gating.training.settings import Precision
+from ultrafuser.gating.commands.fields import (
+    Amount,
+    CacheFolder,
+    CommandSettings,
+    Count,
+    NotNegative,
+    Positive,
+    Precision,
+)
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.synthesis.stages.domain import load_domain
+from ultrafuser.gating.synthesis.stages.structure import FROM_SETTINGS, Structure
 
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 
 
-class MakeSettings(BaseModel):
+@dataclass(frozen=True)
+class Prices:
+    """Of a million tokens, in any currency."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+
+
+class MakeSettings(CommandSettings):
     """One run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     output: str
     """Folder of the run; the same command goes on where it was stopped."""
@@ -39,13 +53,13 @@ class MakeSettings(BaseModel):
     dry_run: bool = False
     """Say how many calls, tokens and how much money the rest would take; ask nothing."""
 
-    budget: Annotated[float, Field(ge=0)] | None = None
+    budget: Amount | None = None
     """Most that all runs in this folder may cost together, in the currency of the prices; default: no limit."""
 
-    prompt_price: Annotated[float, Field(ge=0)] = 0.0
+    prompt_price: Amount = 0.0
     """Price of a million prompt tokens."""
 
-    completion_price: Annotated[float, Field(ge=0)] = 0.0
+    completion_price: Amount = 0.0
     """Price of a million completion tokens."""
 
     concurrency: Count = 64
@@ -87,10 +101,10 @@ class MakeSettings(BaseModel):
     duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Similarity from which on two instructions count as one: Jaccard, of five characters in a row."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Amount = 1.0
     """Of topics, instructions and user turns."""
 
-    response_temperature: Annotated[float, Field(ge=0)] = 0.7
+    response_temperature: Amount = 0.7
     """Of responses."""
 
     list_tokens: Count = 4096
@@ -113,7 +127,6 @@ class MakeSettings(BaseModel):
 
     @property
     def prices(self) -> Prices:
-        """Of tokens."""
         return Prices(self.prompt_price, self.completion_price)
 
     def structure(self) -> Structure:
@@ -127,21 +140,11 @@ class MakeSettings(BaseModel):
         domains = tuple(load_domain(name).model_copy(update=changes) for name in self.domain)
         if len({domain.name for domain in domains}) < len(domains):
             raise CommandError("domain: two have the same name; name each once")
-        return Structure(
-            domains=domains,
-            strong=self.strong,
-            weak=self.weak,
-            complex_share=self.complex_share,
-            turns=self.turns,
-            turn_share=self.turn_share,
-            seed=self.seed,
-        )
+        return Structure(domains=domains, **{name: getattr(self, name) for name in FROM_SETTINGS})
 
 
-class ExportSettings(BaseModel):
+class ExportSettings(CommandSettings):
     """One data set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     output: str
     """Folder of a run of `ultrafuser data make`; the data set is written into its folder `dataset`."""
@@ -162,10 +165,8 @@ class ExportSettings(BaseModel):
     """Licence that the data card names, as the hub spells it."""
 
 
-class MapSettings(BaseModel):
+class MapSettings(CommandSettings):
     """One picture."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     output: str
     """Folder of a run with an exported data set; the picture is written into the data set's folder."""
@@ -188,5 +189,4 @@ class MapSettings(BaseModel):
     seed: int = 0
     """Draws conversations, and begins the map."""
 
-    cache: str | None = None
-    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+    cache: CacheFolder = None

@@ -1,8 +1,8 @@
 """Chat templates: where their text comes from, the one rule for what a template cannot express (`fold.py`), and
-special tokens that a conversation spells out (`literals.py`)."""
+special tokens that a conversation spells out (`literals.py`). Knows no models and no requests."""
 
-from gating.templates.fold import TemplateError, fold_messages
-from gating.templates.literals import Literals, Marked
-from gating.templates.load import load_template, template_names
+from ultrafuser.gating.templates.fold import TemplateError, fold_messages
+from ultrafuser.gating.templates.literals import Literals, Marked
+from ultrafuser.gating.templates.load import load_template, template_names
 
 __all__ = ["Literals", "Marked", "TemplateError", "fold_messages", "load_template", "template_names"]

@@ -16,8 +16,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating.templates.load import TemplateError
-from gating.templates.probe import Capabilities, capabilities
+from ultrafuser.gating.templates.load import TemplateError
+from ultrafuser.gating.templates.probe import Capabilities, capabilities
 
 Message = dict[str, Any]
 
@@ -70,7 +70,8 @@ def _plain(message: Mapping[str, Any]) -> Message:
 
 def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(call.get("function"), Mapping):
-        raise TemplateError("messages: a tool call names no function; only calls of functions can be shown to a model")
+        kind = call.get("type")
+        raise TemplateError(f"messages: a tool call of type {kind!r} has no function; send calls of type 'function'")
     function = dict(call["function"])
     arguments = function.get("arguments")
     if isinstance(arguments, str):

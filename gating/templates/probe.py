@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gating.templates.load import TemplateError
+from ultrafuser.gating.templates.load import TemplateError
 
 _USER = {"role": "user", "content": "USER-PROBE"}
 _REPLY = {"role": "assistant", "content": "REPLY-PROBE"}

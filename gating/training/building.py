@@ -1,10 +1,9 @@
-"""Builds what a run trains with: the learner, its rows, the sampler and the Trainer's arguments.
+"""Builds what a run trains with: the learner, its rows, the sampler, and the Trainer that takes them.
 
 Loads weights. Knows all parts of training but the loop itself.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,82 +12,83 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from gating.data.batches import collate_rows, collate_states
-from gating.data.hidden_states import cache_states, state_sources
-from gating.model.cache import Report
-from gating.model.gate import Gate, fresh_gate, load_gate
-from gating.model.loading import add_adapter, load_frozen
-from gating.model.schema import FRESH_GATE
-from gating.training.inputs import RunInputs, resolve_dtype
-from gating.training.learner import CachedLearner, FusedLearner, Learner
-from gating.training.sampler import BalancedBatches, ProportionalBatches
-from gating.training.settings import RUN_FOLDER
-from gating.training.trainer import Collate
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.data.batches import collate_hidden_states, collate_rows
+from ultrafuser.gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
+from ultrafuser.gating.model.cache import Report
+from ultrafuser.gating.model.gate import Gate, fresh_gate, load_gate
+from ultrafuser.gating.model.loading import add_adapter, load_frozen
+from ultrafuser.gating.model.schema import FRESH_GATE
+from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.learner import CachedLearner, FusedLearner, Learner
+from ultrafuser.gating.training.sampler import BalancedBatches, ProportionalBatches
+from ultrafuser.gating.training.trainer import FusedTrainer
+
+LearnerAndRows = tuple[Learner, Dataset[Any], Mapping[str, Dataset[Any]]]
+"""What learns, and the rows to train and, by domain, to evaluate on."""
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """What the trainer takes."""
-
-    learner: Learner
-    rows: Dataset[Any]
-    eval_rows: Mapping[str, Dataset[Any]]
-    collate: Collate
-    batches: BalancedBatches
-    arguments: TrainingArguments
-
-
-def build(inputs: RunInputs, device: torch.device, on_progress: Report) -> RunParts:
-    """Load or compute everything that a run needs.
+def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenance: Mapping[str, Any]) -> FusedTrainer:
+    """Load or compute everything that a run needs; `provenance` goes into every checkpoint.
 
     Raises:
         SamplerError: the rows of a step cannot be shared by the processes.
     """
     arguments = _arguments(inputs, device)
     batches = _batches(inputs, arguments.process_index, arguments.world_size)
+    micro_batch = inputs.micro_batch(arguments.world_size)
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro_batch
     arguments.gradient_accumulation_steps = batches.micro_batches_per_step
-    if inputs.settings.cache_states:
-        learner, rows, eval_rows = _cached(inputs, device, on_progress)
-        return RunParts(learner, rows, eval_rows, collate_states, batches, arguments)
-    whole = _whole(inputs, resolve_dtype(inputs.settings.precision, device))
-    # A GPU computes a padded batch faster than its rows one by one; a CPU pays for every token of padding.
-    whole.reads_rows_alone = device.type == "cpu"
-    rows_of = {domain: own.dataset for domain, own in inputs.eval_rows.items()}
-    return RunParts(whole, inputs.rows.dataset, rows_of, collate_rows, batches, arguments)
+    is_cached = inputs.settings.cache_states
+    learner, rows, eval_rows = (
+        _cached(inputs, micro_batch, device, on_progress) if is_cached else _whole(inputs, device)
+    )
+    return FusedTrainer(
+        learner,
+        arguments,
+        rows=rows,
+        batches=batches,
+        collate=collate_hidden_states if is_cached else collate_rows,
+        eval_rows=eval_rows,
+        specialists=inputs.fusion.specialist_names,
+        gate_learning_rate=inputs.settings.gate_learning_rate,
+        provenance=provenance,
+    )
 
 
-def _whole(inputs: RunInputs, dtype: torch.dtype) -> FusedLearner:
-    settings = inputs.settings
+def _whole(inputs: RunInputs, device: torch.device) -> LearnerAndRows:
+    settings, dtype = inputs.settings, resolve_dtype(inputs.settings.precision, device)
     if settings.trains_specialists and not settings.uses_adapters:
         dtype = torch.float32  # what learns is kept in float32; autocast makes the arithmetic bfloat16
     specialists = load_frozen(inputs.fusion, dtype)
     for specialist, config in zip(specialists, inputs.fusion.specialists, strict=True):
         assert isinstance(specialist, PreTrainedModel)
         if settings.uses_adapters:
-            add_adapter(specialist, config.adapter, inputs.lora)
+            add_adapter(specialist, config.adapter, **settings.lora)
         elif settings.trains_specialists:
             specialist.requires_grad_(True)
         if settings.gradient_checkpointing and settings.trains_specialists:
             specialist.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     gate = _gate(inputs) if len(specialists) > 1 else None
-    return FusedLearner(list(specialists), gate, inputs.info.num_shared_ids, settings.chunk_size)
+    learner = FusedLearner(list(specialists), gate, inputs.info.num_shared_ids, settings.chunk_size)
+    # A GPU computes a padded batch faster than its rows one by one; a CPU pays for every token of padding.
+    learner.reads_rows_alone = device.type == "cpu"
+    return learner, inputs.rows.dataset, {domain: own.dataset for domain, own in inputs.eval_rows.items()}
 
 
-def _cached(
-    inputs: RunInputs, device: torch.device, on_progress: Report
-) -> tuple[CachedLearner, Dataset[Any], dict[str, Dataset[Any]]]:
+def _cached(inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report) -> LearnerAndRows:
     dtype = resolve_dtype(inputs.settings.precision, device)
     cache = partial(
-        cache_states,
-        sources=state_sources(inputs.fusion, inputs.info.hidden_sizes, dtype),
+        cache_hidden_states,
+        sources=hidden_state_sources(inputs.fusion, inputs.info.hidden_sizes, dtype),
         num_shared_ids=inputs.info.num_shared_ids,
-        batch_size=_micro_rows(inputs, 1) * len(inputs.domains),
+        batch_size=micro_batch,
         device=device,
         cache_dir=inputs.cache_dir,
         on_progress=on_progress,
     )
     rows, output_weights = cache(inputs.rows.dataset)
-    eval_rows: dict[str, Dataset[Any]] = {domain: cache(own.dataset)[0] for domain, own in inputs.eval_rows.items()}
+    eval_rows = {domain: cache(own.dataset)[0] for domain, own in inputs.eval_rows.items()}
     learner = CachedLearner(output_weights, _gate(inputs), inputs.info.num_shared_ids, inputs.settings.chunk_size)
     return learner, rows, eval_rows
 
@@ -101,18 +101,13 @@ def _gate(inputs: RunInputs) -> Gate:
     return load_gate(gate, inputs.fusion.specialist_names, inputs.info.hidden_sizes)
 
 
-def _micro_rows(inputs: RunInputs, num_processes: int) -> int:
-    settings = inputs.settings
-    return settings.micro_rows_per_domain or max(1, settings.num_rows_per_domain // num_processes)
-
-
 def _batches(inputs: RunInputs, rank: int, num_processes: int) -> BalancedBatches:
     settings = inputs.settings
     kind = BalancedBatches if settings.sampling == "balanced" else ProportionalBatches
     return kind(
         {domain: inputs.rows.indices(domain) for domain in inputs.domains},
         rows_per_domain=settings.num_rows_per_domain,
-        micro_rows_per_domain=_micro_rows(inputs, num_processes),
+        micro_rows_per_domain=settings.micro_rows(num_processes),
         num_steps=settings.num_steps,
         seed=settings.seed,
         rank=rank,
@@ -122,13 +117,10 @@ def _batches(inputs: RunInputs, rank: int, num_processes: int) -> BalancedBatche
 
 def _arguments(inputs: RunInputs, device: torch.device) -> TrainingArguments:
     settings = inputs.settings
-    micro_batch = _micro_rows(inputs, 1) * len(inputs.domains)
     is_evaluated = bool(inputs.eval_rows)
     return TrainingArguments(
         output_dir=str(Path(settings.output) / RUN_FOLDER),
         max_steps=settings.num_steps,
-        per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,

@@ -4,29 +4,29 @@ Puts the parts together: inputs, learner, trainer, results. See docs/training.md
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gating.commands.progress_bar import StepProgress
-from gating.training.settings import RUN_FOLDER, TrainError, TrainSettings, parse_settings
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.progress_bar import StepProgress
+from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
-    from torch import Tensor
 
-    from gating.training.inputs import RunInputs
-    from gating.training.learner import Learner
+    from ultrafuser.gating.training.inputs import RunInputs
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:
     """The command; returns the exit status. `cache` is the default of `--cache`.
 
     Raises:
-        TrainError, FusionError: one line for the user.
+        CommandError, FusionError: one line for the user.
     """
     train(parse_settings(argv, cache))
     return 0
@@ -36,10 +36,11 @@ def train(settings: TrainSettings) -> Path | None:
     """Train as the settings say; returns the new fusion's file, or None after a plan.
 
     Raises:
-        TrainError, FusionError: what cannot be done, before any weight is loaded (DataError, SamplerError), or that
+        CommandError, FusionError: what cannot be done, before any weight is loaded (DataError, SamplerError), or that
             training has gone wrong (NonFiniteLossError); then the last checkpoint stays.
     """
-    from gating.training.inputs import gather_inputs
+    from ultrafuser.gating.training.inputs import gather_inputs
+    from ultrafuser.gating.training.plan import describe
 
     state = _processes()
     output = Path(settings.output)
@@ -47,52 +48,24 @@ def train(settings: TrainSettings) -> Path | None:
     with closing(StepProgress(is_shown=state.is_main_process)) as progress:
         inputs = gather_inputs(settings, progress)
     if state.is_main_process:
-        print("\n".join(_plan(inputs, state.device, state.num_processes)), file=sys.stderr, flush=True)
+        lines = [*inputs.rows.summary(), *describe(inputs, state.device, state.num_processes)]
+        print("\n".join(lines), file=sys.stderr, flush=True)
     return None if settings.plan else _train(inputs, output, state.device, checkpoint)
-
-
-def _plan(inputs: "RunInputs", device: "torch.device", num_processes: int) -> list[str]:
-    from gating.training.inputs import resolve_dtype
-    from gating.training.plan import describe, measure
-
-    dataset = inputs.rows.dataset
-    lines = describe(
-        inputs.settings,
-        inputs.info,
-        measure(inputs.fusion, inputs.settings, inputs.lora),
-        dtype=resolve_dtype(inputs.settings.precision, device),
-        rows={domain: len(inputs.rows.indices(domain)) for domain in inputs.domains},
-        longest=max(dataset["length"][:]),
-        response_tokens=sum(dataset["num_response_tokens"][:]),
-        num_processes=num_processes,
-    )
-    return [*inputs.rows.summary(), *lines]
 
 
 def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint: str | None) -> Path:
     from transformers import set_seed
 
-    from gating.commands.provenance import collect_provenance
-    from gating.model.packaged import hidden_bars
-    from gating.training.building import build
-    from gating.training.trainer import FusedTrainer
+    from ultrafuser.gating.commands.provenance import collect_provenance
+    from ultrafuser.gating.model.packaged import hidden_bars
+    from ultrafuser.gating.training.building import build
+    from ultrafuser.gating.training.results import save_results
 
     settings = inputs.settings
     set_seed(settings.seed)
-    with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
-        parts = build(inputs, device, progress)
     provenance = collect_provenance(settings.model_dump(mode="json"), inputs.data_digests, inputs.models)
-    trainer = FusedTrainer(
-        parts.learner,
-        parts.arguments,
-        rows=parts.rows,
-        batches=parts.batches,
-        collate=parts.collate,
-        eval_rows=parts.eval_rows,
-        specialists=inputs.fusion.specialist_names,
-        gate_learning_rate=settings.gate_learning_rate,
-        provenance={**provenance, "lasting": settings.lasting()},
-    )
+    with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
+        trainer = build(inputs, device, progress, {**provenance, "lasting": settings.lasting()})
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.final_evaluation()
     state = trainer.trained_state()
@@ -100,56 +73,19 @@ def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint
     if _processes().is_main_process:
         manifest = {**provenance, "metrics": metrics, "history": trainer.state.log_history}
         with hidden_bars():
-            path = _save(inputs, output, parts.learner, state, manifest)
+            path = save_results(output, inputs, trainer.learner, state, manifest)
         print(f"trained: {path}", file=sys.stderr, flush=True)
     trainer.accelerator.wait_for_everyone()
     return path
 
 
-def _save(
-    inputs: "RunInputs", output: Path, learner: "Learner", state: Mapping[str, "Tensor"], manifest: Mapping[str, Any]
-) -> Path:
-    from gating.model.gate import Gate
-    from gating.training.results import save_results
-
-    gate = None
-    if learner.fusion_gate is not None:
-        gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width)
-        gate.load_state_dict(_below(state, "fusion_gate."))
-    trained = {}
-    if inputs.settings.trains_specialists:
-        for index, (name, model) in enumerate(
-            zip(inputs.fusion.specialist_names, learner.get_submodule("specialists").children(), strict=True)
-        ):
-            trained[name] = (model, _below(state, f"specialists.{index}."))
-    prepared = {item.name: item for item in inputs.fusion.specialists}
-    all_prepared = tuple(prepared.get(item.name, item) for item in inputs.loaded.specialists)
-    return save_results(
-        output,
-        inputs.loaded,
-        inputs.loaded.model_copy(update={"specialists": all_prepared}),
-        gate=gate,
-        trained=trained,
-        by_adapters=inputs.settings.uses_adapters,
-        manifest=manifest,
-    )
-
-
-def _below(state: Mapping[str, "Tensor"], prefix: str) -> dict[str, "Tensor"]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
 def _checkpoint(settings: TrainSettings, folder: Path) -> str | None:
-    """The checkpoint to go on from; a folder with another run in it is refused, not overwritten.
-
-    Raises:
-        TrainError: a run is there and is not to be resumed, or had other settings.
-    """
+    """The checkpoint to go on from; a folder with another run in it is refused, not overwritten."""
     import json
 
     from transformers.trainer_utils import get_last_checkpoint
 
-    from gating.commands.provenance import PROVENANCE_FILE
+    from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if newest is None or settings.plan:

@@ -3,25 +3,21 @@
 Nothing here loads a weight. Knows fusions, files and the cache; does not know learners and trainers.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gating.data.conversations import DataFile
-from gating.data.encoded_rows import Rows, load_rows, select
-from gating.data.encoding import ConversationEncoder
-from gating.model.cache import Report
-from gating.model.fusion import load_fusion
-from gating.model.inspection import FusedModelInfo, inspect_fusion
-from gating.model.loading import LoraSettings, identify, prepare
-from gating.model.materialize import DEFAULT_CACHE_DIR
-from gating.model.schema import FRESH_GATE, FusionConfig
-from gating.training.settings import Precision, TrainError, TrainSettings
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.data.encoded_rows import Rows, load_rows, select
+from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
+from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.model.cache import Report, cache_folder
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion
+from ultrafuser.gating.model.loading import identify, prepare
+from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig
+from ultrafuser.gating.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,6 @@ class RunInputs:
     """Everything a run is made from, checked."""
 
     settings: TrainSettings
-    """As asked for."""
 
     loaded: FusionConfig
     """The fusion file's content: what the result is a changed copy of."""
@@ -41,7 +36,6 @@ class RunInputs:
     """Of `fusion`."""
 
     rows: Rows
-    """To train on."""
 
     domains: tuple[str, ...]
     """The domains of a step."""
@@ -52,19 +46,19 @@ class RunInputs:
     cache_dir: Path
     """Where prepared things are kept."""
 
+    def micro_batch(self, num_processes: int) -> int:
+        """Rows of all domains that one process computes at a time."""
+        return self.settings.micro_rows(num_processes) * len(self.domains)
+
     @property
-    def lora(self) -> LoraSettings:
-        """Of new adapters."""
-        settings = self.settings
-        return LoraSettings(settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank, settings.lora_dropout)
+    def all_rows(self) -> list[Rows]:
+        """To train on, then to evaluate on."""
+        return [self.rows, *self.eval_rows.values()]
 
     @property
     def data_digests(self) -> dict[str, str]:
         """SHA-256 of every data file, by name."""
-        digests = dict(self.rows.digests)
-        for rows in self.eval_rows.values():
-            digests |= {name: digest for name, digest in rows.digests.items() if name not in digests}
-        return digests
+        return {name: digest for rows in reversed(self.all_rows) for name, digest in rows.digests.items()}
 
     @property
     def models(self) -> list[Any]:
@@ -76,9 +70,9 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     """Load, prepare and check everything that a run needs, but weights.
 
     Raises:
-        FusionError, TrainError: what is wrong with fusion, data or settings.
+        FusionError, CommandError: what is wrong with fusion, data or settings.
     """
-    cache_dir = Path(settings.cache).expanduser() if settings.cache else DEFAULT_CACHE_DIR.expanduser()
+    cache_dir = cache_folder(settings.cache)
     files, eval_files = [[DataFile.parse(file) for file in own] for own in (settings.data, settings.eval_data)]
     loaded = load_fusion(settings.fusion)
     chosen = _choose(loaded, settings)
@@ -97,13 +91,6 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     return RunInputs(settings, loaded, fusion, info, rows, domains, eval_rows, cache_dir)
 
 
-def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of the specialists' arithmetic on this device."""
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
 def _choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     """The specialists that take part, with a gate file that exists, or a fresh gate."""
     if settings.specialist is not None:
@@ -118,39 +105,3 @@ def _choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     if settings.fresh_gate or (settings.stage == 1 and not has_gate):
         return loaded.model_copy(update={"gate": FRESH_GATE})
     return loaded
-
-
-def resolve_max_length(max_length: int | None, info: FusedModelInfo) -> int:
-    """Most tokens of a conversation: what was asked for, or the fusion's limit.
-
-    Raises:
-        TrainError: more than that.
-    """
-    if max_length is not None and max_length > info.max_model_len:
-        raise TrainError(f"--max-length: {max_length} is more than the fusion's {info.max_model_len}; lower it")
-    return max_length or info.max_model_len
-
-
-def make_encoder(
-    fusion: FusionConfig, info: FusedModelInfo, max_length: int
-) -> tuple[ConversationEncoder, dict[str, object]]:
-    """The encoder of a prepared fusion, and all that its result depends on beside the conversations."""
-    from transformers import AutoTokenizer
-
-    tokenizers = [AutoTokenizer.from_pretrained(item.model, revision=item.revision) for item in fusion.specialists]
-    encoder = ConversationEncoder(fusion, tokenizers, num_shared_ids=info.num_shared_ids, max_length=max_length)
-    return encoder, {
-        "tokenizers": [_digest(tokenizer) for tokenizer in tokenizers],
-        "templates": encoder.template_texts,
-        "eos": fusion.eos_token_ids[0],
-        "num_shared_ids": info.num_shared_ids,
-        "max_length": max_length,
-    }
-
-
-def _digest(tokenizer: Any) -> str:
-    content = [
-        tokenizer.backend_tokenizer.to_str(),
-        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gating.model.gate import Gate
-from gating.training.losses import DEFAULT_CHUNK_SIZE, fused_loss
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.responses import response_states
+from ultrafuser.gating.training.losses import DEFAULT_CHUNK_SIZE, fused_loss
 
 
 class Learner(nn.Module):
@@ -76,14 +77,14 @@ class FusedLearner(Learner):
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
         super().__init__(gate, num_shared_ids, chunk_size)
-        self.specialists = nn.ModuleList(specialists)
+        self.specialists: Any = nn.ModuleList(specialists)
         self.reads_rows_alone = False
 
     def train(self, mode: bool = True) -> "FusedLearner":
         """As of any module, but what is frozen stays in eval mode: its dropout would teach the gate noise."""
         super().train(mode)
         for specialist in self.specialists:
-            specialist.train(mode and _learns(specialist))
+            specialist.train(mode and bool(trainable_parameters(specialist)))
         return self
 
     def hidden_states(self, **batch: Any) -> list[Tensor]:
@@ -96,17 +97,13 @@ class FusedLearner(Learner):
         return [read(specialist, *tensors) for specialist, *tensors in inputs]
 
     def output_layers(self) -> list[nn.Module]:
-        return [specialist.get_output_embeddings() for specialist in self._models]
+        return [specialist.get_output_embeddings() for specialist in self.specialists]
 
     @property
     def _no_split_modules(self) -> list[str]:
         """Class names of the decoder layers, where Transformers' models have them too: the units of sharding."""
-        named = {name for model in self._models for name in model._no_split_modules or ()}
+        named = {name for model in self.specialists for name in model._no_split_modules or ()}
         return sorted(named & {type(module).__name__ for module in self.specialists.modules()})
-
-    @property
-    def _models(self) -> list[Any]:
-        return list(self.specialists)
 
 
 class CachedLearner(Learner):
@@ -131,16 +128,6 @@ class CachedLearner(Learner):
         return list(self._layers)
 
 
-def response_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
-    """[N, D]: after the final norm, one position before every response token. No graph if the specialist is frozen."""
-    positions_BT = (mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(specialist)):
-        hidden_BTD = specialist.base_model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
-        return hidden_BTD[:, :-1][response_mask_BT[:, 1:]]
-
-
 def _states_row_by_row(specialist: Any, *tensors: Tensor) -> Tensor:
     """As `response_states`, of the same tensors [B, T], one row at a time and without its padding."""
     lengths = tensors[1].sum(dim=1).tolist()
@@ -151,10 +138,6 @@ def _states_row_by_row(specialist: Any, *tensors: Tensor) -> Tensor:
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name: what a checkpoint has to hold."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _frozen_linear(weight_VD: Tensor) -> nn.Linear:

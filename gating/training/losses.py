@@ -50,7 +50,7 @@ def fused_loss(
         The loss, whose gradient reaches everything that requires one: hidden states, weights, output layers.
     """
     parameters = [parameter for layer in output_layers for parameter in layer.parameters() if parameter.requires_grad]
-    call = _Call(tuple(output_layers), num_shared_ids, chunk_size, torch.is_grad_enabled(), len(parameters))
+    call = _Call(tuple(output_layers), num_shared_ids, chunk_size, torch.is_grad_enabled())
     total, tokens_N = _ChunkedLoss.apply(call, labels_N, weights_SN, *hidden_states, *parameters)
     return FusedLoss(total, tokens_N)
 
@@ -61,7 +61,6 @@ class _Call:
     num_shared_ids: int
     chunk_size: int
     wants_gradients: bool
-    num_parameters: int
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -76,16 +75,14 @@ class _ChunkedLoss(torch.autograd.Function):
         for begin in range(0, len(labels_N), call.chunk_size):
             rows = slice(begin, begin + call.chunk_size)
             tokens.append(_chunk(call, labels_N[rows], inputs, gradients, rows))
-        ctx.save_for_backward(*[gradient for gradient in gradients if gradient is not None])
-        ctx.is_kept = [gradient is not None for gradient in gradients]
+        ctx.save_for_backward(*gradients)
         tokens_N = torch.cat(tokens) if tokens else labels_N.new_zeros(0, dtype=torch.float32)
         ctx.mark_non_differentiable(tokens_N)
         return tokens_N.sum(), tokens_N
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _grad_tokens: Tensor) -> tuple[Any, ...]:
-        kept = iter(ctx.saved_tensors)
-        gradients = [next(kept) * grad_total if is_kept else None for is_kept in ctx.is_kept]
+        gradients = [None if gradient is None else gradient * grad_total for gradient in ctx.saved_tensors]
         return (None, None, *gradients)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from gating.model.gate import DEFAULT_WIDTH, Gate
-from gating.model.inspection import FusedModelInfo
-from gating.model.loading import LoraSettings, add_adapter
-from gating.model.schema import FusionConfig
-from gating.training.settings import TrainSettings
+from ultrafuser.gating.data.hidden_states import resolve_dtype
+from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
+from ultrafuser.gating.model.inspection import FusedModelInfo
+from ultrafuser.gating.model.loading import add_adapter
+from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.settings import TrainSettings
 
 _GIB = 1024**3
 # float32 master, its gradient, and AdamW's two moments.
@@ -37,7 +39,7 @@ class ModelSize:
     hidden_size: int
 
 
-def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -> list[ModelSize]:
+def measure(fusion: FusionConfig, settings: TrainSettings) -> list[ModelSize]:
     """Parameters of every specialist, counted on models without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,7 +52,7 @@ def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -
             num_output = model.get_output_embeddings().weight.numel()
             num_outside = num_parameters - _num_in_layers(model)
             if settings.uses_adapters:
-                add_adapter(model, None, lora)
+                add_adapter(model, None, **settings.lora)
             elif settings.trains_specialists:
                 model.requires_grad_(True)
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -68,48 +70,31 @@ def measure(fusion: FusionConfig, settings: TrainSettings, lora: LoraSettings) -
     return sizes
 
 
-def describe(
-    settings: TrainSettings,
-    info: FusedModelInfo,
-    sizes: Sequence[ModelSize],
-    *,
-    dtype: torch.dtype,
-    rows: Mapping[str, int],
-    longest: int,
-    response_tokens: int,
-    num_processes: int,
-) -> list[str]:
-    """The plan as lines of text.
-
-    Args:
-        rows: rows of each domain.
-        longest: tokens of the longest sequence of any specialist.
-        response_tokens: of all rows together.
-        num_processes: devices that share a step.
-    """
-    per_step = settings.num_rows_per_domain
-    micro = settings.micro_rows_per_domain or max(1, per_step // num_processes)
+def describe(inputs: RunInputs, device: torch.device, num_processes: int) -> list[str]:
+    """The plan of a run on so many devices of this kind, as lines of text. Rows to evaluate on count too: for the
+    longest sequence that is held in memory, and for the disk."""
+    settings, info = inputs.settings, inputs.info
+    sizes = measure(inputs.fusion, settings)
+    dtype = resolve_dtype(settings.precision, device)
+    rows = {domain: len(inputs.rows.indices(domain)) for domain in inputs.domains}
+    datasets = [own.dataset for own in inputs.all_rows]
+    tokens = inputs.micro_batch(num_processes) * max(max(dataset["length"][:]) for dataset in datasets)
     lines = [f"{size.name}: {size.num_parameters:,} parameters, {size.num_trained:,} learn" for size in sizes]
     num_gate = _num_gate(info) if len(sizes) > 1 else 0
     if num_gate:
         lines.append(f"gate: {num_gate:,} parameters, all learn")
-    lines += [
-        *_steps(settings, rows, micro, num_processes),
+    return [
+        *lines,
+        *_steps(settings, rows, num_processes),
         "memory of one process, computed, not measured (FSDP2 divides the first two by the number of processes, but"
         f" gathers {_gib(_gathered(settings, sizes, dtype))} for a step):",
+        *(f"  {name}: {_gib(size)}" for name, size in _memory(settings, info, sizes, dtype, num_gate, tokens).items()),
+        *_disk(settings, info, dtype, sum(sum(dataset["num_response_tokens"][:]) for dataset in datasets)),
     ]
-    return (
-        lines
-        + [
-            f"  {name}: {_gib(size)}"
-            for name, size in _memory(settings, info, sizes, dtype, num_gate, micro * len(rows) * longest).items()
-        ]
-        + _disk(settings, info, dtype, response_tokens)
-    )
 
 
-def _steps(settings: TrainSettings, rows: Mapping[str, int], micro: int, num_processes: int) -> list[str]:
-    per_step = settings.num_rows_per_domain
+def _steps(settings: TrainSettings, rows: Mapping[str, int], num_processes: int) -> list[str]:
+    per_step, micro = settings.num_rows_per_domain, settings.micro_rows(num_processes)
     epochs = {name: settings.num_steps * per_step / count for name, count in rows.items()}
     shares = f"{per_step} rows x {len(rows)} domains, {micro} rows of each"
     if settings.sampling == "proportional":

@@ -1,73 +1,74 @@
 """A trained fusion as a folder: fusion.yaml, gate, adapters or models, manifest; served and evaluated like any other.
 
-Knows fusion files and what specialists write. Does not know how anything was trained.
+Knows fusion files and what specialists write. Does not know how anything learnt what it did.
 """
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from gating.commands.provenance import write_json
-from gating.model.fusion import save_fusion
-from gating.model.gate import Gate, save_gate
-from gating.model.loading import save_adapter, save_model
-from gating.model.schema import FusionConfig, SpecialistConfig
-
-MANIFEST_FILE = "manifest.json"
+from ultrafuser.gating.commands.run_folder import MANIFEST_FILE
+from ultrafuser.gating.files import replacing, write_json
+from ultrafuser.gating.model.fusion import save_fusion
+from ultrafuser.gating.model.gate import Gate, save_gate
+from ultrafuser.gating.model.loading import save_adapter, save_model
+from ultrafuser.gating.model.schema import SpecialistConfig
+from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.learner import Learner
 
 
 def save_results(
-    folder: Path,
-    fusion: FusionConfig,
-    prepared: FusionConfig,
-    *,
-    gate: Gate | None,
-    trained: Mapping[str, tuple[Any, Mapping[str, Tensor]]],
-    by_adapters: bool,
-    manifest: Mapping[str, Any],
+    folder: Path, inputs: RunInputs, learner: Learner, state: Mapping[str, Tensor], manifest: Mapping[str, Any]
 ) -> Path:
     """Write a fusion folder; everything in it is whole or absent, and fusion.yaml comes last.
 
     Args:
         folder: the folder; what is of the same name in it is replaced.
-        fusion: as it was loaded; what did not learn stays as it is, adapters are copied into the folder.
-        prepared: the same with plain model folders, for tokenizers.
-        gate: written if there is one; else the fusion's own gate stays.
-        trained: models that learnt and their trained parameters, by specialist.
-        by_adapters: whether they learnt by adapters or wholly.
+        inputs: of the run; what did not learn stays as it was loaded, adapters are copied into the folder.
+        learner: what learnt.
+        state: its trained parameters, whole, by name.
         manifest: where it comes from, with its metrics.
 
     Returns:
         The path of fusion.yaml.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    trained = {}
+    if inputs.settings.trains_specialists:
+        models = zip(inputs.fusion.specialists, learner.get_submodule("specialists").children(), strict=True)
+        for index, (prepared, model) in enumerate(models):
+            trained[prepared.name] = (prepared, model, _below(state, f"specialists.{index}."))
     specialists = []
-    for own, plain in zip(fusion.specialists, prepared.specialists, strict=True):
+    for own in inputs.loaded.specialists:
         if own.name in trained:
-            own = _save_trained(folder, own, plain, *trained[own.name], by_adapters=by_adapters)
+            own = _save_trained(folder, own, *trained[own.name], by_adapters=inputs.settings.uses_adapters)
         elif own.adapter is not None and Path(own.adapter).is_dir():
             own = _copy_adapter(folder, own)
         specialists.append(own)
     changes: dict[str, Any] = {"specialists": tuple(specialists)}
-    if gate is not None:
-        with _replacing(folder / "gate.safetensors") as partial:
-            save_gate(gate, partial, fusion.specialist_names)
+    if learner.fusion_gate is not None:
+        gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width)
+        gate.load_state_dict(_below(state, "fusion_gate."))
+        with replacing(folder / "gate.safetensors") as partial:
+            save_gate(gate, partial, inputs.loaded.specialist_names)
         changes["gate"] = str((folder / "gate.safetensors").resolve())
     write_json(folder / MANIFEST_FILE, dict(manifest))
-    with _replacing(folder / "fusion.yaml") as partial:
-        save_fusion(fusion.model_copy(update=changes), partial)
+    with replacing(folder / "fusion.yaml") as partial:
+        save_fusion(inputs.loaded.model_copy(update=changes), partial)
     return folder / "fusion.yaml"
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _save_trained(
     folder: Path,
     own: SpecialistConfig,
-    plain: SpecialistConfig,
+    prepared: SpecialistConfig,
     model: nn.Module,
     state: Mapping[str, Tensor],
     *,
@@ -75,12 +76,12 @@ def _save_trained(
 ) -> SpecialistConfig:
     if by_adapters:
         target = folder / "adapters" / own.name
-        with _replacing(target) as partial:
+        with replacing(target) as partial:
             save_adapter(model, state, partial, base_model=own.model)
         return own.model_copy(update={"adapter": str(target.resolve())})
     target = folder / "specialists" / own.name
-    with _replacing(target) as partial:
-        save_model(model, state, partial, plain)
+    with replacing(target) as partial:
+        save_model(model, state, partial, prepared)
     changes = {"model": str(target.resolve()), "revision": None, "adapter": None, "quantization": None}
     return own.model_copy(update=changes)
 
@@ -89,24 +90,6 @@ def _copy_adapter(folder: Path, own: SpecialistConfig) -> SpecialistConfig:
     target = (folder / "adapters" / own.name).resolve()
     source = Path(str(own.adapter)).resolve()
     if source != target:
-        with _replacing(target) as partial:
+        with replacing(target) as partial:
             shutil.copytree(source, partial)
     return own.model_copy(update={"adapter": str(target)})
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside the target that takes its place when it has been written."""
-    partial = target.with_name(f".{target.name}.partial")
-    _remove(partial)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
-    _remove(target) if target.is_dir() else None
-    os.replace(partial, target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

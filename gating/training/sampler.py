@@ -13,11 +13,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import Sampler
 
-from gating.training.settings import TrainError
-
-
-class SamplerError(TrainError):
-    """The rows of a step cannot be shared out evenly. One line with the way out."""
+from ultrafuser.gating.errors import SamplerError
 
 
 class BalancedBatches(Sampler[list[int]]):

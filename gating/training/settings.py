@@ -3,36 +3,33 @@
 Knows names, types, texts and what excludes what. Imports no torch, so that `--help` answers at once.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from gating.commands.flags import CommandError, parse_command
-
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Precision = Literal["auto", "float32", "bfloat16"]
+from ultrafuser.gating.commands.fields import (
+    Amount,
+    CacheFolder,
+    CommandSettings,
+    Count,
+    NotNegative,
+    Positive,
+    Precision,
+)
+from ultrafuser.gating.commands.flags import parse_command
+from ultrafuser.gating.errors import TrainError
 
 # The paper's, for three 13B models on 16 GPUs: steps and rows per domain of each stage.
 PAPER_STEPS = {1: 400, 2: 5000}
 PAPER_ROWS_PER_DOMAIN = {1: 64, 2: 32}
 
-# In the output folder: checkpoints and the TensorBoard log.
-RUN_FOLDER = "run"
-
 # Settings that do not change what is learned: a resumed run may have others.
 _FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
 
 
-class TrainError(CommandError):
-    """A training run cannot be started or go on. One line that names the setting and the way out."""
-
-
-class TrainSettings(BaseModel):
+class TrainSettings(CommandSettings):
     """One training run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     fusion: Annotated[str, Field(min_length=1)]
     """Fusion file, or the name of a preset, to start from."""
@@ -70,19 +67,19 @@ class TrainSettings(BaseModel):
     micro_rows_per_domain: Count | None = None
     """Rows of every domain in one forward pass of one device; default: all at once. Lower it to save memory."""
 
-    learning_rate: Rate = 2e-5
+    learning_rate: Positive = 2e-5
     """Highest learning rate, from which a cosine falls to zero. The default is the paper's, for 13B models."""
 
-    gate_learning_rate: Rate | None = None
+    gate_learning_rate: Positive | None = None
     """The gate's own learning rate in stage 2; default: the same."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NotNegative = 0
     """Steps in which the learning rate rises from zero."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Amount = 0.0
     """AdamW's weight decay."""
 
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: Amount = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
 
     lora_rank: Count = 8
@@ -139,8 +136,7 @@ class TrainSettings(BaseModel):
     plan: bool = False
     """Say what would be trained, the memory and the steps, and end before any weight is loaded."""
 
-    cache: str | None = None
-    """Folder for prepared models, encoded data and hidden states; default: ~/.cache/ultrafuser."""
+    cache: CacheFolder = None
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":
@@ -162,6 +158,11 @@ class TrainSettings(BaseModel):
         """Rows of every domain in a step."""
         return self.rows_per_domain or PAPER_ROWS_PER_DOMAIN[self.stage or 2]
 
+    def micro_rows(self, num_processes: int) -> int:
+        """Rows of every domain that one process computes at a time. Times the domains it is the micro-batch of
+        training, and as many rows are evaluated, or read into cached states, at a time."""
+        return self.micro_rows_per_domain or max(1, self.num_rows_per_domain // num_processes)
+
     @property
     def trains_specialists(self) -> bool:
         """Whether anything but the gate learns."""
@@ -173,13 +174,17 @@ class TrainSettings(BaseModel):
         return self.trains_specialists and self.learn == "lora"
 
     @property
+    def lora(self) -> dict[str, Any]:
+        """Rank, alpha and dropout of new adapters, as `add_adapter` takes them."""
+        alpha = self.lora_alpha or 2 * self.lora_rank
+        return {"rank": self.lora_rank, "alpha": alpha, "dropout": self.lora_dropout}
+
+    @property
     def steps_between_saves(self) -> int:
-        """Of checkpoints."""
         return self.save_every or max(1, self.num_steps // 10)
 
     @property
     def steps_between_evaluations(self) -> int:
-        """Of the evaluation data."""
         return self.eval_every or max(1, self.num_steps // 10)
 
     def lasting(self) -> dict[str, Any]:
@@ -188,18 +193,12 @@ class TrainSettings(BaseModel):
         return {name: value for name, value in content.items() if name not in _FREE_ON_RESUME}
 
 
-def parse_settings(argv: Sequence[str], cache: str | None = None) -> TrainSettings:
-    """Read the command line of `ultrafuser train`; prints and exits for `--help`. `cache` is the default of `--cache`.
-
-    Raises:
-        CommandError: an unknown flag, or a value that does not fit.
-    """
-    return parse_command(
-        TrainSettings,
-        argv,
-        prog="ultrafuser train",
-        usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
-        description="Train a fused model's gate, its gate and specialists together, or one specialist alone.",
-        positional="fusion",
-        defaults={"cache": cache},
-    )
+parse_settings = partial(
+    parse_command,
+    TrainSettings,
+    prog="ultrafuser train",
+    usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
+    description="Train a fused model's gate, its gate and specialists together, or one specialist alone.",
+    positional="fusion",
+)
+"""Reads the command line of `ultrafuser train`, as `parse_command` does."""

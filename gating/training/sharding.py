@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from gating.training.settings import TrainError
+from ultrafuser.gating.errors import TrainError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -19,20 +19,17 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from gating.commands.provenance import PROVENANCE_FILE, write_json
-from gating.training.learner import FusedLearner, Learner, trainable_parameters
-from gating.training.sampler import BalancedBatches
-from gating.training.settings import TrainError
-from gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
+from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
+from ultrafuser.gating.errors import NonFiniteLossError, TrainError
+from ultrafuser.gating.files import put_in_place, write_json
+from ultrafuser.gating.training.learner import FusedLearner, Learner, trainable_parameters
+from ultrafuser.gating.training.sampler import BalancedBatches
+from ultrafuser.gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
 
 TRAINED_FILE = "trained.safetensors"
 _STAGING = ".partial"
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
-
-
-class NonFiniteLossError(TrainError):
-    """The loss or its gradient is not a number; the parameters are those of the step before."""
 
 
 class FusedTrainer(Trainer):
@@ -63,7 +60,7 @@ class FusedTrainer(Trainer):
         gate_learning_rate: float | None,
         provenance: Mapping[str, Any],
     ) -> None:
-        self._learner = learner
+        self.learner = learner
         self._rows = rows
         self._batches = batches
         self._eval_rows = dict(eval_rows)
@@ -81,9 +78,9 @@ class FusedTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         configure_sharding(self.accelerator)
         self.is_fsdp_enabled = self.accelerator.is_fsdp2
-        if self.is_fsdp_enabled and isinstance(self._learner, FusedLearner):
+        if self.is_fsdp_enabled and isinstance(self.learner, FusedLearner):
             # Every forward pass gathers parameters from all processes: they must make the same number of them.
-            self._learner.reads_rows_alone = False
+            self.learner.reads_rows_alone = False
 
     # Data
 
@@ -103,7 +100,7 @@ class FusedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in two groups, specialists and gate, so that the gate may learn faster."""
         if self.optimizer is None:
-            parameters = trainable_parameters(self._learner)
+            parameters = trainable_parameters(self.learner)
             gate = [tensor for name, tensor in parameters.items() if name.startswith("fusion_gate.")]
             others = [tensor for name, tensor in parameters.items() if not name.startswith("fusion_gate.")]
             rate = self.args.learning_rate
@@ -117,8 +114,8 @@ class FusedTrainer(Trainer):
         """As the Trainer's; keeps the sum of the step's losses until the optimizer is asked to move."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
-        if self.is_fsdp_enabled and self.accelerator.sync_gradients and self._learner.fusion_gate is not None:
-            average_gradients(self._learner.fusion_gate.parameters())
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients and self.learner.fusion_gate is not None:
+            average_gradients(self.learner.fusion_gate.parameters())
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -140,7 +137,7 @@ class FusedTrainer(Trainer):
     def trained_state(self) -> dict[str, Tensor]:
         """What learns, by name, on the CPU; all processes must call it, the first one gets it."""
         state = {}
-        for name, parameter in trainable_parameters(self._learner).items():
+        for name, parameter in trainable_parameters(self.learner).items():
             tensor = whole(parameter.detach())
             if self.args.should_save:
                 state[name] = tensor.cpu().contiguous()
@@ -162,7 +159,7 @@ class FusedTrainer(Trainer):
                 " its optimizer's state cannot change; resume it with the same accelerate configuration"
             )
         saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
-        wanted = trainable_parameters(self._learner)
+        wanted = trainable_parameters(self.learner)
         if saved.keys() != wanted.keys():
             odd = sorted(saved.keys() ^ wanted.keys())[0]
             raise TrainError(
@@ -197,8 +194,7 @@ class FusedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(folder / _STAGING / name, folder / name)
+            put_in_place(folder / _STAGING / name, folder / name)
             shutil.rmtree(folder / _STAGING)
             rotate_checkpoints(str(folder), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -217,7 +213,7 @@ class FusedTrainer(Trainer):
         """
         metrics: dict[str, float] = {}
         losses = []
-        own = [self._shares(_length(rows)) for rows in self._eval_rows.values()]
+        own = [self._shares(rows) for rows in self._eval_rows.values()]
         self.callback_handler.eval_dataloader = range(sum(len(shares) for shares in own))  # the progress bar's length
         for (domain, rows), shares in zip(self._eval_rows.items(), own, strict=True):
             loss, weights_S = self._evaluate_domain(rows, shares)
@@ -259,13 +255,10 @@ class FusedTrainer(Trainer):
         total, count, *weights = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / count, [weight / count for weight in weights]
 
-    def _shares(self, num_rows: int) -> list[list[int]]:
+    def _shares(self, rows: Any) -> list[list[int]]:
         """This process's rows in batches, as many as the first process has; the last may be empty."""
+        num_rows = len(rows)
         own = range(self.args.process_index, num_rows, self.args.world_size)
         size = self.args.per_device_eval_batch_size
         most = len(range(0, num_rows, self.args.world_size))
         return [list(own[begin : begin + size]) for begin in range(0, most, size)]
-
-
-def _length(rows: Any) -> int:
-    return len(rows)

@@ -9,24 +9,22 @@ Knows ASGI messages, no routes and no engine.
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.middleware import is_public, refuse
-from server.errors import ApiError, Overloaded, Rejection, ShuttingDown, TimedOut
-from server.metrics import REJECTIONS
+from ultrafuser.server.access.middleware import is_among, refuse
+from ultrafuser.server.errors import ApiError, Overloaded, Rejection, ShuttingDown, TimedOut
+from ultrafuser.server.metrics import REJECTIONS
 
 DEFAULT_MAX_REQUESTS = 1024
 """Unfinished requests that a server takes if nothing else is set."""
 
 MIN_ARRIVAL_SECONDS = 1.0
 """How long the body of a request may take before its place is given away, if another needs one."""
-
-DONE_EVENT = "data: [DONE]\n\n"
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
@@ -39,6 +37,7 @@ class Admission:
         self._running: dict[RunningRequest, None] = {}  # the oldest first
         self._is_closed = False
         self._is_empty = asyncio.Event()
+        self._is_empty.set()
 
     @property
     def num_running(self) -> int:
@@ -76,13 +75,9 @@ class Admission:
     async def drain(self, seconds: float) -> bool:
         """Let nobody in any more and wait so long; whether all running requests have ended."""
         self._is_closed = True
-        if not self._running:
-            return True
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._is_empty.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+        return not self._running
 
     def end_all(self) -> None:
         """Let nobody in any more and end whatever runs."""
@@ -150,21 +145,22 @@ class RunningRequest:
         if not self._is_started:
             await error.response()(scope, self._receive, self._send)
         elif self._is_stream:
-            last_words = (error.event() + DONE_EVENT).encode()
-            await self._send({"type": "http.response.body", "body": last_words, "more_body": False})
+            await self._send({"type": "http.response.body", "body": error.last_events().encode(), "more_body": False})
 
 
 class AdmissionControl:
     """Turns requests away when the server is full or ends, and ends those that run out of time."""
 
-    def __init__(self, app: ASGIApp, admission: Admission, timeout_seconds: float | None) -> None:
+    def __init__(
+        self, app: ASGIApp, admission: Admission, timeout_seconds: float | None, public_paths: Collection[str]
+    ) -> None:
         self.app = app
         self._admission = admission
         self._timeout_seconds = timeout_seconds
+        self._public_paths = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or is_public(scope):
+        if is_among(scope, self._public_paths):
             await self.app(scope, receive, send)
             return
         if (rejection := self._admission.refusal()) is not None:

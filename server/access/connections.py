@@ -7,14 +7,13 @@ made for it, for ever. Knows bytes and time, no requests.
 import asyncio
 import json
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import InvalidRequest
+from ultrafuser.server.errors import InvalidRequest
 
 MAX_HEADER_BYTES = 65536
 """Length of a request's line and headers beyond which they are refused."""
@@ -28,8 +27,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, read_seconds: float, write_seconds: float, **kwargs: Any) -> None:
         """`read_seconds`: for a whole request; `write_seconds`: how long a full write buffer may stay full."""
         super().__init__(*args, **kwargs)
-        self._reading = _Timer(self.loop, read_seconds, self._give_up, "sent no whole request in time")
-        self._writing = _Timer(self.loop, write_seconds, self._give_up, "does not read its response")
+        later = self.loop.call_later
+        self._reading = _Timer(partial(later, read_seconds, self._give_up, "sent no whole request in time"))
+        self._writing = _Timer(partial(later, write_seconds, self._give_up, "does not read its response"))
         self._num_header_bytes = 0
         self._is_in_headers = True
 
@@ -66,7 +66,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
 
     def on_message_complete(self) -> None:
-        """The request is there."""
         super().on_message_complete()
         self._reading.stop()
 
@@ -76,7 +75,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._writing.start()
 
     def resume_writing(self) -> None:
-        """It reads again."""
         super().resume_writing()
         self._writing.stop()
 
@@ -116,10 +114,8 @@ def guarded_protocol(read_seconds: float, write_seconds: float) -> Any:
 class _Timer:
     """A time-out that can be started and stopped again and again."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, seconds: float, action: Callable[[str], None], reason: str
-    ) -> None:
-        self._start = partial(loop.call_later, seconds, action, reason)
+    def __init__(self, start: "partial[asyncio.TimerHandle]") -> None:
+        self._start = start
         self._handle: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -127,7 +123,6 @@ class _Timer:
         self._handle = self._handle or self._start()
 
     def stop(self) -> None:
-        """Forget it."""
         if self._handle is not None:
             self._handle.cancel()
         self._handle = None

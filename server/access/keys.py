@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from server.settings import ServerSettings, SettingsError
+from ultrafuser.server.settings import ServerSettings, SettingsError
 
 CACHE_SALT = "cache_salt"
 """Name in a request's state under which the salt of its key travels."""

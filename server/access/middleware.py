@@ -1,28 +1,38 @@
-"""What every request passes before a route sees it: an id and a log line, its host's name, its key. Reads no bodies."""
+"""What every request passes before a route sees it: an id and a log line, the number of its headers, its host's name,
+its key. Reads no bodies."""
 
 import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.keys import CACHE_SALT, KeyRing
-from server.access.quotas import Quota
-from server.api.playground import FILES as PLAYGROUND_FILES
-from server.errors import InvalidApiKey, RateLimited, Rejection, UntrustedHost, as_api_error
-from server.log import request_id
-from server.metrics import DISCONNECTS, REJECTIONS
+from ultrafuser.server.access.keys import CACHE_SALT, KeyRing
+from ultrafuser.server.access.quotas import Quota
+from ultrafuser.server.errors import (
+    UNFORESEEN,
+    ApiError,
+    InvalidApiKey,
+    RateLimited,
+    Rejection,
+    TooManyHeaders,
+    UntrustedHost,
+)
+from ultrafuser.server.log import request_id
+from ultrafuser.server.metrics import DISCONNECTS, REJECTIONS
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics", *PLAYGROUND_FILES})
-"""Paths that need no key. Everything else does, so that a new route is closed until somebody opens it."""
+PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Of the probes. Which paths need no key is the application's decision; a new route is closed until it opens it."""
+
+MAX_HEADERS = 200
+"""Most header lines of a request; no client has a tenth of them. Their length is the connection's affair."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_QUIET_PATHS = PUBLIC_PATHS | {"/version"}
 _CLIENT_LEFT = 499
 
 logger = logging.getLogger(__name__)
@@ -35,25 +45,23 @@ class RequestLog:
     of the response. vLLM reads it from the headers, so `chatcmpl-ID` and a request's log lines name the same id.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, quiet_paths: Collection[str]) -> None:
+        """`quiet_paths`: machines and browsers ask for them again and again; their log lines are for debugging."""
         self.app = app
+        self._quiet_paths = quiet_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         exchange = _Exchange(scope, receive, send)
         token = request_id.set(exchange.id)
         try:
             await self.app(scope, exchange.receive, exchange.send)
-        except Exception as error:
+        except Exception:
             logger.exception("the request failed")
             if exchange.status is not None:
                 raise
-            await as_api_error(error).response()(scope, exchange.receive, exchange.send)
+            await ApiError(UNFORESEEN).response()(scope, exchange.receive, exchange.send)
         finally:
-            exchange.log()
+            exchange.log(logging.DEBUG if scope["path"] in self._quiet_paths else logging.INFO)
             request_id.reset(token)
 
 
@@ -85,11 +93,10 @@ class _Exchange:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._is_complete = True
 
-    def log(self) -> None:
+    def log(self, level: int) -> None:
         if self._client_left:
             DISCONNECTS.inc()
         status = _CLIENT_LEFT if self._client_left else self.status
-        level = logging.DEBUG if self._scope["path"] in _QUIET_PATHS else logging.INFO
         duration_ms = 1000 * (time.monotonic() - self._start)
         # %r: a path is the client's, and must not be able to begin a line of its own.
         logger.log(level, "%s %r %s %.0f ms", self._scope["method"], self._scope["path"], status, duration_ms)
@@ -102,16 +109,18 @@ class ApiKeys:
     header makes of it.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, quotas: Sequence[Quota], salts_cache: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, quotas: Sequence[Quota], salts_cache: bool, public_paths: Collection[str]
+    ) -> None:
         """`quotas`: one for each key, in their order; `salts_cache`: give every key a prefix cache of its own."""
         self.app = app
         self._keys = keys
         self._quotas = quotas
         self._salts_cache = salts_cache
+        self._public_paths = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or is_public(scope):
+        if is_among(scope, self._public_paths):
             await self.app(scope, receive, send)
             return
         number = self._keys.find(scope["headers"])
@@ -130,21 +139,35 @@ class ApiKeys:
             await self.app(scope, receive, send)
 
 
+class HeaderCount:
+    """Answers 431 to a request with too many headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (count := len(scope["headers"])) > MAX_HEADERS:
+            error = TooManyHeaders(f"The request has {count} headers, at most {MAX_HEADERS} are read.")
+            await error.response()(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
 class TrustedHosts:
     """Starlette's check of the Host header, with our error; probes and metrics pass under every name."""
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], public_paths: Collection[str]) -> None:
         self.app = app
+        self._public_paths = public_paths
         self._check = TrustedHostMiddleware(_pass_on, hosts, www_redirect=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         verdict: list[str] = []
 
         async def note(message: Message) -> None:
             verdict.append(message["type"])
 
-        if not is_public(scope):
+        if not is_among(scope, self._public_paths):
             await self._check(scope, receive, note)
         if verdict:
             await refuse(UntrustedHost("The Host header is not one of this server's names."), scope, receive, send)
@@ -152,9 +175,9 @@ class TrustedHosts:
             await self.app(scope, receive, send)
 
 
-def is_public(scope: Scope) -> bool:
-    """Whether a request's path needs no key and is never turned away."""
-    return scope.get("path", "").removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS
+def is_among(scope: Scope, paths: Collection[str]) -> bool:
+    """Whether a request is for one of these paths, wherever the application is mounted."""
+    return scope["path"].removeprefix(scope.get("root_path", "")) in paths
 
 
 async def refuse(error: Rejection, scope: Scope, receive: Receive, send: Send) -> None:

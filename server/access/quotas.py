@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from server.errors import RateLimited
+from ultrafuser.server.errors import RateLimited
 
 MINUTE_SECONDS = 60.0
 

@@ -1,1 +1,4 @@
-"""The HTTP routes, one module per resource. They check what vLLM would not and call its serving classes."""
+"""The HTTP routes, one module per resource: they call vLLM's serving classes and answer. A leaf: no room imports it.
+
+What a request may ask for was checked before (`server/requests/`).
+"""

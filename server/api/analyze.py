@@ -2,25 +2,25 @@
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
-from vllm.entrypoints.serve.utils.api_utils import with_cancellation
-from vllm.exceptions import VLLMError
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.api.response import BODY_ERRORS
-from server.errors import ContextTooLong, InvalidRequest, as_api_error
-from server.requests.bodies import JsonRoute
-from server.requests.unsupported import refuse_unfused_chat
-from server.serving.gate_weights import FIELD
-from server.serving.serving import Serving
+from ultrafuser.server.api.response import BODY_ERRORS
+from ultrafuser.server.errors import ContextTooLong, InvalidRequest
+from ultrafuser.server.requests.checked_route import CheckedRoute
+from ultrafuser.server.requests.checks import check_request
+from ultrafuser.server.requests.limits import RequestBounds
+from ultrafuser.server.requests.unsupported import refuse_media
+from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
+from ultrafuser.server.serving.serving import Serving
+from ultrafuser.server.serving.translation import TRANSLATED_ERRORS, as_api_error, error_in
 
-router = APIRouter(route_class=JsonRoute)
-Response = TypeVar("Response", ChatCompletionResponse, CompletionResponse)
+router = APIRouter(route_class=CheckedRoute)
 
 
 class GateAnalysisRequest(BaseModel):
@@ -41,18 +41,20 @@ class GateAnalysisRequest(BaseModel):
     """The answer to it, whose tokens are weighed."""
 
 
-@router.post("/v1/gate/analyze", responses=BODY_ERRORS)
-@with_cancellation
-async def analyze(request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
-    """Every token of the text or the answer with its fused log probability and the gate's weights, teacher-forced."""
-    serving: Serving = raw_request.app.state.serving
+@check_request.register
+def _check(request: GateAnalysisRequest, _bounds: RequestBounds) -> None:
     if (request.text is None) == (request.messages is None):
         raise InvalidRequest("text: send either a text, or messages and an answer.", "text")
     if (request.messages is None) != (request.answer is None):
         raise InvalidRequest("answer: messages and an answer go together.", "answer")
-    if request.text is not None:
-        return await _analyze_text(serving, request, raw_request)
-    return await _analyze_answer(serving, request, raw_request)
+
+
+@router.post("/v1/gate/analyze", responses=BODY_ERRORS)
+async def analyze(request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
+    """Every token of the text or the answer with its fused log probability and the gate's weights, teacher-forced."""
+    serving: Serving = raw_request.app.state.serving
+    analyze_own = _analyze_answer if request.text is None else _analyze_text
+    return await analyze_own(serving, request, raw_request)
 
 
 async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
@@ -62,43 +64,35 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
         raise InvalidRequest("text: has one token only, which nothing predicts; send more.", "text")
     own: dict[str, Any] = {"prompt": [first], "logprobs": 0}
     asked = CompletionRequest(**_common(request, rest), **own)
-    response = await _answered(serving.completion.create_completion(asked, raw_request), CompletionResponse, "text")
-    (choice,) = response.choices
-    tokens = _tokens(serving, rest, choice, choice.logprobs.token_logprobs, "text")
-    start = {"token": serving.tokenizer.decode([first]), "token_id": first, "logprob": None, FIELD: None}
+    response = await _answered(serving.completion.create_completion(asked, raw_request), rest, "text")
+    tokens = _tokens(serving, response, response.choices[0].logprobs.token_logprobs)
+    start = {"token": serving.tokenizer.decode([first]), "token_id": first, "logprob": None, GATE_WEIGHTS: None}
     return _body(serving, response, [start, *tokens])
 
 
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
-    given, asked.vllm_xargs = asked.vllm_xargs, None  # the server's own; what the user sent is looked at
-    refuse_unfused_chat(asked)
-    asked.vllm_xargs = given
-    response = await _answered(
-        serving.chat.create_chat_completion(asked, raw_request), ChatCompletionResponse, "answer"
-    )
-    (choice,) = response.choices
-    logprobs = [entry.logprob for entry in choice.logprobs.content]
-    return _body(serving, response, _tokens(serving, answer, choice, logprobs, "answer"))
+    refuse_media(asked.messages)  # of the model made of them, which may leave parts that can be read only once
+    response = await _answered(serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
+    logprobs = [entry.logprob for entry in response.choices[0].logprobs.content]
+    return _body(serving, response, _tokens(serving, response, logprobs))
 
 
-async def _answered(asking: Awaitable[Any], kind: type[Response], param: str) -> Response:
-    """What the serving class gave; a text that is too long for the context is no matter of `max_tokens` here.
-
-    Raises:
-        ApiError: as the serving class says.
-    """
+async def _answered(asking: Awaitable[Any], given: list[int], param: str) -> Any:
+    """What the serving class gave; a text that is too long for the context is no matter of `max_tokens` here."""
     try:
         response = await asking
-    except (ValueError, VLLMError) as error:
-        response = error
-    if isinstance(response, kind):
-        return response
-    told = as_api_error(response)
-    if told.param == "max_tokens":
-        raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param)
-    raise told
+        if (told := error_in(response)) is not None:
+            raise told
+    except TRANSLATED_ERRORS as error:
+        if as_api_error(error).param == "max_tokens":
+            raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param) from error
+        raise
+    (choice,) = response.choices
+    if list(choice.token_ids) != given:
+        raise ContextTooLong(f"{param}: of {len(given)} tokens only {len(choice.token_ids)} fit; shorten it.", param)
+    return response
 
 
 def _common(request: GateAnalysisRequest, given: list[int]) -> dict[str, Any]:
@@ -108,8 +102,8 @@ def _common(request: GateAnalysisRequest, given: list[int]) -> dict[str, Any]:
         "temperature": 0.0,
         "ignore_eos": True,
         "return_token_ids": True,
-        "vllm_xargs": {"forced_token_ids": given, FIELD: True},
-        FIELD: True,
+        "vllm_xargs": {"forced_token_ids": given, GATE_WEIGHTS: True},
+        GATE_WEIGHTS: True,
     }
 
 
@@ -118,20 +112,17 @@ async def _token_ids(serving: Serving, text: str, param: str, *, add_special_tok
     if len(text) > max_length * serving.tokenizer.max_chars_per_token:
         raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param)
     ids: list[int] = await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens=add_special_tokens)
-    foreign = next((token_id for token_id in ids if token_id >= serving.num_shared_ids), None)
+    foreign = next((token_id for token_id in ids if token_id >= serving.bounds.num_shared_ids), None)
     if foreign is not None:
         raise InvalidRequest(f"{param}: token id {foreign} is not shared by all specialists; change the text.", param)
     return ids
 
 
-def _tokens(
-    serving: Serving, given: list[int], choice: Any, logprobs: list[float | None], param: str
-) -> list[dict[str, Any]]:
-    if list(choice.token_ids) != given:
-        raise ContextTooLong(f"{param}: of {len(given)} tokens only {len(choice.token_ids)} fit; shorten it.", param)
-    rows = zip(given, logprobs, choice.gate_weights["content"], strict=True)
+def _tokens(serving: Serving, response: Any, logprobs: list[float | None]) -> list[dict[str, Any]]:
+    (choice,) = response.choices
+    rows = zip(choice.token_ids, logprobs, choice.gate_weights["content"], strict=True)
     return [
-        {"token": serving.tokenizer.decode([token_id]), "token_id": token_id, "logprob": logprob, FIELD: weights}
+        {"token": serving.tokenizer.decode([token_id]), "token_id": token_id, "logprob": logprob, GATE_WEIGHTS: weights}
         for token_id, logprob, weights in rows
     ]
 

@@ -2,30 +2,18 @@
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
-from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.api.response import BODY_ERRORS, to_response
-from server.requests.bodies import JsonRoute
-from server.requests.limits import check_limits
-from server.requests.unsupported import notice_unknown_fields, refuse_foreign_ids, refuse_unfused_completion
-from server.serving.gate_weights import ask_for_weights
-from server.serving.serving import Serving
+from ultrafuser.server.api.response import BODY_ERRORS, to_response
+from ultrafuser.server.requests.checked_route import CheckedRoute
+from ultrafuser.server.serving.openapi import answer
+from ultrafuser.server.serving.serving import Serving
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=CheckedRoute, responses=BODY_ERRORS)
 
 
-@router.post(
-    "/v1/completions",
-    responses=BODY_ERRORS | {200: {"model": CompletionResponse}},
-)
-@with_cancellation
+@router.post("/v1/completions", responses=answer("/v1/completions"))
 async def create_completion(request: CompletionRequest, raw_request: Request) -> Response:
     """Continue a text or token ids; an event stream if `stream` is set."""
     serving: Serving = raw_request.app.state.serving
-    refuse_unfused_completion(request)
-    check_limits(request, raw_request.app.state.limits, serving.bounds)
-    refuse_foreign_ids(request, serving.num_shared_ids)
-    ask_for_weights(request)
-    notice_unknown_fields(request)
     return await to_response(await serving.completion.create_completion(request, raw_request))

@@ -1,32 +1,34 @@
 """GET /v1/models: the one model that is served, under each of its names."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard, ModelList
 
-from server.api.response import READ_ERRORS, error_responses, to_response
-from server.serving.serving import Serving
+from ultrafuser.server.api.response import READ_ERRORS, error_responses, to_response
+from ultrafuser.server.errors import ModelNotFound
+from ultrafuser.server.serving.openapi import answer
+from ultrafuser.server.serving.serving import Serving
 
 router = APIRouter(responses=READ_ERRORS)
 
 
-@router.get("/v1/models", responses={200: {"model": ModelList}})
+@router.get("/v1/models", responses=answer("/v1/models"))
 async def list_models(raw_request: Request) -> Response:
-    """All names."""
+    """Every name of the one model that is served."""
     return await to_response(await _models(raw_request))
 
 
-@router.get("/v1/models/{name:path}", responses=error_responses(400, 404) | {200: {"model": ModelCard}})
+@router.get("/v1/models/{name:path}", responses=error_responses(400, 404) | answer("/v1/models/{name:path}"))
 async def retrieve_model(name: str, raw_request: Request) -> Response:
     """One name; 404 if it is not served."""
     for model in (await _models(raw_request)).data:
         if model.id == name:
             return await to_response(model)
-    error = ErrorInfo(message=f"The model `{name}` does not exist.", type="NotFoundError", param="model", code=404)
-    return await to_response(ErrorResponse(error=error))
+    raise ModelNotFound(f"The model `{name}` does not exist.", "model")
 
 
-async def _models(raw_request: Request) -> ModelList:
+async def _models(raw_request: Request) -> Any:
     serving: Serving = raw_request.app.state.serving
     models = await serving.models.show_available_models()
     for model in models.data:

@@ -1,17 +1,17 @@
 """GET /health (alive), /ready (can generate), /version and /metrics: what machines ask."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
-from vllm.version import __version__ as vllm_version
 
-from server import __version__
-from server.api.response import READ_ERRORS
-from server.metrics import scrape, show_state
-from server.serving.serving import Serving
+from ultrafuser import __version__
+from ultrafuser.server.api.response import READ_ERRORS
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.metrics import DRAINING, ENGINE_UP, READY, UNFINISHED, scrape
+from ultrafuser.server.serving.installation import VLLM_VERSION
+from ultrafuser.server.serving.serving import Serving
 
 router = APIRouter(responses=READ_ERRORS)
 
@@ -23,30 +23,6 @@ class Status(BaseModel):
 
 
 _STATUSES: dict[int | str, dict[str, Any]] = {200: {"model": Status}, 503: {"model": Status}}
-
-
-@dataclass
-class Readiness:
-    """What the start and the end of the server have to say about its being ready."""
-
-    is_warm: bool = False
-    """A token was produced since the start."""
-
-    is_ending: bool = False
-    """A signal has asked the server to end."""
-
-    is_stalled: bool = False
-    """The engine has work and makes no steps."""
-
-    def obstacle(self, engine_errored: bool) -> str | None:
-        """Why the server cannot take requests; None if it can."""
-        if engine_errored:
-            return "the engine has stopped"
-        if self.is_ending:
-            return "shutting down"
-        if self.is_stalled:
-            return "the engine has work, but makes no steps"
-        return None if self.is_warm else "warming up: no token produced yet"
 
 
 @router.get("/health", responses=_STATUSES)
@@ -67,19 +43,17 @@ async def ready(raw_request: Request) -> Response:
 @router.get("/version")
 async def version() -> Response:
     """Versions of UltraFuser and of the vLLM it runs on."""
-    return JSONResponse({"version": __version__, "vllm_version": vllm_version})
+    return JSONResponse({"version": __version__, "vllm_version": VLLM_VERSION})
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(raw_request: Request) -> Response:
-    """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`."""
-    state = raw_request.app.state
-    show_state(
-        is_ready=_obstacle(raw_request) is None,
-        is_up=not state.serving.engine.errored,
-        is_draining=state.readiness.is_ending,
-        num_unfinished=state.serving.engine.get_num_unfinished_requests(),
-    )
+    """Prometheus metrics: `vllm:*`, `http_*` and our `fused_*`; the server's state is looked up only now."""
+    engine = raw_request.app.state.serving.engine
+    READY.set(_obstacle(raw_request) is None)
+    ENGINE_UP.set(not engine.errored)
+    DRAINING.set(raw_request.app.state.readiness.is_ending)
+    UNFINISHED.set(engine.get_num_unfinished_requests())
     return scrape()
 
 

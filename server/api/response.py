@@ -11,12 +11,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from server.access.admission import DONE_EVENT
-from server.engine.core.nonfinite import NONFINITE_OUTPUT
-from server.errors import ApiError, Rejection, as_api_error
-from server.metrics import REJECTIONS
+from ultrafuser.server.errors import ApiError, NonfiniteOutput, Rejection
+from ultrafuser.server.metrics import REJECTIONS
+from ultrafuser.server.serving.translation import as_api_error, error_in
 
 EARLY_SECONDS = 1.0
 """How long a stream's headers wait for its first event.
@@ -32,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 async def to_response(result: AsyncGenerator[str, None] | BaseModel) -> Response:
     """The response for what a vLLM serving class returned."""
-    if isinstance(result, ErrorResponse):
-        return as_api_error(result).response()
+    if (error := error_in(result)) is not None:
+        return error.response()
     if isinstance(result, BaseModel):
         return JSONResponse(result.model_dump())
     return await _stream(result)
@@ -72,7 +70,6 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
         line = _KeptAlive(send, scope["app"].state.keep_alive_interval)
         async with aclosing(self._events), line:
             await super().__call__(scope, receive, line.send)
@@ -99,7 +96,7 @@ class _KeptAlive:
             self._comments.cancel()
 
     async def send(self, message: Message) -> None:
-        """Pass a message on."""
+        """Pass a message on; the silence begins anew."""
         self._is_silent, self._is_sending = False, True
         try:
             await self._send(message)
@@ -125,18 +122,16 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
             told = as_api_error(error)
             if told.status >= 500:
                 _log_failure("a stream ended early", told, error)
-            yield told.event()
-            yield DONE_EVENT
+            yield told.last_events()
 
 
 def _log_failure(what: str, told: ApiError, error: Exception) -> None:
     """A fault of ours, with its traceback where that says more than the error."""
-    is_known = told.code == NONFINITE_OUTPUT
-    logger.error("%s: %s", what, told.message, exc_info=None if is_known else error)
+    logger.error("%s: %s", what, told.message, exc_info=None if isinstance(told, NonfiniteOutput) else error)
 
 
 class ErrorObject(BaseModel):
-    """OpenAI's error object."""
+    """OpenAI's description of an error."""
 
     message: str
     type: str

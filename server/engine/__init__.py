@@ -1,8 +1,9 @@
 """The fused decode step inside vLLM: the only package that knows vLLM's inner interfaces.
 
-It knows token ids and tensors, never text or HTTP. Because it builds on interfaces that vLLM changes
-without notice, it works with exactly one release of vLLM and refuses every other by name, so that an
-upgrade is the work of this one folder.
+Three of its rooms are processes: `client` (the API's), `core` (vLLM's engine core) and `worker`; `shared` is what they
+have in common, and they import nothing of each other. It knows token ids and tensors, never text or HTTP. Because it
+builds on interfaces that vLLM changes without notice, it works with exactly one release of vLLM and refuses every other
+by name, so that an upgrade is the work of this one folder.
 """
 
 import os

@@ -4,19 +4,18 @@ FastAPI alone would read any length, and take "0" for 0, true for 1 and the last
 """
 
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jiter
-from fastapi import Request, Response
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
-from server.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from server.settings import Limits
+from ultrafuser.server.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from ultrafuser.server.settings import Limits
 
 MAX_DEPTH = 200
 """How deeply a body may nest: the parser's own limit, far below Python's."""
@@ -37,31 +36,26 @@ _INTEGERS = range(-(2**63), 2**64)
 """What can be sent to the engine."""
 
 
-class JsonRoute(APIRoute):
-    """A route whose body, if it takes one, is strict JSON within the limits of `app.state.limits`."""
+async def read_request(request: Request, adapter: TypeAdapter[Any], limits: Limits) -> Request:
+    """The request with its body at hand, as bytes and as what the adapter makes of it.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, given a body that is read and validated already."""
-        answer = super().get_route_handler()
-        if self.body_field is None:
-            return answer
-        model: Any = self.body_field.field_info.annotation
-        adapter: TypeAdapter[Any] = TypeAdapter(model)
-
-        async def answer_strictly(request: Request) -> Response:
-            limits: Limits = request.app.state.limits
-            _check_media_type(request.headers.get("content-type", ""))
-            body = await read_body(request, limits.max_body_bytes)
-            value = parse_json(body, limits.max_items)
-            check_shape(value, limits.max_items)
-            _check_messages(value.get("messages"))
-            return await answer(_ReadRequest(request, body, _validate(adapter, body)))
-
-        return answer_strictly
+    Raises:
+        UnsupportedMediaType, BodyTooLarge, InvalidRequest, RequestValidationError: the body is none of this API.
+    """
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType("Content-Type: send the body as application/json.")
+    body = await read_body(request, limits.max_body_bytes)
+    value = parse_json(body, limits.max_items)
+    check_shape(value, limits.max_items)
+    _check_messages(value.get("messages"))
+    try:
+        return _ReadRequest(request, body, adapter.validate_json(body, strict=True))
+    except ValidationError as error:
+        raise _as_request_error(error, ("body",)) from error
 
 
 class _ReadRequest(Request):
-    """A request whose body is at hand, as bytes and as the model it was validated to."""
+    """What FastAPI asks for the body, and gets what was read already."""
 
     def __init__(self, request: Request, body: bytes, value: Any) -> None:
         super().__init__(request.scope, request.receive)
@@ -81,15 +75,16 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         BodyTooLarge: it is longer than the cap, or says so.
         InvalidRequest: the client left before its end.
     """
+    too_large = BodyTooLarge(f"The body is longer than {max_bytes} bytes, the most that this server reads.")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > len(str(max_bytes)) or int(declared) > max_bytes):
-        raise _too_large(max_bytes)
+        raise too_large
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > max_bytes:
-                raise _too_large(max_bytes)
+                raise too_large
     except ClientDisconnect as error:
         raise InvalidRequest("The client left before its body was complete.") from error
     return bytes(body)
@@ -102,9 +97,8 @@ def parse_json(body: bytes, max_items: int) -> Any:
         InvalidRequest: not JSON in UTF-8 (NaN, infinities and lone surrogates are not), nested deeper than `MAX_DEPTH`,
             a number of more than 4,300 digits, a key that occurs twice in one object, or a great many containers.
     """
-    if _count_openings(body) > _VALUES_PER_ITEM * max_items and _count_openings(_STRING.sub(b"", body)) > (
-        _VALUES_PER_ITEM * max_items
-    ):
+    most = _VALUES_PER_ITEM * max_items
+    if _count_openings(body) > most and _count_openings(_STRING.sub(b"", body)) > most:
         raise InvalidRequest("The body has too many arrays and objects; send less.")
     try:
         return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="none")
@@ -128,9 +122,8 @@ def check_shape(value: Any, max_items: int) -> None:
 
 
 def _check_field(name: str, value: Any, max_items: int) -> None:
-    budget = max_items * (_VALUES_PER_ITEM if name in WIDE_FIELDS else 1)
-    _check_integers([value], name)
-    pending = [value] if isinstance(value, dict | list) else []
+    budget = 1 + max_items * (_VALUES_PER_ITEM if name in WIDE_FIELDS else 1)
+    pending: list[Any] = [[value]]  # a number by itself is looked at, too
     while pending:
         container = pending.pop()
         _check_count(container, max_items, name)
@@ -138,8 +131,10 @@ def _check_field(name: str, value: Any, max_items: int) -> None:
         if budget < 0:
             raise InvalidRequest(f"{name}: has too many values; send less.", name)
         inner = list(container.values()) if isinstance(container, dict) else container
-        _check_integers(inner, name)
-        pending += [item for item in inner if isinstance(item, dict | list) and not _is_prompt(name, item)]
+        if any(type(item) is int and item not in _INTEGERS for item in inner):
+            raise InvalidRequest(f"{name}: an integer of more than 64 bits.", name)
+        containers = (item for item in inner if isinstance(item, dict | list))
+        pending += [item for item in containers if not (name == "prompt" and _is_token_ids(item))]
 
 
 def _check_count(container: Mapping[str, Any] | list[Any], max_items: int, field: str | None) -> None:
@@ -148,28 +143,12 @@ def _check_count(container: Mapping[str, Any] | list[Any], max_items: int, field
         raise InvalidRequest(f"{place}: {len(container)} entries in one array or object, at most {max_items}.", field)
 
 
-def _check_integers(values: list[Any], field: str) -> None:
-    if any(type(value) is int and value not in _INTEGERS for value in values):
-        raise InvalidRequest(f"{field}: an integer of more than 64 bits.", field)
-
-
 def _count_openings(text: bytes) -> int:
     return text.count(b"[") + text.count(b"{")
 
 
-def _is_prompt(field: str, value: Any) -> bool:
-    return field == "prompt" and _is_token_ids(value)
-
-
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _validate(adapter: TypeAdapter[Any], body: bytes) -> Any:
-    try:
-        return adapter.validate_json(body, strict=True)
-    except ValidationError as error:
-        raise _as_request_error(error, ("body",)) from error
 
 
 def _check_messages(messages: Any) -> None:
@@ -193,12 +172,3 @@ def _check_messages(messages: Any) -> None:
 def _as_request_error(error: ValidationError, place: tuple[str | int, ...]) -> RequestValidationError:
     errors = error.errors(include_url=False, include_input=False)
     return RequestValidationError([{**each, "loc": (*place, *each["loc"])} for each in errors])
-
-
-def _check_media_type(content_type: str) -> None:
-    if content_type.split(";", maxsplit=1)[0].strip().lower() != "application/json":
-        raise UnsupportedMediaType("Content-Type: send the body as application/json.")
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body is longer than {max_bytes} bytes, the most that this server reads.")

@@ -36,7 +36,7 @@ class Trial:
     """Compiles constraints for one vocabulary."""
 
     def __init__(self, tokenizer: str, revision: str | None, vocab_size: int, any_whitespace: bool) -> None:
-        """`vocab_size` is the width of the leader's logits."""
+        """As `server/requests/grammars.py:Vocabulary` says."""
         loaded = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
         info = xgrammar.TokenizerInfo.from_huggingface(loaded, vocab_size=vocab_size)
         self._vocab_size, self._any_whitespace = vocab_size, any_whitespace

@@ -10,15 +10,10 @@ import asyncio
 import json
 import sys
 from collections import OrderedDict
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 
-from vllm.config import VllmConfig
-from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.structured_output.backend_types import StructuredOutputOptions
-from vllm.v1.structured_output.request import get_structured_output_key
-from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
-
-from server.errors import InvalidRequest
+from ultrafuser.server.errors import InvalidRequest
 
 START_SECONDS = 120.0
 """How long the process may take to start: it imports torch."""
@@ -29,33 +24,55 @@ MAX_REMEMBERED = 1024
 _LINE_BYTES = 2**24
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """What a response has to follow."""
+
+    kind: str
+    """JSON (a schema), REGEX, GRAMMAR (in EBNF), LARK or STRUCTURAL_TAG."""
+
+    text: str
+    """The schema, expression, grammar or tag."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Whose tokens a constraint allows or not."""
+
+    tokenizer: str
+    """The leader's, by path or name."""
+
+    revision: str | None
+    """The tokenizer's."""
+
+    vocab_size: int
+    """Width of the leader's logits."""
+
+    any_whitespace: bool
+    """Whether JSON may have any white space between its tokens."""
+
+
 class GrammarCheck:
     """Tries constraints out, one at a time; the process starts with the first."""
 
-    def __init__(self, config: VllmConfig, seconds: float) -> None:
-        """`config` is the engine's; `seconds` is the time one constraint may take."""
-        model = config.model_config
-        self._arguments = {
-            "tokenizer": model.tokenizer,
-            "revision": model.tokenizer_revision,
-            "vocab_size": model.get_vocab_size(),
-            "any_whitespace": not config.structured_outputs_config.disable_any_whitespace,
-        }
+    def __init__(self, vocabulary: Vocabulary, seconds: float) -> None:
+        """`seconds` is the time one constraint may take."""
+        self._vocabulary = vocabulary
         self._seconds = seconds
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._passed: OrderedDict[bytes, None] = OrderedDict()
         self._trials: set[asyncio.Task[None]] = set()
 
-    async def check(self, constraint: StructuredOutputsParams | None) -> None:
+    async def check(self, constraint: Constraint | None) -> None:
         """Let a constraint pass, or not; what the process does not understand is left to vLLM.
 
         Raises:
             InvalidRequest: it takes too long to compile or to apply, or more memory than it may.
         """
-        if constraint is None or constraint.json_object or constraint.all_constraints_none():
+        if constraint is None:
             return
-        line = json.dumps(_described(constraint)).encode() + b"\n"
+        line = json.dumps(asdict(constraint)).encode() + b"\n"
         digest = sha256(line).digest()
         # A client that leaves meanwhile does not end the process, which others wait for.
         trial = asyncio.ensure_future(self._check(line, digest))
@@ -64,7 +81,7 @@ class GrammarCheck:
         await asyncio.shield(trial)
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process; the next constraint starts another."""
         if self._process is not None:
             process, self._process = self._process, None
             if process.returncode is None:
@@ -89,48 +106,43 @@ class GrammarCheck:
         if self._process is not None and self._process.returncode is not None:
             await self.close()  # it was ended by somebody else
         process = self._process or await self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        verdict = b""
         try:
-            process.stdin.write(line)
-            verdict = await asyncio.wait_for(process.stdout.readline(), self._seconds)
+            verdict = await self._ask(process, line, self._seconds)
         except TimeoutError:
             raise _refused(f"takes more than {self._seconds:g} s to compile") from None
         except ConnectionError:
-            pass
-        finally:
-            if not verdict:  # the answer would be the next one's
-                await self.close()
-        if verdict.strip() in (b"", b"large"):
+            verdict = b""
+        if verdict in (b"", b"large"):
             raise _refused("needs too much memory")
-        if verdict.strip() == b"slow":
+        if verdict == b"slow":
             raise _refused("is too ambiguous to be applied to every token")
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
-        command = (sys.executable, "-m", "server.requests.grammar_worker", json.dumps(self._arguments))
+        command = (
+            sys.executable,
+            "-m",
+            "ultrafuser.server.requests.grammar_worker",
+            json.dumps(asdict(self._vocabulary)),
+        )
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=_LINE_BYTES)
         self._process = process
-        assert process.stdout is not None
-        ready = b""
-        try:
-            ready = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
-        finally:
-            if not ready:
-                await self.close()
-        if not ready:
+        if not await self._ask(process, b"", START_SECONDS):
             raise RuntimeError("the process that tries constraints out did not start; its last words are above")
         return process
 
-
-def _described(constraint: StructuredOutputsParams) -> dict[str, str]:
-    if constraint.choice is not None:
-        return {"kind": StructuredOutputOptions.GRAMMAR.name, "text": choice_as_grammar(constraint.choice)}
-    kind, text = get_structured_output_key(constraint)
-    if kind == StructuredOutputOptions.GRAMMAR and grammar_is_likely_lark(text):
-        return {"kind": "LARK", "text": text}
-    return {"kind": kind.name, "text": text}
+    async def _ask(self, process: asyncio.subprocess.Process, line: bytes, seconds: float) -> bytes:
+        """The process's answer; it is ended if none comes in time, which would be taken for the next one's."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answer = b""
+        try:
+            process.stdin.write(line)
+            answer = await asyncio.wait_for(process.stdout.readline(), seconds)
+        finally:
+            if not answer:
+                await self.close()
+        return answer.strip()
 
 
 def _refused(reason: str) -> InvalidRequest:

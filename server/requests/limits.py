@@ -5,24 +5,25 @@ does not bound, or bounds for a whole process by an environment variable. Knows 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.errors import InvalidRequest
-from server.settings import Limits
+from ultrafuser.server.errors import InvalidRequest
+from ultrafuser.server.settings import Limits
 
 MAX_BIAS = 100
 """OpenAI's range of `logit_bias`; vLLM would clip."""
 
 
 @dataclass(frozen=True)
-class EngineBounds:
-    """What a running engine can do at most."""
+class RequestBounds:
+    """What this server's settings, its engine and its specialists let a request ask for at most."""
+
+    limits: Limits
 
     max_logprobs: int
     """Log probabilities per token; -1: the whole vocabulary, which a request may then ask for by -1, too."""
@@ -30,42 +31,56 @@ class EngineBounds:
     has_priorities: bool
     """Whether requests are scheduled by their `priority`."""
 
-    @classmethod
-    def of(cls, config: VllmConfig) -> "EngineBounds":
-        """The bounds of the engine with this configuration."""
-        return cls(config.model_config.max_logprobs, config.scheduler_config.policy == "priority")
+    num_shared_ids: int
+    """Token ids below this are shared by all specialists; only they have fused logits."""
 
 
-def check_limits(request: ChatCompletionRequest | CompletionRequest, limits: Limits, engine: EngineBounds) -> None:
+def check_limits(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
     """Check a generation request.
 
     Raises:
         InvalidRequest: naming the field, what it is and what it may be.
     """
+    limits = bounds.limits
     if request.model == "":
         raise InvalidRequest("model: is empty; name the served model or leave the field out.", "model")
     _check_responses(request, limits.max_responses)
     _check_strings("stop", request.stop, limits.max_stop_chars)
     _check_strings("bad_words", request.bad_words, limits.max_stop_chars)
     _check_bias(request.logit_bias or {})
-    for name, number, most in _ranges(request, engine):
+    for name, number, most in _ranges(request, bounds):
         if number is not None and not 0 <= number <= most:
             raise InvalidRequest(f"{name}: must be 0 to {most}, got {_short(number)}.", name)
     if getattr(request, "max_completion_tokens", None) == 0:
         raise InvalidRequest("max_completion_tokens: must be at least 1, got 0.", "max_completion_tokens")
-    if request.priority and not engine.has_priorities:
+    if request.priority and not bounds.has_priorities:
         raise InvalidRequest("priority: requests are served in order; start with --scheduling-policy.", "priority")
+    check_token_ids("logit_bias", map(int, request.logit_bias or ()), bounds.num_shared_ids)
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        check_token_ids(name, getattr(request, name) or (), bounds.num_shared_ids)
+
+
+def check_token_ids(field: str, ids: Iterable[int], num_shared_ids: int) -> None:
+    """Check token ids that a request names.
+
+    Raises:
+        InvalidRequest: naming the field and the first id outside of the shared vocabulary.
+    """
+    foreign = next((token_id for token_id in ids if not 0 <= token_id < num_shared_ids), None)
+    if foreign is not None:
+        shared = f"the vocabulary that all specialists share, 0 to {num_shared_ids - 1}"
+        raise InvalidRequest(f"{field}: token id {foreign} is outside of {shared}.", field)
 
 
 def _ranges(
-    request: ChatCompletionRequest | CompletionRequest, engine: EngineBounds
+    request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds
 ) -> Iterator[tuple[str, int | None, int]]:
     """Fields that count something, with the most they may be; how many tokens fit is checked with the prompt."""
     is_chat = isinstance(request, ChatCompletionRequest)
     logprobs = request.top_logprobs if is_chat else request.logprobs
-    if engine.max_logprobs != -1:
-        yield "top_logprobs" if is_chat else "logprobs", logprobs, engine.max_logprobs
-        yield "prompt_logprobs", request.prompt_logprobs, engine.max_logprobs
+    if bounds.max_logprobs != -1:
+        yield "top_logprobs" if is_chat else "logprobs", logprobs, bounds.max_logprobs
+        yield "prompt_logprobs", request.prompt_logprobs, bounds.max_logprobs
     if is_chat:
         yield "max_completion_tokens", request.max_completion_tokens, 2**31 - 1
     yield "max_tokens", request.max_tokens, 2**31 - 1
@@ -77,15 +92,11 @@ def _check_responses(request: ChatCompletionRequest | CompletionRequest, most: i
     n = 1 if request.n is None else request.n
     if not 1 <= n <= most:
         raise InvalidRequest(f"n: must be 1 to {most}, got {_short(n)}.", "n")
-    prompts = _num_prompts(request)
+    prompt = getattr(request, "prompt", None)
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     if prompts * n > most:
         param = "n" if n > 1 else "prompt"
         raise InvalidRequest(f"{param}: {prompts} prompts with n = {n} are more than {most} responses.", param)
-
-
-def _num_prompts(request: ChatCompletionRequest | CompletionRequest) -> int:
-    prompt = getattr(request, "prompt", None)
-    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
 def _check_strings(field: str, strings: str | Sequence[str] | None, max_chars: int) -> None:

@@ -8,19 +8,15 @@ One table per request type names field and way out. Knows requests, not engines.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest
-from vllm.renderers.chat_utils import TEXT_PART_TYPES
 
-from server.errors import InvalidRequest, NotFused
-from server.metrics import REFUSED
-from server.serving.gate_weights import FIELD as GATE_WEIGHTS_FIELD
+from ultrafuser.server.errors import UnsupportedParameter
+from ultrafuser.server.metrics import REFUSED
+from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 
 RESERVED_TEMPLATE_KEYS = frozenset(
     {"chat_template", "conversation", "eos_token", "model_config", "return_dict", "tokenize", "tokenizer", "tools"}
@@ -28,10 +24,12 @@ RESERVED_TEMPLATE_KEYS = frozenset(
 """Keys of `chat_template_kwargs` that belong to the server: they would change how, not what, is rendered."""
 
 RESERVED_EXTRA_ARGS = frozenset(
-    {"specialist_prompts", "forced_token_ids", "kv_transfer_params", "ec_transfer_params", GATE_WEIGHTS_FIELD}
+    {"specialist_prompts", "forced_token_ids", "kv_transfer_params", "ec_transfer_params", GATE_WEIGHTS}
 )
 """Keys of `vllm_xargs` that belong to the server."""
 
+TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+"""Types of content parts that are text; every other type is media, or a file."""
 
 MAX_NOTICED_FIELDS = 64
 """How many unknown fields are logged before nothing more is said about them."""
@@ -145,95 +143,45 @@ TOKENIZE_REFUSALS = (*_EVERYWHERE, *_TEMPLATES)
 """What `/tokenize` of messages refuses, beside content that is not text."""
 
 
-def refuse_unfused_chat(request: ChatCompletionRequest | TokenizeChatRequest) -> None:
-    """Check a chat request; its content parts become plain lists.
+def refuse(refusals: Iterable[Refusal], request: BaseModel) -> None:
+    """Check a request against one of the tables above.
 
     Raises:
-        NotFused: naming the field and what to do instead.
+        UnsupportedParameter: naming the field and what to do instead.
     """
-    _apply(CHAT_REFUSALS if isinstance(request, ChatCompletionRequest) else TOKENIZE_REFUSALS, request)
-    for index, message in enumerate(request.messages):
-        _check_content(message, f"messages.{index}")
-    if isinstance(request, ChatCompletionRequest):
-        # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
-        request.include_reasoning = True
-        if request.echo:
-            # vLLM turns echo's default top_logprobs of 0 into a wish for prompt logprobs; None is no wish.
-            request.top_logprobs = None
+    for refusal in refusals:
+        if refusal.is_asked(request):
+            raise _refused(refusal.param, f"{refusal.param} is not supported by a fused model: {refusal.instead}.")
 
 
-def refuse_unfused_completion(request: CompletionRequest) -> None:
-    """Check a completion request.
+def refuse_media(messages: Iterable[Any]) -> None:
+    """Check the content of messages, whose parts become plain lists.
 
     Raises:
-        NotFused: naming the field and what to do instead.
+        UnsupportedParameter: a part is not text.
     """
-    _apply(COMPLETION_REFUSALS, request)
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            continue
+        # The request's own model may leave a one-shot iterator here, which looking at it would use up.
+        message["content"] = list(content)
+        for position, part in enumerate(message["content"]):
+            kind = "text" if isinstance(part, str) else part.get("type")
+            if kind not in TEXT_PARTS:
+                param = f"messages.{index}.content.{position}"
+                raise _refused(param, f"{param}: {kind!r} is not fused; send text.", "messages")
 
 
 def notice_unknown_fields(request: BaseModel) -> None:
     """Log, once per name, fields that the API does not know: they are accepted and have no effect."""
-    for name in (request.model_extra or {}).keys() - {GATE_WEIGHTS_FIELD} - _noticed:
+    for name in (request.model_extra or {}).keys() - {GATE_WEIGHTS} - _noticed:
         # A client can invent names for ever; neither the log nor this set is to grow with them.
         if len(_noticed) < MAX_NOTICED_FIELDS:
             _noticed.add(name)
             logger.info("requests have the unknown field %.64r, which has no effect", name)
 
 
-def refuse_foreign_ids(request: ChatCompletionRequest | CompletionRequest, num_shared_ids: int) -> None:
-    """Check the token ids in a request's sampling fields: only ids that all specialists share have fused logits.
-
-    `server.requests.limits` has seen that the keys of `logit_bias` are numbers.
-
-    Raises:
-        InvalidRequest: naming the field and the first id outside of the shared vocabulary.
-    """
-    fields: Mapping[str, Iterable[int]] = {
-        "logit_bias": map(int, request.logit_bias or ()),
-        "stop_token_ids": request.stop_token_ids or (),
-        "allowed_token_ids": request.allowed_token_ids or (),
-        "logprob_token_ids": request.logprob_token_ids or (),
-    }
-    for param, ids in fields.items():
-        _refuse_foreign(param, ids, num_shared_ids)
-
-
-def refuse_foreign_tokens(request: DetokenizeRequest, num_shared_ids: int) -> None:
-    """Check token ids that are to become text.
-
-    Raises:
-        InvalidRequest: naming the first id outside of the shared vocabulary.
-    """
-    _refuse_foreign("tokens", request.tokens, num_shared_ids)
-
-
-def _refuse_foreign(param: str, ids: Iterable[int], num_shared_ids: int) -> None:
-    foreign = next((token_id for token_id in ids if not 0 <= token_id < num_shared_ids), None)
-    if foreign is not None:
-        shared = f"the vocabulary that all specialists share, 0 to {num_shared_ids - 1}"
-        raise InvalidRequest(f"{param}: token id {foreign} is outside of {shared}.", param)
-
-
-def _apply(refusals: Iterable[Refusal], request: Any) -> None:
-    for refusal in refusals:
-        if refusal.is_asked(request):
-            raise _refused(refusal.param, f"{refusal.param} is not supported by a fused model: {refusal.instead}.")
-
-
-def _check_content(message: Any, param: str) -> None:
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return
-    # The request's own model may leave a one-shot iterator here, which looking at it would use up.
-    message["content"] = list(content)
-    for index, part in enumerate(message["content"]):
-        kind = "text" if isinstance(part, str) else part.get("type")
-        if kind not in TEXT_PART_TYPES:
-            raise _refused(
-                f"{param}.content.{index}", f"{param}.content.{index}: {kind!r} is not fused; send text.", "messages"
-            )
-
-
-def _refused(param: str, message: str, label: str | None = None) -> NotFused:
+def _refused(param: str, message: str, label: str | None = None) -> UnsupportedParameter:
     REFUSED.labels(label or param).inc()
-    return NotFused(message, param)
+    return UnsupportedParameter(message, param)

@@ -4,10 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from vllm.version import __version__ as vllm_version
-
-from gating.model.fusion import FusionConfig
-from server import __version__
+from ultrafuser import __version__
+from ultrafuser.gating.model.fusion import FusionConfig
+from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.server.serving.installation import VLLM_VERSION
 
 _HEX_DIGITS = 12
 
@@ -21,13 +21,7 @@ def fingerprint(fusion: FusionConfig) -> str:
     described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
     for specialist in described["specialists"]:
         specialist["model"] = Path(specialist["model"]).name
-    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, vllm_version], "gate": _gate(fusion)}
+    gate = None if fusion.gate is None else gate_digest(fusion.gate)
+    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, VLLM_VERSION], "gate": gate}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return f"fused-{__version__}-{digest[:_HEX_DIGITS]}"
-
-
-def _gate(fusion: FusionConfig) -> str | None:
-    if fusion.gate is None:
-        return None
-    path = Path(fusion.gate)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(fusion.gate)

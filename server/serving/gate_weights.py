@@ -9,38 +9,15 @@ on the other. Knows no engine; absent fields cost nothing.
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import CompletionOutput
 
-from server.errors import InvalidRequest
-
-FIELD = "gate_weights"
-"""Of requests (true or false) and of choices; also the engine's own name for the wish."""
+from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 
 _DIGITS = 6
-
-
-def ask_for_weights(request: BaseModel) -> bool:
-    """Whether a request asks for weights; if so the engine is told.
-
-    Raises:
-        InvalidRequest: the field is neither true nor false.
-    """
-    wish = (request.model_extra or {}).get(FIELD)
-    if wish is not None and not isinstance(wish, bool):
-        raise InvalidRequest(f"{FIELD}: must be true or false.", FIELD)
-    if wish:
-        request.vllm_xargs = {**(getattr(request, "vllm_xargs", None) or {}), FIELD: True}  # type: ignore[attr-defined]
-    return bool(wish)
-
-
-def is_asked(request: BaseModel) -> bool:
-    """Whether a request that was let in asks for weights."""
-    return bool((request.model_extra or {}).get(FIELD))
 
 
 def add_to_choices(response: Any, specialists: Sequence[str], completions: Sequence[CompletionOutput]) -> None:
@@ -71,22 +48,22 @@ class WeightsInEvents:
         self._is_first = True
         request.return_token_ids = True
 
-    async def watch(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
-        """Pass the engine's outputs of one prompt on."""
-        async for output in outputs:
-            self._note(output, 0)
-            yield output
+    async def watch(self, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Pass the engine's outputs on; where there are several prompts each comes with its prompt's number."""
+        async for item in outputs:
+            prompt, output = item if isinstance(item, tuple) else (0, item)
+            for completion in output.outputs:
+                if completion.gate_weights is not None:
+                    rows = self._rows.setdefault(prompt * self._num_choices + completion.index, [])
+                    rows += _rows(completion.gate_weights)
+            yield item
 
-    async def watch_several(
-        self, outputs: AsyncIterator[tuple[int, RequestOutput]]
-    ) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Pass the outputs of several prompts on; each comes with its prompt's number."""
-        async for prompt, output in outputs:
-            self._note(output, prompt)
-            yield prompt, output
+    async def decorated(self, events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+        """The events, each with the weights of its tokens."""
+        async for event in events:
+            yield self._with_weights(event)
 
-    def decorate(self, event: str) -> str:
-        """The event with the weights of its tokens."""
+    def _with_weights(self, event: str) -> str:
         text = event.removeprefix("data: ").strip()
         if text == "[DONE]":
             return event
@@ -99,12 +76,6 @@ class WeightsInEvents:
         for choice in chunk.get("choices", []):
             self._decorate(choice)
         return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-    def _note(self, output: RequestOutput, prompt: int) -> None:
-        for completion in output.outputs:
-            weights: Any = completion.gate_weights
-            if weights is not None:
-                self._rows.setdefault(prompt * self._num_choices + completion.index, []).extend(_rows(weights))
 
     def _decorate(self, choice: dict[str, Any]) -> None:
         index = choice["index"]
@@ -121,7 +92,7 @@ class WeightsInEvents:
         if choice.get("finish_reason") is not None:
             own |= {"mean": _mean(rows)}
         if own:
-            choice[FIELD] = {"content": [], **own}
+            choice[GATE_WEIGHTS] = {"content": [], **own}
 
 
 def _rows(weights_TS: Any) -> list[list[float]]:

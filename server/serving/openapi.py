@@ -6,8 +6,19 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
-from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse, ChatCompletionStreamResponse
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionStreamResponse
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeResponse, TokenizeResponse
+
+_ANSWERS: Mapping[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionResponse,
+    "/v1/completions": CompletionResponse,
+    "/v1/models": ModelList,
+    "/v1/models/{name:path}": ModelCard,
+    "/tokenize": TokenizeResponse,
+    "/detokenize": DetokenizeResponse,
+}
 
 STREAMS: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionStreamResponse,
@@ -16,6 +27,11 @@ STREAMS: Mapping[str, type[BaseModel]] = {
 """Routes that answer with events if `stream` is set, and what the data of each event is."""
 
 _REFERENCE = "#/components/schemas/{model}"
+
+
+def answer(path: str) -> dict[int | str, dict[str, Any]]:
+    """What the schema says of a route's answers; for its `responses`."""
+    return {200: {"model": _ANSWERS[path]}}
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

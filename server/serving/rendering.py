@@ -1,7 +1,7 @@
 """Messages to n prompts: each specialist's own chat template and tokenizer, and one engine input out of all of them.
 
 Every specialist reads the same content: what its template cannot show is folded into the first user turn, and special
-tokens that it spells out are text to all (`gating.templates`). The longest rendering is canonical; all n travel beside
+tokens that it spells out are text to all (`gating/templates/`). The longest rendering is canonical; all n travel beside
 it. A raw prompt is the same for all. Rendering runs in threads, off the event loop.
 Knows text and token ids, neither HTTP nor the engine.
 """
@@ -18,10 +18,11 @@ from vllm.renderers import ChatParams, TokenizeParams
 from vllm.renderers.hf import HfRenderer
 from vllm.tokenizers import get_tokenizer
 
-from gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
-from gating.templates import Literals, Marked, TemplateError, fold_messages
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
-from server.errors import ContextTooLong, InvalidRequest
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
+from ultrafuser.gating.templates import Literals, Marked, TemplateError, fold_messages
+from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS
+from ultrafuser.server.errors import ContextTooLong, InvalidRequest
+from ultrafuser.server.requests.limits import check_token_ids
 
 Messages = Sequence[Any]
 
@@ -34,7 +35,6 @@ class Rendering:
     """The turns after folding, as they went into the template."""
 
     text: str
-    """The rendered prompt."""
 
     token_ids: list[int]
     """The prompt in this specialist's own vocabulary."""
@@ -52,6 +52,7 @@ class SpecialistRenderer:
         self._eos_token = tokenizer.convert_ids_to_tokens(eos_token_id)
         self._literals = Literals(tokenizer)
         self._renderer = HfRenderer(config, tokenizer)
+        self.shutdown = self._renderer.shutdown
 
     def render(self, messages: Messages, chat_params: ChatParams, tok_params: TokenizeParams) -> Rendering:
         """Fold, render and tokenize; blocks.
@@ -126,6 +127,11 @@ class FusedRenderer(HfRenderer):
         )
         self._num_shared_ids = info.num_shared_ids
 
+    def shutdown(self) -> None:
+        for specialist in self.specialists:
+            specialist.shutdown()
+        super().shutdown()
+
     def render_chat(
         self,
         conversations: Sequence[Messages],
@@ -166,9 +172,7 @@ class FusedRenderer(HfRenderer):
         self,
         prompts: Sequence[Any],
         tok_params: TokenizeParams | None = None,
-        *,
-        prompt_extras: dict[str, Any] | None = None,
-        skip_mm_cache: bool = False,
+        **options: Any,
     ) -> list[EngineInput]:
         """One engine input per raw prompt (text or token ids), tokenized once, the same for every specialist.
 
@@ -180,11 +184,13 @@ class FusedRenderer(HfRenderer):
         for prompt in prompts:
             if "prompt_token_ids" not in prompt:
                 _check_text(prompt["prompt"], params, self.tokenizer.max_chars_per_token, "prompt")
-        inputs: list[Any] = await super().render_cmpl_async(
-            prompts, _untruncated(params), prompt_extras=prompt_extras, skip_mm_cache=skip_mm_cache
-        )
+        inputs: list[Any] = await super().render_cmpl_async(prompts, _untruncated(params), **options)
+        limit = params.max_total_tokens
         for engine_input in inputs:
-            self._check_raw(engine_input["prompt_token_ids"], params)
+            token_ids = engine_input["prompt_token_ids"]
+            if limit is not None and len(token_ids) >= limit:
+                raise ContextTooLong(_too_long(limit, f"your prompt resulted in {len(token_ids)} tokens"), "prompt")
+            check_token_ids("prompt", token_ids, self._num_shared_ids)
         return inputs
 
     def _fuse(
@@ -214,18 +220,6 @@ class FusedRenderer(HfRenderer):
             name = self.specialists[lengths.index(longest)].name
             which = f" for specialist {name}, the longest of {len(own)} renderings" if len(own) > 1 else ""
             raise ContextTooLong(_too_long(limit, f"your messages resulted in {longest} tokens{which}"), "messages")
-
-    def _check_raw(self, token_ids: Sequence[int], tok_params: TokenizeParams) -> None:
-        limit = tok_params.max_total_tokens
-        if limit is not None and len(token_ids) >= limit:
-            raise ContextTooLong(_too_long(limit, f"your prompt resulted in {len(token_ids)} tokens"), "prompt")
-        foreign = next((token_id for token_id in token_ids if not 0 <= token_id < self._num_shared_ids), None)
-        if foreign is not None:
-            raise InvalidRequest(
-                f"prompt: token id {foreign} is outside of the vocabulary that all specialists share, "
-                f"0 to {self._num_shared_ids - 1}.",
-                "prompt",
-            )
 
 
 def _untruncated(tok_params: TokenizeParams) -> TokenizeParams:

@@ -24,19 +24,28 @@ from vllm.outputs import RequestOutput
 from vllm.parser.metrics import init_parser_metrics
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.access.keys import salt_cache
-from server.errors import ApiError, as_api_error
-from server.requests.grammars import GrammarCheck
-from server.requests.limits import EngineBounds
-from server.serving.fingerprint import fingerprint
-from server.serving.gate_weights import WeightsInEvents, add_to_choices, is_asked
-from server.serving.rendering import FusedRenderer
-from server.settings import ServerSettings
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.server.access.keys import salt_cache
+from ultrafuser.server.errors import ApiError
+from ultrafuser.server.requests.grammars import GrammarCheck
+from ultrafuser.server.requests.limits import RequestBounds
+from ultrafuser.server.requests.weights_field import is_asked
+from ultrafuser.server.serving.constraints import constraint_of, leading_vocabulary
+from ultrafuser.server.serving.fingerprint import fingerprint
+from ultrafuser.server.serving.gate_weights import WeightsInEvents, add_to_choices
+from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.translation import as_api_error, error_in
+from ultrafuser.server.settings import ServerSettings
 
 
-class _OwnErrors:
-    """Raises what vLLM's stream generators would write into the stream; `server.api.response` decides where it goes."""
+class _Fused:
+    """What both kinds of completions have.
+
+    Raises what vLLM's stream generators would write into the stream; `server/api/response.py` decides where it goes.
+    """
+
+    specialists: Sequence[str] = ()
+    grammars: GrammarCheck
 
     def create_streaming_error_response(
         self,
@@ -53,16 +62,13 @@ class _OwnErrors:
         raise as_api_error(e) from e
 
 
-class FusedServingChat(_OwnErrors, OpenAIServingChat):
+class FusedServingChat(_Fused, OpenAIServingChat):
     """vLLM's chat completions, with the gate's weights for those who ask."""
-
-    specialists: Sequence[str] = ()
-    grammars: GrammarCheck
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         rendered = await super().render_chat_request(request)
         # Only now: rendering turns a demand for a tool into a constraint.
-        await self.grammars.check(request.extract_structured_outputs())
+        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
 
     async def create_chat_completion(
@@ -72,17 +78,14 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
             salt_cache(request, raw_request.state)
         return await super().create_chat_completion(request, raw_request)
 
-    async def chat_completion_stream_generator(
+    def chat_completion_stream_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().chat_completion_stream_generator
         if not is_asked(request):
-            async for event in base(request, result_generator, *args, **kwargs):
-                yield event
-            return
+            return base(request, result_generator, *args, **kwargs)
         weights = WeightsInEvents(request, self.specialists)
-        async for event in base(request, weights.watch(result_generator), *args, **kwargs):
-            yield weights.decorate(event)
+        return weights.decorated(base(request, weights.watch(result_generator), *args, **kwargs))
 
     async def chat_completion_full_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
@@ -103,15 +106,12 @@ class FusedServingChat(_OwnErrors, OpenAIServingChat):
         return response
 
 
-class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
+class FusedServingCompletion(_Fused, OpenAIServingCompletion):
     """vLLM's completions, with the gate's weights for those who ask."""
-
-    specialists: Sequence[str] = ()
-    grammars: GrammarCheck
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         rendered = await super().render_completion_request(request)
-        await self.grammars.check(request.extract_structured_outputs())
+        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
 
     async def create_completion(
@@ -121,18 +121,15 @@ class FusedServingCompletion(_OwnErrors, OpenAIServingCompletion):
             salt_cache(request, raw_request.state)
         return await super().create_completion(request, raw_request)
 
-    async def completion_stream_generator(
+    def completion_stream_generator(
         self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().completion_stream_generator
         if not is_asked(request):
-            async for event in base(request, engine_inputs, result_generator, *args, **kwargs):
-                yield event
-            return
+            return base(request, engine_inputs, result_generator, *args, **kwargs)
         prompts = [self._extract_prompt_text(engine_input) for engine_input in engine_inputs]
         weights = WeightsInEvents(request, self.specialists, prompts)
-        async for event in base(request, engine_inputs, weights.watch_several(result_generator), *args, **kwargs):
-            yield weights.decorate(event)
+        return weights.decorated(base(request, engine_inputs, weights.watch(result_generator), *args, **kwargs))
 
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
@@ -155,9 +152,8 @@ class Serving:
     tokenizer: Any
     """The leader's; it gives text the ids that all specialists share."""
     specialists: tuple[str, ...]
-    num_shared_ids: int
     grammars: GrammarCheck
-    bounds: EngineBounds
+    bounds: RequestBounds
 
 
 def build_serving(
@@ -173,21 +169,13 @@ def build_serving(
     is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
     tools: dict[str, Any] = {"tool_parser": parser, "enable_auto_tools": is_auto}
     template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
-    fused_renderer = FusedRenderer(engine.vllm_config, fusion, info)
+    config = engine.vllm_config
+    fused_renderer = FusedRenderer(config, fusion, info)
     renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
-    chat = FusedServingChat(
-        engine,
-        models,
-        "assistant",
-        online_renderer=renderer,
-        enable_prompt_tokens_details=True,
-        **template,
-        **tools,
-    )
-    completion = FusedServingCompletion(
-        engine, models, online_renderer=renderer, request_logger=None, enable_prompt_tokens_details=True
-    )
-    grammars = GrammarCheck(engine.vllm_config, settings.grammar_timeout)
+    shared: dict[str, Any] = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
+    chat = FusedServingChat(engine, models, "assistant", **shared, **template, **tools)
+    completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
+    grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
     for serving in (chat, completion):
         serving.grammars = grammars
         serving.specialists = fusion.specialist_names
@@ -195,18 +183,10 @@ def build_serving(
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)
-    return Serving(
-        engine,
-        models,
-        chat,
-        completion,
-        tokenization,
-        fused_renderer.tokenizer,
-        fusion.specialist_names,
-        info.num_shared_ids,
-        grammars,
-        EngineBounds.of(engine.vllm_config),
-    )
+    has_priorities = config.scheduler_config.policy == "priority"
+    bounds = RequestBounds(settings, config.model_config.max_logprobs, has_priorities, info.num_shared_ids)
+    tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
+    return Serving(engine, models, chat, completion, tokenization, tokenizer, specialists, grammars, bounds)
 
 
 async def warm_up(serving: Serving) -> None:
@@ -217,7 +197,8 @@ async def warm_up(serving: Serving) -> None:
     """
     request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
     result = await serving.chat.create_chat_completion(request)
-    if not isinstance(result, ChatCompletionResponse):
-        raise as_api_error(result)
+    if (error := error_in(result)) is not None:
+        raise error
+    assert isinstance(result, ChatCompletionResponse)
     if result.usage.completion_tokens != 1:
         raise ApiError("the engine produced no token")

@@ -15,7 +15,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from server.engine.client.step_feed import GATE, StepReport
+from ultrafuser.server.engine.shared.report import GATE, StepReport
 
 _SHARES = (0.01, 0.05, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 0.95, 0.99, 1.0)
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -97,7 +97,7 @@ class StepMetrics:
         self._count_weights(np.empty((0, len(self._specialists)), dtype=np.float32))
 
     def record(self, report: StepReport) -> None:
-        """Count one step."""
+        """Count what one step did; a listener of the engine's `steps`."""
         LAST_STEP.set_to_current_time()
         for span in report.spans:
             self._spans[span.part, span.specialist].observe(span.seconds)

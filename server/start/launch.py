@@ -8,37 +8,35 @@ import logging
 import platform
 import signal
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import uvicorn
 from pydantic import ValidationError
-from vllm.platforms import current_platform
-from vllm.tool_parsers import ToolParserManager
-from vllm.utils.system_utils import set_ulimit
-from vllm.version import __version__ as vllm_version
 
-from gating.model.fusion import EngineSettings, FusionConfig, FusionError, inspect_fusion
-from gating.model.gate import GateError, gate_digest
-from gating.model.materialize import materialize
-from server.access.admission import DEFAULT_MAX_REQUESTS, Admission
-from server.access.connections import guarded_protocol
-from server.api.probes import Readiness
-from server.app import create_app
-from server.engine.client.async_llm import FusedAsyncLLM
-from server.engine.shared.options import EngineOptionError, check_engine_options
-from server.health import Heartbeat, StallWatch
-from server.log import adopt_vllm_logging
-from server.metrics import describe_build
-from server.serving.serving import Serving, build_serving, warm_up
-from server.serving.step_metrics import StepMetrics
-from server.settings import EngineStartError, ServerSettings, SettingsError
-from server.start.children import tied_children
-from server.start.listener import base_url
-from server.start.progress import StartupProgress
+from ultrafuser.gating.errors import UserError
+from ultrafuser.gating.model.fusion import EngineSettings, FusionConfig, inspect_fusion
+from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.server.access.admission import DEFAULT_MAX_REQUESTS, Admission
+from ultrafuser.server.access.connections import guarded_protocol
+from ultrafuser.server.app import create_app
+from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
+from ultrafuser.server.engine.shared.options import check_engine_options
+from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
+from ultrafuser.server.log import adopt_vllm_logging
+from ultrafuser.server.metrics import describe_build
+from ultrafuser.server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
+from ultrafuser.server.serving.serving import Serving, build_serving, warm_up
+from ultrafuser.server.serving.step_metrics import StepMetrics
+from ultrafuser.server.settings import EngineStartError, ServerSettings, SettingsError
+from ultrafuser.server.start.children import tied_children
+from ultrafuser.server.start.listener import base_url
+from ultrafuser.server.start.progress import StartupProgress
 
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""
@@ -72,8 +70,9 @@ def serve(
         EngineStartError: the engine's processes have said why.
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
-    progress.say(_versions())
-    set_ulimit()  # every connection is an open file
+    python = platform.python_version()
+    progress.say(f"vLLM {VLLM_VERSION}, torch {torch.__version__}, Python {python}, device {device_name()}")
+    allow_many_connections()
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
     fusion = _override_engine(fusion, engine_options)
@@ -84,12 +83,12 @@ def serve(
     # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
     with progress.step("load all specialists into one engine"), tied_children():
         engine = _start_engine(fusion, engine_options)
-    adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
     try:
+        adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
         engine.steps.listen(StepMetrics(fusion.specialist_names).record)
         serving = build_serving(engine, fusion, info, settings)
         name = serving.models.model_name()
-        describe_build(name, len(fusion.specialists), vllm_version, gate_digest(fusion.gate))
+        describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_Service(serving, settings, listener, progress).run())
     finally:
@@ -105,7 +104,7 @@ def _override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) ->
 def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusedAsyncLLM:
     try:
         return FusedAsyncLLM.from_fusion(fusion, engine_options)
-    except (FusionError, GateError, EngineOptionError):
+    except UserError:
         raise
     except ValueError as error:
         reason = (
@@ -137,13 +136,14 @@ class _Service:
         self._serving = serving
         self._settings = settings
         self._listener = listener
+        self._url = base_url(settings, listener)  # while it can say: at the end uvicorn closes the listener
         self._progress = progress
         self._readiness = Readiness()
         self._engine_failed = False
         limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
         self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
         heartbeat = Heartbeat()
-        engine.steps.listen(heartbeat.step)
+        engine.steps.listen(heartbeat.beat)
         self._stall_watch = StallWatch(engine, heartbeat, self._readiness, settings.stall_timeout)
         app = create_app(serving, settings, self._readiness, self._admission)
         self._server = _Server(_uvicorn_config(app, settings))
@@ -152,16 +152,18 @@ class _Service:
     async def run(self) -> int:
         """Serve until asked to end; the exit status."""
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop)
+        # Not the loop's own handlers: it would give the signals back to Python when it closes, with the engine to end.
+        _at_stop_signals(lambda *_: loop.call_soon_threadsafe(self._stop))
         self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
         try:
             await self._server.serve(sockets=[self._listener])
         finally:
+            _at_stop_signals(signal.SIG_IGN)
             for task in self._companions:
                 task.cancel()
-        results = await asyncio.gather(*self._companions, return_exceptions=True)
-        failures = [result for result in results if isinstance(result, Exception)]
+            self._accompany(self._serving.grammars.close())
+            ended, _ = await asyncio.wait(self._companions, timeout=LAST_WORDS_SECONDS)
+        failures = [failure for task in ended if not task.cancelled() and (failure := task.exception())]
         for failure in failures:
             logger.error("the server ended because of", exc_info=failure)
         return 1 if failures or self._engine_failed else 0
@@ -171,11 +173,13 @@ class _Service:
             with self._progress.step("generate a first token"):
                 await warm_up(self._serving)
         except Exception:
+            if self._readiness.is_ending:
+                return  # vLLM answers a request that the end has cancelled with an error
             self._stop()
             raise
-        self._readiness.is_warm = True
-        name = self._serving.models.model_name()
-        self._progress.say(f"ready: {base_url(self._settings, self._listener)}/v1  model {name}")
+        if not self._readiness.is_ending:
+            self._readiness.is_warm = True
+            self._progress.say(f"ready: {self._url}/v1  model {self._serving.models.model_name()}")
 
     async def _watch_engine(self) -> None:
         """An engine that has stopped answers nothing more: end, so that whoever runs the server starts a new one."""
@@ -207,6 +211,11 @@ class _Service:
         self._companions += [asyncio.create_task(task) for task in tasks]
 
 
+def _at_stop_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handling: it would raise the signal again at its end and decide the exit status."""
 
@@ -222,6 +231,7 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         ws="none",
+        lifespan="off",  # when it is told to end at once uvicorn cancels one, and prints the traceback
         http=guarded_protocol(settings.read_timeout, settings.write_timeout),
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,  # of responses that are complete already
         ssl_certfile=settings.ssl_certfile,
@@ -230,16 +240,11 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
 
 
 def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
-    parsers = ToolParserManager.list_registered()
+    parsers = tool_parsers()
     if name is not None and name not in parsers:
         raise SettingsError(f"tool_call_parser: vLLM has no parser {name!r}; it has {', '.join(parsers)}")
     if enable_auto and name is None:
         raise SettingsError("--enable-auto-tool-choice: there is no parser; name one with --tool-call-parser")
-
-
-def _versions() -> str:
-    device = current_platform.get_device_name() if current_platform.is_cuda() else current_platform.device_type
-    return f"vLLM {vllm_version}, torch {torch.__version__}, Python {platform.python_version()}, device {device}"
 
 
 def _loop_factory() -> Any:

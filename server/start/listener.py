@@ -3,7 +3,7 @@
 import errno
 import socket
 
-from server.settings import ServerSettings, SettingsError
+from ultrafuser.server.settings import ServerSettings, SettingsError
 
 
 def listen_on(host: str, port: int) -> socket.socket:

@@ -27,8 +27,7 @@ def test_stages_follow_each_other_and_a_pause_between_them_counts_against_the_ru
 
 def test_a_quick_run_is_served_whole():
     assert Sizes() != QUICK
-    options = Options(fusion="demo", cache=None, is_quick=True, runs_fused=True, runs_baseline=True, results=None)
-    responses, everything, _ = measure(options)
+    responses, everything, _ = measure(Options(quick=True))
     assert responses.note == "60 calls"
     assert everything.ratio is not None
     assert everything.ratio > 0.95

@@ -7,8 +7,8 @@ import pytest
 from benchmarks.engines import ContinuousBatching, StepEngine, fused_engine
 from benchmarks.lockstep import CacheKind, LockstepLoop, StaticBatches
 from benchmarks.workload import Request, random_requests
-from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
 from tests.fakes import write_tiny_fusion
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
 
 NUM_TOKENS = 24
 

@@ -9,7 +9,7 @@ from benchmarks.footprint import Footprint
 from benchmarks.report import render_page
 from benchmarks.soak import Soak, describe
 from benchmarks.storm import Counts
-from gating.commands.provenance import write_json
+from ultrafuser.gating.files import write_json
 
 WARM = Footprint(
     num_requests=0, rss_bytes=100 << 20, num_fds=50, num_threads=20, kv_usage=0, num_running=0, num_waiting=0

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import batch_invariance, decode_step, metrics_cost, peers_servers, peers_transformers, serve_overhead
 from benchmarks.stepping import Round
 from benchmarks.workload import conversations, random_requests
-from gating.model.fusion import FusedModelInfo
+from ultrafuser.gating.model.fusion import FusedModelInfo
 
 INFO = FusedModelInfo(hidden_sizes=(8, 8, 8), vocab_sizes=(300, 310, 305), num_shared_ids=300, max_model_len=512)
 

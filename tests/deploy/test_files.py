@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from deploy.dashboards import FOLDER, write_dashboards
-from server import __version__
-from server.cli import EngineFlags
-from server.settings import PREFIX, ServerSettings
+from ultrafuser import __version__
+from ultrafuser.server.engine_options import EngineOptions
+from ultrafuser.server.settings import PREFIX, ServerSettings
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -63,7 +63,7 @@ def test_the_servers_images_carry_its_version() -> None:
 def test_settings_that_are_named_exist() -> None:
     names = set(re.findall(rf"\b{PREFIX}([A-Z_]+)\b", DOCKERFILE + COMPOSE + KUBERNETES))
     assert {"HOST", "PORT", "CACHE", "FUSION", "API_KEY_FILE", "SHUTDOWN_TIMEOUT"} == names
-    known = {*ServerSettings.model_fields, *EngineFlags.model_fields}
+    known = {*ServerSettings.model_fields, *EngineOptions.model_fields}
     assert [name for name in names if name.lower() not in known] == []
 
 

@@ -8,7 +8,7 @@ import yaml
 from deploy.checks.checks import KUBERNETES_OVERLAYS, render
 from deploy.checks.promql import ADAPTER_RULES
 from deploy.checks.tools import ROOT, NotRun
-from gating.model.fusion import load_fusion
+from ultrafuser.gating.model.fusion import load_fusion
 
 
 def rendered(overlay: str) -> dict[str, dict[str, Any]]:

@@ -44,7 +44,7 @@ class ServerProcess:
     def __init__(self, fusion: Path, log: Path, *options: str, environ: Mapping[str, str] | None = None) -> None:
         """`environ` adds to this process's environment."""
         self.log_path = log
-        command = [sys.executable, "-m", "server", "serve", str(fusion), "--port", "0", *options]
+        command = [sys.executable, "-m", "ultrafuser.server", "serve", str(fusion), "--port", "0", *options]
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 command,

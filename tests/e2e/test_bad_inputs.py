@@ -12,10 +12,10 @@ import openai
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from server.access.connections import MAX_HEADER_BYTES
-from server.settings import ServerSettings
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess, wait_for
+from ultrafuser.server.access.connections import MAX_HEADER_BYTES
+from ultrafuser.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -202,6 +202,7 @@ def test_a_huge_body_holds_up_nobody(server: ServerProcess, body: bytes) -> None
 
     prober = threading.Thread(target=probe)
     prober.start()
+    wait_for(lambda: waits, "a probe is answered")  # making a client takes longer than some of these bodies
     path = TEXT if b"prompt" in body[:20] else CHAT
     response = httpx.post(server.url + path, content=body, headers=JSON, timeout=60)
     is_done.set()

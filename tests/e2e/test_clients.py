@@ -18,12 +18,12 @@ from langchain_openai import ChatOpenAI
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.fakes import EOS_ID
 from tests.reference import read_text
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 QUESTION = "Name three colours."
 NUM_TOKENS = 16

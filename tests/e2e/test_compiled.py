@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from gating.model.fusion import load_fusion
 from tests.e2e.process import ServerProcess
 from tests.fakes import write_tiny_fusion
 from tests.reference import answer
+from ultrafuser.gating.model.fusion import load_fusion
 
 pytestmark = pytest.mark.long
 

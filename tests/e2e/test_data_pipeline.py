@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gating.data.conversations import Conversation, DataFile, read_conversations
-from gating.synthesis.dataset.export import export
-from gating.synthesis.make import drop_duplicates
-from gating.synthesis.settings import ExportSettings, MakeSettings
-from gating.synthesis.stages.domain import load_domain
-from gating.synthesis.stages.records import Record, identify
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import Structure
-from gating.synthesis.stages.tasks import Tasks
 from tests.e2e.conftest import NO_SPACES
 from tests.e2e.process import ServerProcess
+from ultrafuser.gating.data.conversations import Conversation, DataFile, read_conversations
+from ultrafuser.gating.synthesis.dataset.export import export
+from ultrafuser.gating.synthesis.make import drop_duplicates
+from ultrafuser.gating.synthesis.settings import ExportSettings, MakeSettings
+from ultrafuser.gating.synthesis.stages.domain import load_domain
+from ultrafuser.gating.synthesis.stages.records import Record, identify
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import Structure
+from ultrafuser.gating.synthesis.stages.tasks import Tasks
 
 NAMES = ("text", "code", "math")
 SIZES = {"meta_topics": 4, "sub_topics": 3, "instructions": 1, "strong": 2, "weak": 2}
@@ -96,7 +96,7 @@ def test_a_run_of_all_stages_that_is_killed_twice_makes_everything_once(server: 
         **SIZES,  # type: ignore[arg-type]
     )
     flags = settings.model_dump(exclude={"output", "domain"}, exclude_defaults=True)
-    command = [sys.executable, "-m", "gating.synthesis.command", "make", str(folder), "--domain", *settings.domain]
+    command = [sys.executable, "-m", "ultrafuser.server", "data", "make", str(folder), "--domain", *settings.domain]
     command += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     before: dict[str, Record] = {}
     for kill_at in KILL_AT:

@@ -9,16 +9,16 @@ import openai
 import pytest
 import torch
 
-from gating.model.fusion import load_fusion
-from gating.model.materialize import materialize
-from gating.model.reference import UltraFuserForCausalLM
 from tests.e2e.process import ServerProcess
 from tests.prompts import prompts_of
 from tests.server.engine.judge import MIN_GAP
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 MODEL = "ultrafuser-demo"
 NUM_STREAMS = 32
-MAX_TOKENS = 12
+MAX_TOKENS = 6
 SUBJECTS = ("the sea", "a prime number", "a hash table", "rain", "a triangle", "a loop", "bread", "the moon")
 TASKS = ("Explain {} in one sentence.", "Write a haiku about {}.", "Why is {} useful?", "Give me a fact about {}.")
 QUESTIONS = [task.format(subject) for subject in SUBJECTS for task in TASKS]

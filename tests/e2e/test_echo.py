@@ -9,11 +9,11 @@ import openai
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.reference import read_text
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 TEXTS = ["Once upon a time there was a lighthouse.", "Two!", "The tide rose, and then it fell again."]
 OPTIONS: dict[str, Any] = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}

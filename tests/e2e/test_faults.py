@@ -70,7 +70,7 @@ sys.meta_path.insert(0, Finder())
 
 START_SEVERAL = """
 import json, resource, sys, time
-from server.__main__ import main
+from ultrafuser.server.__main__ import main
 
 for argv, max_file_bytes in json.loads(sys.argv[1]):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

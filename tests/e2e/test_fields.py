@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.fakes import EOS_ID
+from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

@@ -10,11 +10,11 @@ import openai
 import pytest
 import torch
 
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.prompts import prompts_of
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 NAMES = ["text", "code", "math"]
 QUESTION = "Tell me about the sea."

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.access.admission import MIN_ARRIVAL_SECONDS
 from tests.e2e.clients import Listener
 from tests.e2e.process import STOP_SECONDS, ServerProcess, wait_for
+from ultrafuser.server.access.admission import MIN_ARRIVAL_SECONDS
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
-from gating.model.fusion import load_fusion
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.fakes import EOS_ID
 from tests.reference import answer
+from ultrafuser.gating.model.fusion import load_fusion
 
 HI: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "Be brief."},

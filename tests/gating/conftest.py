@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
-from gating.training.command import train
-from gating.training.settings import TrainSettings
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from gating.model.cache import file_digest
-from gating.model.fusion import load_fusion
-from gating.model.gate import load_gate
-from gating.model.packaged import DISTRIBUTION
-from gating.model.schema import FRESH_GATE
+from ultrafuser.gating.files import file_digest
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.packaged import DISTRIBUTION
+from ultrafuser.gating.model.schema import FRESH_GATE
 
 DEMO = Path(__file__).parents[2] / "gating" / "demo"
 MANIFEST = json.loads((DEMO / "manifest.json").read_text())

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gating.templates import TemplateError, fold_messages, load_template, template_names
-from gating.templates.probe import Capabilities, capabilities
 from tests.fakes import build_tokenizer
+from ultrafuser.gating.templates import TemplateError, fold_messages, load_template, template_names
+from ultrafuser.gating.templates.probe import Capabilities, capabilities
 
 USER = {"role": "user", "content": "Add 2 and 3."}
 REPLY = {"role": "assistant", "content": "It is 5."}
@@ -235,7 +235,7 @@ def test_text_parts_are_joined_and_other_parts_refused():
         ([], "messages: empty"),
         ([{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
         ([{**CALL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "arguments are not JSON"),
-        ([{**CALL, "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": "x"}}]}], "names no function"),
+        ([{**CALL, "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": "x"}}]}], "has no function"),
     ],
 )
 def test_messages_no_template_could_show_are_refused(messages, complaint):

@@ -12,16 +12,17 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import httpx
 import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
 
-from gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
-from server.api.probes import Readiness
-from server.app import create_app
-from server.engine.shared.options import build_engine_args
-from server.serving.rendering import FusedRenderer
-from server.serving.serving import build_serving
-from server.settings import ServerSettings
 from tests.fakes import write_tiny_fusion
 from tests.server.scripted import ScriptedEngine
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from ultrafuser.server.app import create_app
+from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.serving import build_serving
+from ultrafuser.server.settings import ServerSettings
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def info(fusion: FusionConfig) -> FusedModelInfo:
 @pytest.fixture(scope="session")
 def vllm_config(fusion: FusionConfig, info: FusedModelInfo) -> Any:
     """The engine's configuration; no engine is started."""
-    return build_engine_args(fusion, info).create_engine_config()
+    return AsyncEngineArgs(**engine_arguments(fusion, info)).create_engine_config()
 
 
 @pytest.fixture(scope="session")

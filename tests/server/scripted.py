@@ -10,8 +10,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from server.engine.client.input_processor import FusedInputProcessor
-from server.engine.worker.forcing import forced_token_ids
+from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.shared.extra_args import forced_token_ids
 
 SCRIPT = "Yes, it is."
 

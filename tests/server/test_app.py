@@ -8,10 +8,10 @@ import pytest
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from server.api.probes import Readiness
-from server.engine.core.nonfinite import NonfiniteOutputError
-from server.errors import MAX_MESSAGE_CHARS
 from tests.server.scripted import SCRIPT, ScriptedEngine
+from ultrafuser.server.engine.client.nonfinite import NonfiniteOutputError
+from ultrafuser.server.errors import MAX_MESSAGE_CHARS
+from ultrafuser.server.health import Readiness
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")

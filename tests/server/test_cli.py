@@ -15,14 +15,15 @@ from unittest import mock
 
 import pytest
 
-import server
-from gating.model.schema import EngineSettings
-from server.__main__ import main
-from server.cli import EngineFlags, build_parser, parse_command
-from server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
-from server.log import CONFIGURED_LOGGERS
-from server.settings import ServerSettings, SettingsError
-from server.start.launch import _check_tool_parser
+import ultrafuser
+from ultrafuser.gating.model.schema import EngineSettings
+from ultrafuser.server.__main__ import main
+from ultrafuser.server.cli import build_parser, parse_command
+from ultrafuser.server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
+from ultrafuser.server.engine_options import EngineOptions
+from ultrafuser.server.log import CONFIGURED_LOGGERS
+from ultrafuser.server.settings import ServerSettings, SettingsError
+from ultrafuser.server.start.launch import _check_tool_parser
 
 NOT_FLAGS = {
     "shutdown_timeout",  # the server has its own: it waits for requests before it ends the engine
@@ -53,25 +54,26 @@ def help_text(*argv: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_every_setting_and_engine_option_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text("serve", "--help", capsys=capsys)
-    for name in [*ServerSettings.model_fields, *EngineFlags.model_fields]:
+    for name in [*ServerSettings.model_fields, *EngineOptions.model_fields]:
         if name != "fusion":
             assert f"--{name.replace('_', '-')} " in text.replace(",", " "), name
 
 
 def test_the_flags_are_the_tested_engine_options() -> None:
-    assert set(EngineFlags.model_fields) == ALLOWED_ENGINE_OPTIONS - NOT_FLAGS
+    assert set(EngineOptions.model_fields) == ALLOWED_ENGINE_OPTIONS - NOT_FLAGS
 
 
 def test_every_engine_setting_of_the_fusion_file_may_be_given() -> None:
     assert set(EngineSettings.model_fields) <= ALLOWED_ENGINE_OPTIONS
 
 
-def test_help_imports_neither_vllm_nor_torch() -> None:
+@pytest.mark.parametrize("flag", ["--help", "--enable-lora"])
+def test_help_and_well_known_refusals_import_neither_vllm_nor_torch(flag: str) -> None:
     code = (
         "import sys\n"
-        "from server.cli import parse_command\n"
-        "try: parse_command(['serve', '--help'], {})\n"
-        "except SystemExit: print('loaded:', {'vllm', 'torch', 'transformers'} & set(sys.modules))"
+        "from ultrafuser.server.cli import parse_command\n"
+        f"try: parse_command(['serve', '{flag}'], {{}})\n"
+        "except (SystemExit, ValueError): print('loaded:', {'vllm', 'torch', 'transformers'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("loaded: set()\n")
@@ -80,7 +82,7 @@ def test_help_imports_neither_vllm_nor_torch() -> None:
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     declared = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert help_text("--version", capsys=capsys) == f"ultrafuser {declared}\n"
-    assert server.__version__ == declared
+    assert ultrafuser.__version__ == declared
 
 
 def test_flags_become_settings_and_engine_options() -> None:
@@ -100,6 +102,12 @@ def test_nothing_given_leaves_the_fusion_file_in_charge() -> None:
 )
 def test_numbers_take_suffixes(text: str, number: int) -> None:
     assert parse_command(["serve", "--max-model-len", text], {}).engine_options == {"max_model_len": number}
+
+
+def test_numbers_of_the_servers_own_settings_take_suffixes_too() -> None:
+    """The help says so of all numbers, but only the engine's took them."""
+    command = parse_command(["serve", "--max-body-bytes", "1M"], {"ULTRAFUSER_MAX_ITEMS": "4K"})
+    assert (command.settings.max_body_bytes, command.settings.max_items) == (1 << 20, 4096)
 
 
 def test_underscores_are_as_good_as_dashes() -> None:
@@ -180,7 +188,7 @@ def test_a_missing_or_wrong_vllm_is_one_line_and_status_2(
     failure: Exception, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(name: str, *args: Any) -> Any:
-        if name == "server.start.launch":
+        if name == "ultrafuser.server.start.launch":
             raise failure
         return real_import(name, *args)
 

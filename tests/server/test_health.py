@@ -5,8 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server.api.probes import Readiness
-from server.health import Heartbeat, StallWatch
+from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
 
 STALL_SECONDS = 0.2
 WAIT_SECONDS = 5 * STALL_SECONDS
@@ -17,6 +16,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.num_requests = 0
+        self.errored = False
         self.lives = asyncio.Event()
         self.lives.set()
 
@@ -25,6 +25,8 @@ class Engine:
 
     async def is_paused(self) -> bool:
         await self.lives.wait()
+        if self.errored:
+            raise RuntimeError("nothing answers")
         return False
 
 
@@ -71,7 +73,7 @@ async def test_a_busy_engine_without_steps_is_stalled_until_it_makes_one(
     engine.num_requests = 3
     await until(readiness, True)
     assert readiness.obstacle(engine_errored=False) == "the engine has work, but makes no steps"
-    heartbeat.step()
+    heartbeat.beat()
     await until(readiness, False)
 
 
@@ -84,3 +86,12 @@ async def test_requests_that_time_out_do_not_make_a_stopped_engine_ready(readine
     assert readiness.is_stalled
     engine.lives.set()
     await until(readiness, False)
+
+
+async def test_the_watch_ends_with_its_engine(engine: Engine, heartbeat: Heartbeat) -> None:
+    engine.num_requests = 3
+    engine.errored = True
+    readiness = Readiness(is_warm=True)
+    async with asyncio.timeout(5):
+        await StallWatch(engine, heartbeat, readiness, STALL_SECONDS).run()
+    assert readiness.is_stalled

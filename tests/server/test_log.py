@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from server.log import (
+from ultrafuser.server.log import (
     CONFIGURED_LOGGERS,
     LogFormat,
     LogStream,
@@ -18,7 +18,7 @@ from server.log import (
     configure_logging,
     request_id,
 )
-from server.start.progress import StartupProgress
+from ultrafuser.server.start.progress import StartupProgress
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def lines(log_format: LogFormat) -> Iterator[io.StringIO]:
 
 def test_each_line_names_the_request(lines: io.StringIO) -> None:
     token = request_id.set("request-7")
-    logging.getLogger("server.somewhere").info("working")
+    logging.getLogger("ultrafuser.server.somewhere").info("working")
     request_id.reset(token)
-    logging.getLogger("server.somewhere").info("idle")
+    logging.getLogger("ultrafuser.server.somewhere").info("idle")
     first, second = lines.getvalue().splitlines()
-    assert "[request-7] server.somewhere: working" in first
-    assert "[-] server.somewhere: idle" in second
+    assert "[request-7] ultrafuser.server.somewhere: working" in first
+    assert "[-] ultrafuser.server.somewhere: idle" in second
 
 
 @pytest.mark.parametrize("log_format", ["json"])
@@ -58,7 +58,7 @@ def test_as_json_every_line_is_one_object(lines: io.StringIO) -> None:
     try:
         raise RuntimeError("two\nlines")
     except RuntimeError:
-        logging.getLogger("server.somewhere").exception('it says "no"\nand more')
+        logging.getLogger("ultrafuser.server.somewhere").exception('it says "no"\nand more')
     request_id.reset(token)
     with StartupProgress(1, LogStream()).step("only"):
         pass
@@ -68,7 +68,7 @@ def test_as_json_every_line_is_one_object(lines: io.StringIO) -> None:
     message = 'it says "no"\nand more'
     assert failed == {
         "level": "error",
-        "logger": "server.somewhere",
+        "logger": "ultrafuser.server.somewhere",
         "request_id": "request-7",
         "message": message,
     }
@@ -77,7 +77,7 @@ def test_as_json_every_line_is_one_object(lines: io.StringIO) -> None:
 
 
 def test_levels_below_the_chosen_one_are_not_shown(lines: io.StringIO) -> None:
-    logging.getLogger("server").debug("details")
+    logging.getLogger("ultrafuser.server").debug("details")
     assert lines.getvalue() == ""
 
 

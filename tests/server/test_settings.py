@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import (
+from ultrafuser.server.settings import (
     SECTIONS,
     ServerSettings,
     SettingsError,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from gating.model.fusion import load_fusion
-from server.__main__ import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, main
-from server.cli import build_parser
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.server.__main__ import EXIT_INTERRUPTED, EXIT_WRONG_INPUT, main
+from ultrafuser.server.cli import build_parser
 
 
 def test_the_command_is_listed_in_the_help() -> None:
@@ -57,6 +57,6 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gating.training.command.run", interrupted)
+    monkeypatch.setattr("ultrafuser.gating.training.command.run", interrupted)
     assert main(["train"]) == EXIT_INTERRUPTED
     assert "with --resume goes on" in capsys.readouterr().err

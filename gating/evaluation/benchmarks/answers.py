@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-from gating.commands.run_folder import append_line, whole_lines
-from gating.evaluation.benchmarks.items import Answer, BenchmarkError, Item, Request
+from ultrafuser.gating.commands.run_folder import append_line, whole_lines
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Item, Request
 
 ANSWERS_FILE = "answers.jsonl"
 
@@ -23,7 +24,7 @@ class AnswersFile:
         """Read what is there; a last line without its end was being written when a run was killed, and is cut off.
 
         Raises:
-            BenchmarkError: a line is no answer.
+            CommandError: a line is no answer.
         """
         lines = enumerate(whole_lines(path), start=1)
         self._answers = {answer.id: answer for answer in (_parse(path, number, line) for number, line in lines)}
@@ -58,4 +59,4 @@ def _parse(path: Path, number: int, line: bytes) -> Answer:
             content["top_logprobs"] = tuple((token, logprob) for token, logprob in content["top_logprobs"])
         return Answer(**content)
     except (ValueError, LookupError, TypeError) as error:
-        raise BenchmarkError(f"{path}:{number}: not an answer ({error}); delete the line to ask again") from error
+        raise CommandError(f"{path}:{number}: not an answer ({error}); delete the line to ask again") from error

@@ -11,32 +11,31 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-from tqdm import tqdm
-
-from gating.commands.endpoint import run_together
-from gating.commands.provenance import write_json
-from gating.commands.run_folder import keep_settings, sole_run
-from gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
-from gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
-from gating.evaluation.benchmarks.generation import ChatClient
-from gating.evaluation.benchmarks.items import Benchmark, BenchmarkError, Item
-from gating.evaluation.benchmarks.llm_as_judge import ALPACA_EVAL, MT_BENCH
-from gating.evaluation.benchmarks.multiple_choice import AQUA, SAT_MATH
-from gating.evaluation.benchmarks.scoring import (
+from ultrafuser.gating.commands.endpoint import ENDPOINT_FIELDS, run_together
+from ultrafuser.gating.commands.run_folder import keep_settings, sole_run
+from ultrafuser.gating.errors import CommandError, DataError
+from ultrafuser.gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
+from ultrafuser.gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
+from ultrafuser.gating.evaluation.benchmarks.generation import ChatClient
+from ultrafuser.gating.evaluation.benchmarks.items import Answered, Benchmark, Item
+from ultrafuser.gating.evaluation.benchmarks.llm_as_judge import ALPACA_EVAL, MT_BENCH
+from ultrafuser.gating.evaluation.benchmarks.multiple_choice import AQUA, SAT_MATH
+from ultrafuser.gating.evaluation.benchmarks.scoring import (
     SCORES_FILE,
-    Answered,
     format_table,
     judge_all,
     summarize,
     unscored,
     write_verdicts,
 )
-from gating.evaluation.benchmarks.sources import data_identity, draw_sample, load_items
-from gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
-from gating.evaluation.benchmarks.word_problems import GSM8K, SVAMP
+from ultrafuser.gating.evaluation.benchmarks.sources import data_identity, draw_sample, load_items
+from ultrafuser.gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
+from ultrafuser.gating.evaluation.benchmarks.word_problems import GSM8K, SVAMP
+from ultrafuser.gating.evaluation.settings import EvalSettings
+from ultrafuser.gating.files import write_json
+from ultrafuser.gating.progress_bar import counting_bar
 
 RESULTS_FILE = "results.json"
 
@@ -54,7 +53,6 @@ class BenchmarkFile:
     """One benchmark and where its rows are."""
 
     name: str
-    """One of `BENCHMARKS`."""
 
     path: Path | None
     """JSON lines with the benchmark's own fields, gzipped if the name ends in `.gz`; None takes them from the hub."""
@@ -64,63 +62,19 @@ class BenchmarkFile:
         """`NAME=FILE`, or `NAME`.
 
         Raises:
-            BenchmarkError: no such benchmark, or no such file.
+            CommandError: no such benchmark, or (DataError) no such file.
         """
         name, equals, path = argument.partition("=")
         if name not in BENCHMARKS:
-            raise BenchmarkError(f"{name}: no such benchmark; known are {', '.join(BENCHMARKS)}")
+            raise CommandError(f"{name}: no such benchmark; known are {', '.join(BENCHMARKS)}")
         if not equals:
             return cls(name, None)
         if not Path(path).expanduser().is_file():
-            raise BenchmarkError(f"{path}: no such file; give {name}=FILE with JSON lines")
+            raise DataError(f"{path}: no such file; give {name}=FILE with JSON lines")
         return cls(name, Path(path).expanduser().resolve())
 
 
-class BenchmarkOptions(BaseModel):
-    """How benchmarks are run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    output: Path
-    """Folder for answers and results; a run that was ended goes on where it was."""
-
-    base_url: str = "http://127.0.0.1:8000/v1"
-    """Of the server, up to and with `/v1`."""
-
-    api_key: str | None = None
-    """Sent as a bearer token."""
-
-    model: str | None = None
-    """Model to ask; default: the first that the server names."""
-
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Most items of a benchmark, drawn at random, the same ones for every model; default: all."""
-
-    seed: int = 0
-    """Of that draw, and of the bootstrap."""
-
-    chain_of_thought: bool = False
-    """Append "Let's think step by step." to the questions of gsm8k, svamp, aqua and sat_math."""
-
-    execute_code: bool = False
-    """Run the programs that the model writes (humaneval, mbpp): limited, but not safe; do it in a container."""
-
-    concurrency: Annotated[int, Field(ge=1)] = 16
-    """Requests at a time."""
-
-    max_tokens: Annotated[int, Field(ge=1)] = 512
-    """Most tokens of an answer."""
-
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """Longest wait for one answer."""
-
-
-def run(files: Sequence[BenchmarkFile], options: BenchmarkOptions) -> dict[str, Any]:
-    """`run_benchmarks`, for callers without an event loop."""
-    return asyncio.run(run_benchmarks(files, options))
-
-
-async def run_benchmarks(files: Sequence[BenchmarkFile], options: BenchmarkOptions) -> dict[str, Any]:
+async def run_benchmarks(options: EvalSettings) -> dict[str, Any]:
     """Ask what is missing, score everything, write OUTPUT/results.json, print a table to stderr.
 
     Returns:
@@ -129,19 +83,21 @@ async def run_benchmarks(files: Sequence[BenchmarkFile], options: BenchmarkOptio
         judgement_accuracy, note, written. Benchmarks of earlier calls in the same folder stay in it.
 
     Raises:
-        CommandError: before anything is asked: data that cannot be read, or a folder of other settings; later: a
-            server that is gone or refuses everybody. Answers so far are kept.
+        CommandError: before anything is asked: an unknown benchmark, data that cannot be read, or a folder of other
+            settings; later: a server that is gone or refuses everybody. Answers so far are kept.
     """
+    files = [BenchmarkFile.parse(argument) for argument in options.benchmark]
+    output = options.output_folder
     if len({file.name for file in files}) < len(files):
-        raise BenchmarkError("benchmarks: one is named twice; name each once")
+        raise CommandError("benchmarks: one is named twice; name each once")
     chosen = {file.name: _load(file, options) for file in files}
-    with sole_run(options.output):
-        async with _client(options) as client:
+    with sole_run(output):
+        async with ChatClient(**options.model_dump(include=ENDPOINT_FIELDS)) as client:
             model = options.model or await client.first_model()
             shared = {"model": model, **options.model_dump(include=_SHARED)}
-            keep_settings(options.output, shared)
+            keep_settings(output, shared)
             for file in files:
-                keep_settings(options.output / file.name, _own_settings(file))
+                keep_settings(output / file.name, _own_settings(file))
             answered = {
                 name: await _ask(BENCHMARKS[name], items, client, model, options) for name, items in chosen.items()
             }
@@ -149,7 +105,7 @@ async def run_benchmarks(files: Sequence[BenchmarkFile], options: BenchmarkOptio
         for file in files:
             scores = await asyncio.to_thread(_score, BENCHMARKS[file.name], answered[file.name], model, options)
             results[file.name] = {**scores, **_own_settings(file)}
-        return _report(options.output, shared, results)
+        return _report(output, shared, results)
 
 
 def prompt_version(benchmark: Benchmark) -> str:
@@ -157,16 +113,7 @@ def prompt_version(benchmark: Benchmark) -> str:
     return hashlib.sha256("\0".join(benchmark.prompts).encode()).hexdigest()[:8]
 
 
-def _client(options: BenchmarkOptions) -> ChatClient:
-    return ChatClient(
-        options.base_url,
-        api_key=options.api_key,
-        timeout_seconds=options.timeout_seconds,
-        concurrency=options.concurrency,
-    )
-
-
-def _load(file: BenchmarkFile, options: BenchmarkOptions) -> list[Item]:
+def _load(file: BenchmarkFile, options: EvalSettings) -> list[Item]:
     items = load_items(BENCHMARKS[file.name], file.path, chain_of_thought=options.chain_of_thought)
     return draw_sample(items, options.limit, options.seed, file.name)
 
@@ -177,14 +124,14 @@ def _own_settings(file: BenchmarkFile) -> dict[str, str]:
 
 
 async def _ask(
-    benchmark: Benchmark, items: Sequence[Item], client: ChatClient, model: str, options: BenchmarkOptions
+    benchmark: Benchmark, items: Sequence[Item], client: ChatClient, model: str, options: EvalSettings
 ) -> Answered:
     """The answers to all requests of a benchmark; those on disk are not asked for again."""
     requests = [request for item in items for request in item.requests]
-    with AnswersFile(options.output / benchmark.name / ANSWERS_FILE) as answers:
+    with AnswersFile(options.output_folder / benchmark.name / ANSWERS_FILE) as answers:
         missing = answers.missing(requests)
         queue = iter(missing)  # shared by all workers
-        with _progress(benchmark.name, len(requests), "request", len(requests) - len(missing)) as progress:
+        with counting_bar(benchmark.name, len(requests), "request", len(requests) - len(missing)) as progress:
 
             async def work() -> None:
                 for request in queue:
@@ -195,23 +142,18 @@ async def _ask(
         return [(item, answers.of(item)) for item in items]
 
 
-def _score(benchmark: Benchmark, answered: Answered, model: str, options: BenchmarkOptions) -> dict[str, Any]:
-    folder = options.output / benchmark.name
+def _score(benchmark: Benchmark, answered: Answered, model: str, options: EvalSettings) -> dict[str, Any]:
+    folder = options.output_folder / benchmark.name
     written = benchmark.export(folder, model, answered) if benchmark.export is not None else None
     if written is not None:
-        path = written.relative_to(options.output).as_posix()
+        path = written.relative_to(options.output_folder).as_posix()
         return {**unscored(benchmark, answered, f"to be judged elsewhere, in {path}"), "written": path}
     if benchmark.executes_code and not options.execute_code:
         return unscored(benchmark, answered, "answers are kept; --execute-code runs them and gives the score")
-    with _progress(f"{benchmark.name}: scoring", len(answered), "item") as progress:
+    with counting_bar(f"{benchmark.name}: scoring", len(answered), "item") as progress:
         verdicts = judge_all(benchmark, answered, progress.update)
     write_verdicts(folder / SCORES_FILE, verdicts)
     return summarize(benchmark, verdicts, options.seed)
-
-
-def _progress(label: str, total: int, unit: str, done: int = 0) -> "tqdm[NoReturn]":
-    """A bar on stderr; none where there is no terminal."""
-    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=None)
 
 
 def _report(output: Path, shared: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """HumanEval (Chen et al. 2021) in instruction form, and MBPP (Austin et al. 2021). pass@1 by running the tests."""
 
 from collections.abc import Sequence
+from functools import partial
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
-from gating.evaluation.sandbox.programs import called_names, complete, extract_code
-from gating.evaluation.sandbox.sandbox import run_tests
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
+from ultrafuser.gating.evaluation.sandbox.programs import called_names, complete, extract_code
+from ultrafuser.gating.evaluation.sandbox.sandbox import run_tests
 
 _HUMANEVAL_PROMPT = (
     "Complete the following Python function. Return the whole function in a Markdown code block.\n\n"
@@ -18,15 +19,13 @@ _MBPP_PROMPT = (
 def _read_humaneval(row: Row, chain_of_thought: bool) -> Item:
     id, code = row.identity("task_id"), row.text("prompt")
     reference = {"prompt": code, "entry_point": row.text("entry_point"), "test": row.text("test")}
-    return Item(id, (Request(id, (_HUMANEVAL_PROMPT.format(code=code.strip()),)),), reference)
+    return Item.asked_once(id, _HUMANEVAL_PROMPT.format(code=code.strip()), reference)
 
 
 def _read_mbpp(row: Row, chain_of_thought: bool) -> Item:
     id, tests = row.identity("task_id"), row.texts("test_list")
     prompt = _MBPP_PROMPT.format(task=row.text("text").strip(), tests="\n".join(tests))
-    return Item(
-        id, (Request(id, (prompt,)),), {"setup": row.text("test_setup_code", may_be_empty=True), "tests": tests}
-    )
+    return Item.asked_once(id, prompt, {"setup": row.text("test_setup_code", may_be_empty=True), "tests": tests})
 
 
 def _judge_humaneval(item: Item, answers: Sequence[Answer]) -> Verdict:
@@ -45,22 +44,20 @@ def _verdict(item: Item, failure: str | None) -> Verdict:
     return Verdict(item.id, float(failure is None), detail=failure)
 
 
-HUMANEVAL = Benchmark(
+_executed = partial(Benchmark, metric="pass@1", executes_code=True)
+
+HUMANEVAL = _executed(
     name="humaneval",
     prompts=(_HUMANEVAL_PROMPT,),
     hub=HubSource("openai/openai_humaneval", "test"),
     read=_read_humaneval,
-    metric="pass@1",
     judge=_judge_humaneval,
-    executes_code=True,
 )
 
-MBPP = Benchmark(
+MBPP = _executed(
     name="mbpp",
     prompts=(_MBPP_PROMPT,),
     hub=HubSource("google-research-datasets/mbpp", "test", config="full"),
     read=_read_mbpp,
-    metric="pass@1",
     judge=_judge_mbpp,
-    executes_code=True,
 )

@@ -3,9 +3,9 @@
 import time
 from typing import Any
 
-from gating.commands.chat_completion import Completion, FailedError
-from gating.commands.endpoint import Endpoint
-from gating.evaluation.benchmarks.items import Answer, Request
+from ultrafuser.gating.commands.chat_completion import Completion, RequestFailedError
+from ultrafuser.gating.commands.endpoint import Endpoint
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Request
 
 # The server says no more than 20 candidates by its defaults, and so does OpenAI.
 _NUM_CANDIDATES = 20
@@ -29,7 +29,7 @@ class ChatClient(Endpoint):
                 completion = await self._complete(request, model, max_tokens, messages)
                 completions.append(completion)
                 messages.append({"role": "assistant", "content": completion.text})
-        except FailedError as failure:
+        except RequestFailedError as failure:
             error, is_final = str(failure), failure.is_final
         return Answer(
             id=request.id,
@@ -53,7 +53,7 @@ class ChatClient(Endpoint):
         logprobs = {"logprobs": True, "top_logprobs": _NUM_CANDIDATES} if request.wants_logprobs else {}
         try:
             return await self.complete({**body, **logprobs})
-        except FailedError as failure:
+        except RequestFailedError as failure:
             if not (logprobs and failure.is_final and "logprob" in str(failure)):
                 raise
             return await self.complete(body)  # a server without them

@@ -7,17 +7,17 @@ from statistics import NormalDist
 import numpy
 
 NUM_RESAMPLES = 10_000
+_CONFIDENCE = 0.95
 
 
-def wilson_interval(num_right: float, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(num_right: float, num_items: int) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927): low and high, within 0 to 1.
 
     Args:
         num_right: successes among the items.
         num_items: at least 1.
-        confidence: share of such intervals that hold the true proportion.
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.5 + _CONFIDENCE / 2)
     share = num_right / num_items
     scale = 1 + z**2 / num_items
     middle = (share + z**2 / (2 * num_items)) / scale
@@ -25,9 +25,7 @@ def wilson_interval(num_right: float, num_items: int, confidence: float = 0.95) 
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap_interval(
-    parts: Sequence[float], wholes: Sequence[float], seed: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def bootstrap_interval(parts: Sequence[float], wholes: Sequence[float], seed: int) -> tuple[float, float]:
     """Percentile bootstrap of sum(parts) / sum(wholes) over questions: low and high.
 
     Questions are drawn whole, since what is judged within one belongs together. With wholes of 1 it is the mean's.
@@ -36,7 +34,6 @@ def bootstrap_interval(
         parts: of each question.
         wholes: of each question, positive.
         seed: of the draws.
-        confidence: share of the resampled values between low and high.
     """
     generator = numpy.random.default_rng(seed)
     part, whole = numpy.asarray(parts, dtype=float), numpy.asarray(wholes, dtype=float)
@@ -44,5 +41,5 @@ def bootstrap_interval(
     for index in range(NUM_RESAMPLES):
         drawn = generator.integers(len(part), size=len(part))
         values[index] = part[drawn].sum() / whole[drawn].sum()
-    low, high = numpy.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = numpy.quantile(values, [0.5 - _CONFIDENCE / 2, 0.5 + _CONFIDENCE / 2])
     return float(low), float(high)

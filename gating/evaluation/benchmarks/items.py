@@ -6,21 +6,16 @@ Knows no benchmark, no server and no score.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from gating.commands.flags import CommandError
-
-
-class BenchmarkError(CommandError):
-    """A benchmark cannot be run. One line that names the file, field or setting, and the way out."""
+from ultrafuser.gating.errors import DataError
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a benchmark's data, whose fields are checked as they are read."""
+    """One row of a benchmark's data. A field that is missing, or of another kind than is read, is a DataError."""
 
     content: Mapping[str, Any]
-    """The fields."""
 
     source: str
     """Name of the file or of the hub's dataset."""
@@ -29,22 +24,14 @@ class Row:
     """Line of the file, or row of the dataset, from 1."""
 
     def text(self, name: str, *, may_be_empty: bool = False) -> str:
-        """A field that is text.
-
-        Raises:
-            BenchmarkError: it is missing, or something else.
-        """
+        """A field that is text."""
         value = self._field(name)
         if not isinstance(value, str) or not (may_be_empty or value.strip()):
             raise self._error(name, f"must be text{'' if may_be_empty else ' that is not empty'}, is {value!r:.60}")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A field that is a list of texts, at least one.
-
-        Raises:
-            BenchmarkError: it is missing, or something else.
-        """
+        """A field that is a list of texts, at least one."""
         value = self._field(name)
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise self._error(name, f"must be a list of texts, is {value!r:.60}")
@@ -53,11 +40,7 @@ class Row:
         return tuple(value)
 
     def number_text(self, name: str) -> str:
-        """A field that is a number, or a text with a number in it; as text.
-
-        Raises:
-            BenchmarkError: it is missing, or something else.
-        """
+        """A field that is a number, or a text with a number in it; as text."""
         value = self._field(name)
         try:
             float(value)
@@ -66,22 +49,14 @@ class Row:
         return str(value).strip()
 
     def truths(self, name: str) -> dict[str, bool]:
-        """A field that maps texts to 0 or 1, with at least one of each.
-
-        Raises:
-            BenchmarkError: it is missing, or something else.
-        """
+        """A field that maps texts to 0 or 1, with at least one of each."""
         value = self._field(name)
         if not isinstance(value, Mapping) or {0, 1} != set(value.values()):
             raise self._error(name, "must map answers to 1 (true) or 0 (false), with both kinds")
         return {text: bool(truth) for text, truth in value.items()}
 
     def identity(self, name: str) -> str:
-        """A field that names the row; as text.
-
-        Raises:
-            BenchmarkError: it is missing, or neither text nor a whole number.
-        """
+        """A field that names the row; as text."""
         value = self._field(name)
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             raise self._error(name, f"must be a name or a number, is {value!r:.60}")
@@ -89,13 +64,13 @@ class Row:
 
     def _field(self, name: str) -> Any:
         if name not in self.content:
-            raise BenchmarkError(
+            raise DataError(
                 f"{self.source}:{self.number}: {name}: missing; the file must have the benchmark's own fields"
             )
         return self.content[name]
 
-    def _error(self, name: str, reason: str) -> BenchmarkError:
-        return BenchmarkError(f"{self.source}:{self.number}: {name}: {reason}; correct the file")
+    def _error(self, name: str, reason: str) -> DataError:
+        return DataError(f"{self.source}:{self.number}: {name}: {reason}; correct the file")
 
 
 @dataclass(frozen=True)
@@ -128,13 +103,17 @@ class Item:
     reference: Mapping[str, Any]
     """What the benchmark's own scoring needs to know about it."""
 
+    @classmethod
+    def asked_once(cls, id: str, prompt: str, reference: Mapping[str, Any]) -> Self:
+        """A question that is one message."""
+        return cls(id, (Request(id, (prompt,)),), reference)
+
 
 @dataclass(frozen=True)
 class Answer:
     """What became of a request; a line of the answers file."""
 
     id: str
-    """The request's."""
 
     texts: tuple[str, ...]
     """The model's turns; fewer than the user's if the request failed."""
@@ -160,7 +139,6 @@ class Verdict:
     """What an item's answers are worth; a line of the scores file."""
 
     id: str
-    """The item's."""
 
     score: float
     """0 to 1."""
@@ -187,7 +165,10 @@ class Verdict:
 Judge = Callable[[Item, Sequence[Answer]], Verdict]
 """Scores an item by the answers to its requests, in their order."""
 
-Export = Callable[[Path, str, Sequence[tuple[Item, Sequence[Answer]]]], Path]
+Answered = Sequence[tuple[Item, Sequence[Answer]]]
+"""Items with the answers to their requests."""
+
+Export = Callable[[Path, str, Answered], Path]
 """Writes answers in the form that a judge's own program reads: folder, model, items with answers; returns the file."""
 
 
@@ -199,7 +180,6 @@ class HubSource:
     """Dataset, as `datasets.load_dataset` takes it."""
 
     split: str
-    """Split that is evaluated."""
 
     config: str | None = None
     """Configuration, if there are several."""
@@ -227,7 +207,7 @@ class Benchmark:
     read: Callable[[Row, bool], Item]
     """Makes an item of a row; the second argument asks for chain of thought, where the benchmark knows it."""
 
-    metric: str | None
+    metric: str | None = None
     """Name of the score; None if it is scored elsewhere."""
 
     judge: Judge | None = None

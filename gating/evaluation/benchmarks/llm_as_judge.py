@@ -1,13 +1,12 @@
 """MT-Bench and AlpacaEval (both 2023): answers written in the form their judges' own programs read; no score here."""
 
-import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gating.commands.provenance import write_json
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row
+from ultrafuser.gating.evaluation.benchmarks.items import Answered, Benchmark, HubSource, Item, Request, Row
+from ultrafuser.gating.files import write_json, write_json_lines
 
 _ALPACA_PROMPT = (
     "Please give helpful, very detailed, and polite answer to the user's question below. Question: {instruction}"
@@ -15,8 +14,6 @@ _ALPACA_PROMPT = (
 
 # What FastChat itself writes where a model's service failed.
 _FAILED_TURN = "$ERROR$"
-
-Answered = Sequence[tuple[Item, Sequence[Answer]]]
 
 
 def _read_mt_bench(row: Row, chain_of_thought: bool) -> Item:
@@ -27,7 +24,7 @@ def _read_mt_bench(row: Row, chain_of_thought: bool) -> Item:
 def _write_mt_bench(folder: Path, model: str, answered: Answered) -> Path:
     """FastChat's `model_answer/MODEL.jsonl`: one line a question."""
     path = folder / "model_answer.jsonl"
-    lines = []
+    rows = []
     for item, (answer,) in answered:
         missing = len(item.requests[0].turns) - len(answer.texts)
         content = {
@@ -37,15 +34,15 @@ def _write_mt_bench(folder: Path, model: str, answered: Answered) -> Path:
             "choices": [{"index": 0, "turns": [*answer.texts, *[_FAILED_TURN] * missing]}],
             "tstamp": answer.time,
         }
-        lines.append(json.dumps(content, ensure_ascii=False))
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        rows.append(content)
+    write_json_lines(path, rows)
     return path
 
 
 def _read_alpaca_eval(row: Row, chain_of_thought: bool) -> Item:
     instruction, id = row.text("instruction"), str(row.number)
-    prompt = _ALPACA_PROMPT.format(instruction=instruction)
-    return Item(id, (Request(id, (prompt,)),), {"instruction": instruction, "dataset": row.text("dataset")})
+    reference = {"instruction": instruction, "dataset": row.text("dataset")}
+    return Item.asked_once(id, _ALPACA_PROMPT.format(instruction=instruction), reference)
 
 
 def _write_alpaca_eval(folder: Path, model: str, answered: Answered) -> Path:
@@ -76,7 +73,6 @@ MT_BENCH = Benchmark(
         "HuggingFaceH4/mt_bench_prompts", "train", data_files="raw/question.jsonl", convert=_convert_mt_bench
     ),
     read=_read_mt_bench,
-    metric=None,
     export=_write_mt_bench,
 )
 
@@ -85,6 +81,5 @@ ALPACA_EVAL = Benchmark(
     prompts=(_ALPACA_PROMPT,),
     hub=HubSource("tatsu-lab/alpaca_eval", "eval", data_files="alpaca_eval.json"),
     read=_read_alpaca_eval,
-    metric=None,
     export=_write_alpaca_eval,
 )

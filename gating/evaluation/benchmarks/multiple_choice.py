@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, BenchmarkError, HubSource, Item, Request, Row, Verdict
-from gating.evaluation.benchmarks.parsing import option_letter
-from gating.evaluation.benchmarks.word_problems import CHAIN_OF_THOUGHT
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
+from ultrafuser.gating.evaluation.benchmarks.parsing import option_letter
+from ultrafuser.gating.evaluation.benchmarks.word_problems import CHAIN_OF_THOUGHT
 
 # What is to be done comes first: after a question that ends in it small models often say nothing at all.
 _PROMPT = "Choose the correct option and answer with its letter.\n\nQuestion: {question}\nOptions:\n{options}"
@@ -17,13 +19,12 @@ def _item(row: Row, question: str, correct: str, chain_of_thought: bool) -> Item
     options = [re.sub(rf"^\(?[{_LETTERS}]\)\s*", "", option) for option in row.texts("options")]
     letters = _LETTERS[: len(options)]
     if correct not in letters:
-        raise BenchmarkError(
+        raise DataError(
             f"{row.source}:{row.number}: the right option is {correct!r}, but there are {letters}; correct the file"
         )
     listed = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options, strict=True))
     prompt = _PROMPT.format(question=question, options=listed) + CHAIN_OF_THOUGHT * chain_of_thought
-    id = str(row.number)
-    return Item(id, (Request(id, (prompt,)),), {"answer": correct, "letters": letters})
+    return Item.asked_once(str(row.number), prompt, {"answer": correct, "letters": letters})
 
 
 def _read_aqua(row: Row, chain_of_thought: bool) -> Item:
@@ -50,20 +51,9 @@ def _judge(item: Item, answers: Sequence[Answer]) -> Verdict:
     return Verdict(item.id, float(letter == expected), letter, expected)
 
 
-AQUA = Benchmark(
-    name="aqua",
-    prompts=(_PROMPT, CHAIN_OF_THOUGHT),
-    hub=HubSource("deepmind/aqua_rat", "test", config="raw"),
-    read=_read_aqua,
-    metric="accuracy",
-    judge=_judge,
-)
+_multiple_choice = partial(Benchmark, prompts=(_PROMPT, CHAIN_OF_THOUGHT), metric="accuracy", judge=_judge)
 
-SAT_MATH = Benchmark(
-    name="sat_math",
-    prompts=(_PROMPT, CHAIN_OF_THOUGHT),
-    hub=HubSource("hails/agieval-sat-math", "test", convert=_convert_agieval),
-    read=_read_sat_math,
-    metric="accuracy",
-    judge=_judge,
+AQUA = _multiple_choice(name="aqua", hub=HubSource("deepmind/aqua_rat", "test", config="raw"), read=_read_aqua)
+SAT_MATH = _multiple_choice(
+    name="sat_math", hub=HubSource("hails/agieval-sat-math", "test", convert=_convert_agieval), read=_read_sat_math
 )

@@ -3,7 +3,6 @@
 Knows verdicts and intervals, not prompts or servers.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks.intervals import bootstrap_interval, wilson_interval
-from gating.evaluation.benchmarks.items import Answer, Benchmark, Item, Verdict
+from ultrafuser.gating.evaluation.benchmarks.intervals import bootstrap_interval, wilson_interval
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Answered, Benchmark, Item, Verdict
+from ultrafuser.gating.files import write_json_lines
 
 SCORES_FILE = "scores.jsonl"
-
-Answered = Sequence[tuple[Item, Sequence[Answer]]]
 
 
 def judge_all(benchmark: Benchmark, answered: Answered, tick: Callable[[], object]) -> list[Verdict]:
@@ -28,13 +26,20 @@ def judge_all(benchmark: Benchmark, answered: Answered, tick: Callable[[], objec
         tick: called after each verdict.
     """
 
-    def judge(entry: tuple[Item, Sequence[Answer]]) -> Verdict:
-        verdict = _judge(benchmark, *entry)
+    judge = benchmark.judge
+    assert judge is not None
+
+    def verdict_on(entry: tuple[Item, Sequence[Answer]]) -> Verdict:
+        item, answers = entry
+        if len(answers) == 1 and answers[0].error is not None:
+            verdict = Verdict(item.id, 0.0, problem="unanswered", detail=answers[0].error)
+        else:
+            verdict = judge(item, answers)
         tick()
         return verdict
 
     with ThreadPoolExecutor(os.cpu_count() if benchmark.executes_code else 1) as pool:
-        return list(pool.map(judge, answered))
+        return list(pool.map(verdict_on, answered))
 
 
 def summarize(benchmark: Benchmark, verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
@@ -72,11 +77,8 @@ def unscored(benchmark: Benchmark, answered: Answered, note: str) -> dict[str, A
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
     """One line an item: what two models' runs are compared by, pair by pair."""
-    lines = []
-    for verdict in verdicts:
-        content = {name: value for name, value in asdict(verdict).items() if value is not None}
-        lines.append(json.dumps(content, ensure_ascii=False))
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    rows = [{name: value for name, value in asdict(verdict).items() if value is not None} for verdict in verdicts]
+    write_json_lines(path, rows)
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -95,13 +97,6 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *notes])
-
-
-def _judge(benchmark: Benchmark, item: Item, answers: Sequence[Answer]) -> Verdict:
-    assert benchmark.judge is not None
-    if len(answers) == 1 and answers[0].error is not None:
-        return Verdict(item.id, 0.0, problem="unanswered", detail=answers[0].error)
-    return benchmark.judge(item, answers)
 
 
 def _pooled_accuracy(verdicts: Sequence[Verdict], seed: int) -> dict[str, float]:

@@ -3,16 +3,13 @@
 Knows rows, not prompts or scores. The hub is reached through `datasets`, which is imported only then.
 """
 
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from gating.evaluation.benchmarks.items import Benchmark, BenchmarkError, HubSource, Item, Row
-from gating.model.cache import file_digest
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.evaluation.benchmarks.items import Benchmark, HubSource, Item, Row
+from ultrafuser.gating.files import file_digest, read_json_lines
 
 
 def load_items(benchmark: Benchmark, path: Path | None, *, chain_of_thought: bool) -> list[Item]:
@@ -24,17 +21,17 @@ def load_items(benchmark: Benchmark, path: Path | None, *, chain_of_thought: boo
         chain_of_thought: as in `Benchmark.read`.
 
     Raises:
-        BenchmarkError: a row without a field (file, line, field), two rows of one id, no rows, or no hub.
+        DataError: a row without a field (file, line, field), two rows of one id, no rows, or no hub.
     """
     rows = _hub_rows(benchmark.hub) if path is None else _file_rows(path)
     items: dict[str, Item] = {}
     for row in rows:
         item = benchmark.read(row, chain_of_thought)
         if item.id in items:
-            raise BenchmarkError(f"{row.source}:{row.number}: a row {item.id!r} came before; keep one of them")
+            raise DataError(f"{row.source}:{row.number}: a row {item.id!r} came before; keep one of them")
         items[item.id] = item
     if not items:
-        raise BenchmarkError(f"{benchmark.name}: {path or benchmark.hub.path} has no rows; give another file")
+        raise DataError(f"{benchmark.name}: {path or benchmark.hub.path} has no rows; give another file")
     return list(items.values())
 
 
@@ -53,23 +50,10 @@ def draw_sample(items: Sequence[Item], limit: int | None, seed: int, name: str) 
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Row(_parse(path, number, line), path.name, number)
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise BenchmarkError(f"{path.name}: not a whole gzip file ({error}); compress it again") from error
-
-
-def _parse(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
-    try:
-        content = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise BenchmarkError(f"{path.name}:{number}: not JSON ({error}); give one JSON object a line") from error
-    if not isinstance(content, dict):
-        raise BenchmarkError(f"{path.name}:{number}: not a JSON object; give one JSON object a line")
-    return content
+    for number, content in read_json_lines(path):
+        if not isinstance(content, dict):
+            raise DataError(f"{path.name}:{number}: not a JSON object; give one JSON object a line")
+        yield Row(content, path.name, number)
 
 
 def _hub_rows(hub: HubSource) -> Iterator[Row]:
@@ -82,8 +66,6 @@ def _hub_rows(hub: HubSource) -> Iterator[Row]:
             rows = load_dataset(hub.path, hub.config, split=hub.split)
     except Exception as error:  # the hub's client raises many kinds, of several libraries
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BenchmarkError(
-            f"{hub.path}: cannot be read from the hub ({reason:.200}); give a file: NAME=FILE"
-        ) from error
+        raise DataError(f"{hub.path}: cannot be read from the hub ({reason:.200}); give a file: NAME=FILE") from error
     for number, content in enumerate(rows, start=1):
         yield Row(hub.convert(content), hub.path, number)

@@ -7,8 +7,8 @@ question's weight that lies on its true options, averaged over questions. A chai
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
-from gating.evaluation.benchmarks.parsing import yes_or_no, yes_probability
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Request, Row, Verdict
+from ultrafuser.gating.evaluation.benchmarks.parsing import yes_or_no, yes_probability
 
 _PROMPT = (
     "Judge the correctness of a given answer. Question: {question} Answer: {answer} "

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 
-from gating.evaluation.benchmarks.items import Answer, Benchmark, BenchmarkError, HubSource, Item, Request, Row, Verdict
-from gating.evaluation.benchmarks.parsing import final_number, same_number
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
+from ultrafuser.gating.evaluation.benchmarks.parsing import final_number, same_number
 
 CHAIN_OF_THOUGHT = "\nLet's think step by step."
 """Appended to a prompt, as in the paper."""
@@ -14,7 +16,7 @@ _PROMPT = "{question}"
 
 def _item(id: str, question: str, answer: str, chain_of_thought: bool) -> Item:
     prompt = _PROMPT.format(question=question) + CHAIN_OF_THOUGHT * chain_of_thought
-    return Item(id, (Request(id, (prompt,)),), {"answer": answer})
+    return Item.asked_once(id, prompt, {"answer": answer})
 
 
 def _read_gsm8k(row: Row, chain_of_thought: bool) -> Item:
@@ -24,7 +26,7 @@ def _read_gsm8k(row: Row, chain_of_thought: bool) -> Item:
         Fraction(answer)
     except ValueError as error:
         message = f"{row.source}:{row.number}: answer: must end in '#### NUMBER'; correct the file"
-        raise BenchmarkError(message) from error
+        raise DataError(message) from error
     return _item(str(row.number), question, answer, chain_of_thought)
 
 
@@ -43,20 +45,7 @@ def _judge(item: Item, answers: Sequence[Answer]) -> Verdict:
     return Verdict(item.id, float(same_number(number, expected)), f"{float(number):.12g}", expected)
 
 
-GSM8K = Benchmark(
-    name="gsm8k",
-    prompts=(_PROMPT, CHAIN_OF_THOUGHT),
-    hub=HubSource("openai/gsm8k", "test", config="main"),
-    read=_read_gsm8k,
-    metric="accuracy",
-    judge=_judge,
-)
+_word_problems = partial(Benchmark, prompts=(_PROMPT, CHAIN_OF_THOUGHT), metric="accuracy", judge=_judge)
 
-SVAMP = Benchmark(
-    name="svamp",
-    prompts=(_PROMPT, CHAIN_OF_THOUGHT),
-    hub=HubSource("ChilleD/SVAMP", "test"),
-    read=_read_svamp,
-    metric="accuracy",
-    judge=_judge,
-)
+GSM8K = _word_problems(name="gsm8k", hub=HubSource("openai/gsm8k", "test", config="main"), read=_read_gsm8k)
+SVAMP = _word_problems(name="svamp", hub=HubSource("ChilleD/SVAMP", "test"), read=_read_svamp)

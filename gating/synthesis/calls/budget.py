@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+
+from ultrafuser.gating.synthesis.settings import Prices
 
 CHARACTERS_PER_TOKEN = 4
 """Of English with common tokenizers; for estimates before the server has counted."""
@@ -14,18 +15,6 @@ _CHARACTERS_PER_TOKEN_AT_LEAST = 2
 
 class BudgetSpentError(Exception):
     """The next call might cost more than what is left."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Of a million tokens, in any currency."""
-
-    prompt: float = 0.0
-    completion: float = 0.0
-
-    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """Of so many tokens."""
-        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
 class RateLimit:
@@ -84,7 +73,6 @@ class Account:
         return Call(self, most)
 
     async def close(self, reserved: float, prompt_tokens: int, completion_tokens: int) -> None:
-        """A call has ended."""
         async with self._changed:
             self._reserved -= reserved
             self._under_way -= 1

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN, Prices
-from gating.synthesis.stages.domain import Domain
-from gating.synthesis.stages.prompt import load_prompt
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import (
+from ultrafuser.gating.synthesis.calls.budget import CHARACTERS_PER_TOKEN
+from ultrafuser.gating.synthesis.settings import Prices
+from ultrafuser.gating.synthesis.stages.domain import Domain
+from ultrafuser.gating.synthesis.stages.prompt import load_prompt
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import (
     COMPLICATIONS,
     INSTRUCTIONS,
     META_TOPICS,
@@ -33,13 +34,11 @@ class StageEstimate:
     """One stage, of all domains."""
 
     stage: str
-    """Its name."""
 
     calls: int
     """All, those that are made too."""
 
     made: int
-    """Calls that are made."""
 
     prompt_tokens: float
     """Of the calls that are missing."""

@@ -7,23 +7,41 @@ more, with the reason. Knows asking, checks and the store; does not know what th
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 
-from gating.commands.chat_completion import Completion, EndpointError, FailedError
-from gating.commands.endpoint import run_together
-from gating.synthesis.calls.asking import Asker, Tokens
-from gating.synthesis.calls.budget import BudgetSpentError
-from gating.synthesis.calls.checks import REFUSAL, TRUNCATED, is_refusal, response_problem, text_problem
-from gating.synthesis.stages.prompt import load_prompt
-from gating.synthesis.stages.records import FAILED, REFUSED_BY_SERVER, UNPARSABLE, Item, Miss, Record, identify, seed_of
-from gating.synthesis.stages.response_schemas import Entry, UnusableError
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import META_TOPICS, SUB_TOPICS
-from gating.synthesis.stages.task import Task
+from ultrafuser.gating.commands.chat_completion import Completion, RequestFailedError
+from ultrafuser.gating.commands.endpoint import run_together
+from ultrafuser.gating.errors import EndpointError
+from ultrafuser.gating.synthesis.calls.asking import Asker, Tokens
+from ultrafuser.gating.synthesis.calls.budget import BudgetSpentError
+from ultrafuser.gating.synthesis.calls.text_quality import (
+    REFUSAL,
+    TRUNCATED,
+    is_refusal,
+    response_problem,
+    text_problem,
+)
+from ultrafuser.gating.synthesis.stages.prompt import load_prompt
+from ultrafuser.gating.synthesis.stages.records import (
+    FAILED,
+    REFUSED_BY_SERVER,
+    UNPARSABLE,
+    Item,
+    Miss,
+    Record,
+    identify,
+    seed_of,
+)
+from ultrafuser.gating.synthesis.stages.response_schemas import Entry, UnusableError
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import META_TOPICS, SUB_TOPICS
+from ultrafuser.gating.synthesis.stages.task import Task
 
 MOST_REFUSED = 20
 """Calls refused one after the other, after which a run ends."""
 _DETAIL_CHARACTERS = 500
+_OF_TASK = ("id", "stage", "meta_topic", "sub_topic", "parent", "root", "relation", "is_complex", "messages")
+"""Of a record: what is its task's."""
 
 
 class RejectedError(Exception):
@@ -35,14 +53,6 @@ class RejectedError(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a stage ended."""
-
-    is_stopped: bool
-    """Whether the budget ended it."""
-
-
 class Runner:
     """Makes tasks into records."""
 
@@ -52,8 +62,8 @@ class Runner:
         self._concurrency = concurrency
         self._num_refused = 0
 
-    async def make(self, tasks: Iterator[Task], on_end: Callable[[], None]) -> Outcome:
-        """Make all tasks; `on_end` is called after each. When the budget is spent, calls under way come to their end.
+    async def make(self, tasks: Iterator[Task], on_end: Callable[[], None]) -> bool:
+        """Make all tasks; `on_end` is called after each. Returns whether the budget ended it; open calls end first.
 
         Raises:
             EndpointError: no call can succeed; what was made is kept.
@@ -72,7 +82,7 @@ class Runner:
                 on_end()
 
         await run_together([work() for _ in range(self._concurrency)])
-        return Outcome(is_stopped)
+        return is_stopped
 
     async def _make(self, task: Task) -> None:
         messages = task.render()
@@ -81,7 +91,7 @@ class Runner:
         try:
             for attempt in range(2):
                 completion, own = await self._asker.ask(task, messages, seed + attempt)
-                used = Tokens(used.prompt + own.prompt, used.completion + own.completion)
+                used = used.plus(own)
                 try:
                     entries = read_answer(task, completion, is_last=attempt == 1)
                     break
@@ -92,7 +102,7 @@ class Runner:
         except RejectedError as error:
             self._num_refused = 0
             self._store.append_miss(_miss(task, error.reason, error.detail, used, is_final=True))
-        except FailedError as error:
+        except RequestFailedError as error:
             reason = REFUSED_BY_SERVER if error.is_final else FAILED
             before = self._store.miss(task.id)
             self._store.append_miss(_miss(task, reason, str(error), used, is_final=False))
@@ -108,7 +118,7 @@ class Runner:
         """For the first of two tries; another one after each rejection, or the same answer would come again."""
         return seed_of(task.id) + 2 * self._store.num_rejections(task.id)
 
-    def _check_refusals(self, error: FailedError) -> None:
+    def _check_refusals(self, error: RequestFailedError) -> None:
         """What the server refuses to everybody is no matter of single calls."""
         self._num_refused = self._num_refused + 1 if error.is_final else 0
         if self._num_refused >= MOST_REFUSED:
@@ -116,24 +126,15 @@ class Runner:
 
     def _record(self, task: Task, entries: list[Entry], used: Tokens, seed: int) -> Record:
         items = [
-            Item(id=identify(task.id, place), text=entry.text, note=entry.note, relation=entry.relation, reject=problem)
+            Item(id=identify(task.id, place), **{**asdict(entry), "reject": entry.reject or _problem(task, entry)})
             for place, entry in enumerate(entries)
-            for problem in [entry.reject or _problem(task, entry)]
         ]
         return Record(
-            id=task.id,
-            stage=task.stage,
+            **{name: getattr(task, name) for name in _OF_TASK},
             domain=task.domain.name,
-            meta_topic=task.meta_topic,
-            sub_topic=task.sub_topic,
-            parent=task.parent,
-            root=task.root,
-            relation=task.relation,
-            is_complex=task.is_complex,
-            prompt=task.prompt_identity,
-            model=self._asker.sampling.model,
+            prompt=task.prompt.identity if task.prompt else "",
+            model=self._asker.model,
             seed=seed,
-            messages=task.messages,
             items=tuple(items),
             prompt_tokens=used.prompt,
             completion_tokens=used.completion,
@@ -149,13 +150,13 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
         RejectedError: it cannot be read for the last time, or is no good response.
     """
     text = completion.text.strip()
-    if task.form is None:
+    if task.schema is None:
         limits, language = task.domain.limits, task.domain.language
         if problem := response_problem(text, completion.finish_reason, limits, language):
             raise RejectedError(problem, text)
         return [Entry(text)]
     try:
-        return task.form.read(text, may_lack=is_last)
+        return task.schema.read(text, may_lack=is_last)
     except UnusableError as error:
         if not is_last:
             raise
@@ -166,7 +167,7 @@ def read_answer(task: Task, completion: Completion, *, is_last: bool) -> list[En
 def _problem(task: Task, entry: Entry) -> str:
     """Topics are only held to their length: too short to tell their language. Responses are checked already."""
     limits = task.domain.limits
-    if task.form is None:
+    if task.schema is None:
         return ""
     if task.stage in (META_TOPICS, SUB_TOPICS):
         return text_problem(entry.text, 1, limits.topic, None)

@@ -4,16 +4,14 @@ Words are letters and digits, lower case. A text of a test set that has 6 to 12 
 say too little. Knows files of JSON lines, whatever their fields are called; does not know benchmarks.
 """
 
-import gzip
-import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gating.commands.flags import CommandError
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.files import read_json_lines, split_name
 
 RUN = 13
 LEAST = 6
@@ -37,13 +35,12 @@ class TestSet:
         """`NAME=FILE`, or `FILE`, which names it.
 
         Raises:
-            CommandError: there is no such file.
+            DataError: there is no such file.
         """
-        name, equals, path = argument.partition("=")
-        file = Path(path if equals else argument).expanduser()
-        if not file.is_file():
-            raise CommandError(f"test_set: {argument}: no such file; give NAME=FILE, JSON lines")
-        return cls(name if equals else file.name.partition(".")[0], file)
+        name, path = split_name(argument)
+        if not path.is_file():
+            raise DataError(f"test_set: {argument}: no such file; give NAME=FILE, JSON lines")
+        return cls(name or path.name.partition(".")[0], path)
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,11 @@ class Hit:
     """A run that a text shares with a test set."""
 
     test_set: str
-    """Its name."""
 
     line: int
     """Where the test set has it first, from 1."""
 
     run: str
-    """The words."""
 
 
 class Index:
@@ -67,16 +62,17 @@ class Index:
         """Reads the files.
 
         Raises:
-            CommandError: a line is not JSON, or a file has no text to compare with.
+            DataError: a line is not JSON, or a file has no text to compare with.
         """
         self._runs: dict[str, tuple[str, int]] = {}
         self._short: dict[int, dict[str, tuple[str, int]]] = {}
         for test_set in test_sets:
             before = self._size
-            for line, text in _texts(test_set):
-                self._add(text, (test_set.name, line))
+            for line, row in read_json_lines(test_set.path):
+                for text in _strings(row):
+                    self._add(text, (test_set.name, line))
             if self._size == before:
-                raise CommandError(f"test_set: {test_set.path.name}: has no text of {LEAST} words; give another file")
+                raise DataError(f"test_set: {test_set.path.name}: has no text of {LEAST} words; give another file")
 
     def find(self, text: str) -> Hit | None:
         """The first run of a text that is in a test set."""
@@ -104,21 +100,6 @@ class Index:
 def words(text: str) -> list[str]:
     """What runs are made of."""
     return _WORD.findall(text.lower())
-
-
-def _texts(test_set: TestSet) -> Iterator[tuple[int, str]]:
-    path = test_set.path
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield from ((number, text) for text in _strings(json.loads(line)))
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise CommandError(f"test_set: {path.name}: not a whole gzip file ({error}); compress it again") from error
-        except ValueError as error:
-            raise CommandError(
-                f"test_set: {path.name}: not JSON lines ({error}); give one JSON object a line"
-            ) from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -6,27 +6,26 @@ conversations; asks nobody.
 
 import gzip
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from gating.commands.flags import CommandError
-from gating.commands.provenance import PROVENANCE_FILE, collect_provenance, write_json
-from gating.commands.run_folder import SETTINGS_FILE, sole_run
-from gating.model.cache import file_digest
-from gating.synthesis.dataset.card import render_card
-from gating.synthesis.dataset.decontamination import Hit, Index, TestSet
-from gating.synthesis.dataset.duplicates import find_duplicates
-from gating.synthesis.dataset.statistics import Statistics, load_counter
-from gating.synthesis.dataset.training_rows import Row, conversations
-from gating.synthesis.make import progress_bar
-from gating.synthesis.settings import ExportSettings
-from gating.synthesis.stages.records import draw, identify
-from gating.synthesis.stages.store import Store
+from ultrafuser.gating.commands.provenance import PROVENANCE_FILE, collect_provenance
+from ultrafuser.gating.commands.run_folder import SETTINGS_FILE, sole_run
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.files import file_digest, replacing, write_file, write_json
+from ultrafuser.gating.progress_bar import counting_bar
+from ultrafuser.gating.synthesis.dataset.card import render_card
+from ultrafuser.gating.synthesis.dataset.decontamination import Hit, Index, TestSet
+from ultrafuser.gating.synthesis.dataset.duplicates import find_duplicates
+from ultrafuser.gating.synthesis.dataset.statistics import Statistics, load_counter
+from ultrafuser.gating.synthesis.dataset.training_rows import Row, conversations
+from ultrafuser.gating.synthesis.settings import ExportSettings
+from ultrafuser.gating.synthesis.stages.records import draw, identify
+from ultrafuser.gating.synthesis.stages.store import Store
 
 DATASET_FOLDER = "dataset"
 TRAIN, VALIDATION = "train", "validation"
@@ -45,7 +44,6 @@ class Left:
     """Rows that share a run with a test set."""
 
     def drop(self, row: Row, reason: str) -> None:
-        """Count a row."""
         self.dropped.setdefault(row.domain, Counter())[reason] += 1
 
     def drop_hit(self, row: Row, hit: Hit) -> None:
@@ -65,14 +63,14 @@ def export(settings: ExportSettings) -> Path:
     index = Index([TestSet.parse(text) for text in settings.test_set])
     count = load_counter(settings.tokenizer)
     target = folder / DATASET_FOLDER
-    (target / "data").mkdir(parents=True, exist_ok=True)
+    paths = {split: target / "data" / f"{split}.jsonl.gz" for split in (TRAIN, VALIDATION)}
     left = Left()
-    statistics = {split: Statistics(count) for split in (TRAIN, VALIDATION)}
+    statistics = {split: Statistics(count) for split in paths}
     with sole_run(folder), Store(folder) as store, ExitStack() as stack:
         duplicates = _duplicates(store, structure["turns"], settings.duplicate_threshold)
-        files = {split: stack.enter_context(_Split(target, split)) for split in statistics}
+        files = {split: stack.enter_context(_split_file(path)) for split, path in paths.items()}
         total = len(store.ids("responses"))
-        bar = stack.enter_context(progress_bar("export", total, "conversation"))
+        bar = stack.enter_context(counting_bar("export", total, "conversation"))
         for row in conversations(store, structure["turns"]):
             bar.update()
             if row.id in duplicates:
@@ -81,42 +79,26 @@ def export(settings: ExportSettings) -> Path:
                 left.drop_hit(row, hit)
             else:
                 split = _split_of(row, settings.validation_share)
-                files[split].write(row)
+                files[split].write(f"{json.dumps(row.model_dump(), ensure_ascii=False)}\n".encode())
                 statistics[split].add(row)
+    for split in paths:
+        if not statistics[split].num_rows:
+            paths[split].unlink()
     if not statistics[TRAIN].num_rows:
         raise CommandError(f"{folder}: no conversation is left for training; see {folder / 'report.json'}")
     _write_reports(target, settings, structure, left, statistics)
     return target
 
 
-class _Split:
-    """One gzipped file of rows, which takes its place when it is whole; no file where there are no rows."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self._path = folder / "data" / f"{split}.jsonl.gz"
-        self._partial = self._path.with_name(f".{self._path.name}.partial")
-        self._num_rows = 0
-
-    def __enter__(self) -> "_Split":
-        # No name and no time in the file: equal rows are equal bytes.
-        self._raw: IO[bytes] = self._partial.open("wb")
-        self._file = gzip.GzipFile(filename="", mode="wb", fileobj=self._raw, mtime=0)
-        return self
-
-    def write(self, row: Row) -> None:
-        """Add a row."""
-        self._file.write(f"{json.dumps(row.as_json(), ensure_ascii=False)}\n".encode())
-        self._num_rows += 1
-
-    def __exit__(self, kind: object, *error: object) -> None:
-        self._file.close()
-        self._raw.close()
-        if kind is None and self._num_rows:
-            os.replace(self._partial, self._path)
-            return
-        self._partial.unlink()
-        if kind is None:
-            self._path.unlink(missing_ok=True)
+@contextmanager
+def _split_file(path: Path) -> Iterator[gzip.GzipFile]:
+    """A gzipped file without name and time in it: equal rows are equal bytes."""
+    with (
+        replacing(path) as partial,
+        partial.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,
+    ):
+        yield file
 
 
 def _structure(folder: Path) -> dict[str, Any]:
@@ -130,7 +112,7 @@ def _structure(folder: Path) -> dict[str, Any]:
 def _duplicates(store: Store, num_turns: int, threshold: float) -> dict[str, str]:
     """Conversations that begin as another does; of those, related instructions go first."""
     rows = sorted((bool(row.relation), row.id, row.messages[0].content) for row in conversations(store, num_turns))
-    with progress_bar("duplicates", len(rows), "conversation") as bar:
+    with counting_bar("duplicates", len(rows), "conversation") as bar:
         return find_duplicates(((identity, text) for _, identity, text in rows), threshold, bar.update)
 
 
@@ -160,10 +142,6 @@ def _write_reports(
     tables = {split: own.table() for split, own in statistics.items() if own.num_rows}
     splits = {split: own.as_json() for split, own in statistics.items()}
     write_json(target / STATISTICS_FILE, {"splits": splits, "dropped": dropped})
-    card = render_card(settings.license, structure, tables, dropped, list(_described(test_sets)))
-    (target / "README.md").write_text(card, encoding="utf-8")
-
-
-def _described(test_sets: list[TestSet]) -> Iterator[str]:
-    for test_set in test_sets:
-        yield f"{test_set.name} (SHA-256 {file_digest(test_set.path)[:16]})"
+    described = [f"{own.name} (SHA-256 {file_digest(own.path)[:16]})" for own in test_sets]
+    card = render_card(settings.license, structure, tables, dropped, described)
+    write_file(target / "README.md", card.encode())

@@ -14,21 +14,18 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from gating.analysis.pictures import png
-from gating.analysis.styles import MARKERS, style_of
-from gating.commands.flags import CommandError
-from gating.commands.progress_bar import StepProgress
-from gating.commands.provenance import write_json
-from gating.data.conversations import DataFile
-from gating.data.hidden_states import cache_states, state_sources
-from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
-from gating.model.cache import Report
-from gating.model.fusion import load_fusion
-from gating.model.materialize import DEFAULT_CACHE_DIR
-from gating.model.packaged import hidden_bars
-from gating.synthesis.dataset.export import DATASET_FOLDER, TRAIN
-from gating.synthesis.settings import MapSettings
-from gating.training.inputs import resolve_dtype
+from ultrafuser.gating.analysis.pictures import png
+from ultrafuser.gating.analysis.styles import MARKERS, style_of
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
+from ultrafuser.gating.files import write_file, write_json
+from ultrafuser.gating.model.cache import cache_folder
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.packaged import hidden_bars
+from ultrafuser.gating.progress_bar import StepProgress
+from ultrafuser.gating.synthesis.dataset.export import DATASET_FOLDER, TRAIN
+from ultrafuser.gating.synthesis.settings import MapSettings
 
 SIZE = (7.5, 6.5)
 """Inches."""
@@ -50,33 +47,25 @@ def draw_map(settings: MapSettings) -> Path:
     if not path.is_file():
         raise CommandError(f"{path}: no data set; run `ultrafuser data export {settings.output}` first")
     place = _place(settings)
-    cache_dir = Path(settings.cache or DEFAULT_CACHE_DIR).expanduser()
-    options = ReadingOptions(cache_dir, settings.limit, settings.seed, settings.max_length, settings.precision)
+    options = ReadingOptions(
+        cache_folder(settings.cache), settings.limit, settings.seed, settings.max_length, settings.precision
+    )
     with closing(StepProgress()) as progress, hidden_bars():
         task = prepare_task(settings.fusion, [DataFile(path)], options, progress)
         if len(task.rows) < _LEAST_POINTS:
             raise CommandError(f"{path}: {len(task.rows)} conversations make no map; export {_LEAST_POINTS} or more")
-        means_RD = mean_states(task, place, progress)
+        means_RD = mean_states(task, place)
         points_R2 = to_plane(means_RD, settings.seed)
     specialist = task.loaded.specialist_names[place]
     write_json(folder / "map.json", {"specialist": specialist, "points": _named(points_R2, task.places)})
     picture = folder / "map.png"
-    picture.write_bytes(png(draw_points(points_R2, task.places, specialist)))
+    write_file(picture, png(draw_points(points_R2, task.places, specialist)))
     return picture
 
 
-def mean_states(task: ReadingTask, place: int, on_progress: Report) -> np.ndarray:
+def mean_states(task: ReadingTask, place: int) -> np.ndarray:
     """Mean hidden state of the specialist at `place` over each conversation's response tokens: float32 [R, D]."""
-    dtype = resolve_dtype(task.options.precision, task.device)
-    states, _ = cache_states(
-        task.rows.dataset,
-        state_sources(task.prepared, task.info.hidden_sizes, dtype)[place : place + 1],
-        num_shared_ids=task.info.num_shared_ids,
-        batch_size=task.options.batch_size,
-        device=task.device,
-        cache_dir=task.options.cache_dir,
-        on_progress=on_progress,
-    )
+    states, _ = task.hidden_states(task.prepared, task.info.hidden_sizes, slice(place, place + 1))
     return torch.stack([states[row][0][0].float().mean(dim=0) for row in range(len(states))]).numpy()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gating.synthesis.dataset.training_rows import Row
+from ultrafuser.gating.synthesis.dataset.training_rows import Row
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,6 @@ class Counter:
     """`tokens` or `words`."""
 
     count: Callable[[str], int]
-    """Of one text."""
 
 
 @dataclass
@@ -39,11 +38,9 @@ class Statistics:
 
     @property
     def num_rows(self) -> int:
-        """Of all domains."""
         return sum(own.rows for own in self._domains.values())
 
     def add(self, row: Row) -> None:
-        """Count one row."""
         own = self._domains.setdefault(row.domain, _Domain())
         lengths = [(message.role, self._counter.count(message.content)) for message in row.messages]
         own.rows += 1
@@ -56,7 +53,6 @@ class Statistics:
         own.sub_topics.add((row.meta_topic, row.sub_topic))
 
     def as_json(self) -> dict[str, dict[str, Any]]:
-        """By domain."""
         unit = self._counter.unit
         return {
             name: {
@@ -75,15 +71,14 @@ class Statistics:
     def table(self) -> str:
         """Markdown, a line for each domain."""
         unit = self._counter.unit
-        columns = ["domain", "conversations", "meta-topics", "sub-topics", f"mean {unit}", "of them in responses"]
-        lines = [columns, ["---", *["---:"] * 7]]
-        columns += ["mean turns", "made more complex"]
-        for name, own in self._domains.items():
+        names = ["domain", "conversations", "meta-topics", "sub-topics", f"mean {unit}", "of them in responses"]
+        lines = [[*names, "mean turns", "made more complex"], ["---", *["---:"] * 7]]
+        for name, own in sorted(self._domains.items()):
             means = [own.length / own.rows, own.response_length / own.rows]
             counts = [own.rows, len(own.meta_topics), len(own.sub_topics)]
             shares = [f"{own.turns / own.rows:.2f}", f"{100 * own.complex_rows / own.rows:.0f} %"]
             lines.append([name, *(f"{count:,}" for count in counts), *(f"{mean:.0f}" for mean in means), *shares])
-        return "\n".join(f"| {' | '.join(line)} |" for line in [*lines[:2], *sorted(lines[2:])])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def load_counter(tokenizer: str | None) -> Counter:

@@ -4,55 +4,34 @@ Knows the store; does not know what is left out later.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
-from gating.synthesis.stages.records import Message
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import RESPONSES
-from gating.synthesis.stages.tasks import good_items
+from ultrafuser.gating.synthesis.stages.records import Frozen, Message
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import RESPONSES
+from ultrafuser.gating.synthesis.stages.tasks import good_items
 
 
-@dataclass(frozen=True)
-class Row:
-    """One conversation."""
+class Row(Frozen):
+    """One conversation as a line of the training format (`gating/data/conversations.py`), and where it comes from."""
 
     id: str
     """Of the instruction that it began with."""
 
     domain: str
-    """Its domain."""
-
-    meta_topic: str
-    """Name."""
-
-    sub_topic: str
-    """Name."""
-
-    relation: str
-    """As in `Item`."""
-
-    is_complex: bool
-    """As in `Record`."""
-
-    model: str
-    """Who wrote its last response."""
 
     messages: tuple[Message, ...]
     """User and assistant in turns."""
 
-    def as_json(self) -> dict[str, Any]:
-        """A line of the training format (`gating/data/conversations.py`), and where it comes from."""
-        return {
-            "id": self.id,
-            "domain": self.domain,
-            "messages": [message.model_dump() for message in self.messages],
-            "meta_topic": self.meta_topic,
-            "sub_topic": self.sub_topic,
-            "relation": self.relation,
-            "is_complex": self.is_complex,
-            "model": self.model,
-        }
+    meta_topic: str
+    sub_topic: str
+    relation: str
+    is_complex: bool
+
+    model: str
+    """Who wrote its last response."""
+
+
+_LINEAGE = {"domain", "meta_topic", "sub_topic", "relation", "is_complex", "model"}
 
 
 def conversations(store: Store, num_turns: int) -> Iterator[Row]:
@@ -63,13 +42,5 @@ def conversations(store: Store, num_turns: int) -> Iterator[Row]:
         for record, item in good_items(store, stage):
             if record.root not in seen:
                 seen.add(record.root)
-                yield Row(
-                    id=record.root,
-                    domain=record.domain,
-                    meta_topic=record.meta_topic,
-                    sub_topic=record.sub_topic,
-                    relation=record.relation,
-                    is_complex=record.is_complex,
-                    model=record.model,
-                    messages=(*record.messages, Message(role="assistant", content=item.text)),
-                )
+                messages = (*record.messages, Message(role="assistant", content=item.text))
+                yield Row(id=record.root, messages=messages, **record.model_dump(include=_LINEAGE))

@@ -1,1 +1,1 @@
-"""What a run makes: domains, stages, tasks, their answers' schemas, and the records that are kept. Asks nobody."""
+"""What a run makes: domains, stages, tasks, the schemas of answers, and the records that are kept. Does not ask."""

@@ -8,24 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from gating.commands.flags import CommandError
+from ultrafuser.gating.commands.fields import Count
+from ultrafuser.gating.errors import DomainError
+from ultrafuser.gating.synthesis.stages.records import Frozen
 
 _FOLDER = Path(__file__).parents[1] / "domains"
-Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class DomainError(CommandError):
-    """A domain's file cannot be used. One line that names the file and the key, and the way out."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Limits(_Section):
+class Limits(Frozen):
     """Lengths in characters, which every text is held to and the model is told."""
 
     topic: Count = 80
@@ -47,7 +40,7 @@ class Limits(_Section):
     """Most of a response."""
 
 
-class Expected(_Section):
+class Expected(Frozen):
     """Mean tokens, for the estimate of a run that has made nothing yet."""
 
     instruction: Count
@@ -57,7 +50,7 @@ class Expected(_Section):
     """Of a response."""
 
 
-class Domain(_Section):
+class Domain(Frozen):
     """One domain."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]

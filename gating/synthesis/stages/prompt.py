@@ -1,4 +1,4 @@
-"""The prompts: versioned Jinja files beside this module, `NAME-VERSION.jinja`, of which the newest is used.
+"""The prompts: versioned Jinja files in `gating/synthesis/prompts/`, `NAME-VERSION.jinja`, of which the newest is used.
 
 A prompt that is changed becomes a new file: its version is part of every id. Knows no domain and no call.
 """

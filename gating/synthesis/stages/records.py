@@ -14,7 +14,7 @@ UNPARSABLE, REFUSED_BY_SERVER, FAILED = "unparsable", "refused_by_server", "fail
 
 
 class Frozen(BaseModel):
-    """A line of a file."""
+    """Part of a file that is read or written; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -26,7 +26,6 @@ class Message(Frozen):
     """`user` or `assistant`."""
 
     content: str
-    """Its text."""
 
 
 class Item(Frozen):
@@ -49,22 +48,15 @@ class Item(Frozen):
 
 
 class Record(Frozen):
-    """One call whose answer could be used; a line of a shard."""
+    """One call whose answer could be used; a line of a shard. Tokens are those of all tries."""
 
     id: str
     """Digest of the lineage."""
 
     stage: str
-    """Which stage made it."""
-
     domain: str
-    """Its domain's name."""
-
     meta_topic: str = ""
-    """Name of its meta-topic."""
-
     sub_topic: str = ""
-    """Name of its sub-topic."""
 
     parent: str
     """Id of the item it was made from."""
@@ -94,26 +86,18 @@ class Record(Frozen):
     """What came of it; a list that was too short is filled with rejected items."""
 
     prompt_tokens: int
-    """Of all tries."""
-
     completion_tokens: int
-    """Of all tries."""
 
     time: float
     """When it came, in seconds since 1970."""
 
 
 class Miss(Frozen):
-    """One call that made nothing; a line of `misses.jsonl`."""
+    """One call that made nothing; a line of `misses.jsonl`. What a `Record` has too is the same here."""
 
     id: str
-    """As in `Record`."""
-
     stage: str
-    """As in `Record`."""
-
     domain: str
-    """As in `Record`."""
 
     reason: str
     """`unparsable`, `truncated`, `refusal`, `refused_by_server`, `failed`, or what a check is called."""
@@ -125,13 +109,8 @@ class Miss(Frozen):
     """Whether the answer was rejected; else the same call may succeed, and the next run makes it."""
 
     prompt_tokens: int
-    """Of all tries."""
-
     completion_tokens: int
-    """Of all tries."""
-
     time: float
-    """As in `Record`."""
 
 
 def identify(*lineage: str | int) -> str:

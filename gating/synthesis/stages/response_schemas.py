@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from gating.synthesis.stages.domain import Limits
+from ultrafuser.gating.synthesis.stages.domain import Limits
 
 MISSING = "missing"
 
@@ -31,14 +31,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A kind of answer."""
+class ResponseSchema:
+    """A kind of structured answer: what a server is told of it, and how it is read."""
 
     name: str
-    """Names the schema."""
+    """The schema's, for the server."""
 
-    schema: Mapping[str, Any]
-    """JSON schema of the object."""
+    json_schema: Mapping[str, Any]
+    """Of the object that is asked for."""
 
     _read: Callable[[Any], list[Entry]]
 
@@ -68,51 +68,47 @@ class Form:
         return entries
 
 
-class _Object(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Topics(_Object):
+class _Topics(BaseModel):
     topics: list[str]
 
 
-class _SubTopic(_Object):
+class _SubTopic(BaseModel):
     name: str
     note: str = ""
 
 
-class _SubTopics(_Object):
+class _SubTopics(BaseModel):
     sub_topics: list[_SubTopic]
 
 
-class _Instructions(_Object):
+class _Instructions(BaseModel):
     instructions: list[str]
 
 
-class _Related(_Object):
+class _Instruction(BaseModel):
+    instruction: str
+
+
+class _Message(BaseModel):
+    message: str
+
+
+class _Related(BaseModel):
     strong: list[str] = []
     weak: list[str] = []
 
 
-class _Instruction(_Object):
-    instruction: str
-
-
-class _Message(_Object):
-    message: str
-
-
-def topics_form(count: int, limits: Limits) -> Form:
+def topics_schema(count: int, limits: Limits) -> ResponseSchema:
     """Names of topics, all different."""
 
     def read(content: Any) -> list[Entry]:
         found = _Topics.model_validate(content).topics
         return _filled([Entry(_one_line(text)) for text in dict.fromkeys(found)], count)
 
-    return Form("topics", _object(topics=_list(_string(limits.topic), count)), read)
+    return ResponseSchema("topics", _object(topics=_list(_string(limits.topic), count)), read)
 
 
-def sub_topics_form(count: int, limits: Limits) -> Form:
+def sub_topics_schema(count: int, limits: Limits) -> ResponseSchema:
     """Names and notes of topics, all names different."""
     entry = _object(name=_string(limits.topic), note=_string(limits.note))
 
@@ -120,19 +116,19 @@ def sub_topics_form(count: int, limits: Limits) -> Form:
         found = {topic.name: topic.note for topic in _SubTopics.model_validate(content).sub_topics}
         return _filled([Entry(_one_line(name), note=_one_line(note)) for name, note in found.items()], count)
 
-    return Form("sub_topics", _object(sub_topics=_list(entry, count)), read)
+    return ResponseSchema("sub_topics", _object(sub_topics=_list(entry, count)), read)
 
 
-def instructions_form(count: int, limits: Limits) -> Form:
+def instructions_schema(count: int, limits: Limits) -> ResponseSchema:
     """Instructions."""
 
     def read(content: Any) -> list[Entry]:
         return _filled([Entry(text.strip()) for text in _Instructions.model_validate(content).instructions], count)
 
-    return Form("instructions", _object(instructions=_list(_instruction(limits), count)), read)
+    return ResponseSchema("instructions", _object(instructions=_list(_instruction(limits), count)), read)
 
 
-def related_form(strong: int, weak: int, limits: Limits) -> Form:
+def related_schema(strong: int, weak: int, limits: Limits) -> ResponseSchema:
     """Instructions of both relations, strong ones first."""
     counts = {"strong": strong, "weak": weak}
     lists = {name: _list(_instruction(limits), count) for name, count in counts.items() if count}
@@ -145,25 +141,27 @@ def related_form(strong: int, weak: int, limits: Limits) -> Form:
             for entry in _filled([Entry(text.strip(), relation=name) for text in found[name]], count, name)
         ]
 
-    return Form("related", _object(**lists), read)
+    return ResponseSchema("related", _object(**lists), read)
 
 
-def instruction_form(limits: Limits) -> Form:
-    """One instruction."""
-
-    def read(content: Any) -> list[Entry]:
-        return [Entry(_Instruction.model_validate(content).instruction.strip())]
-
-    return Form("instruction", _object(instruction=_instruction(limits)), read)
+def instruction_schema(limits: Limits) -> ResponseSchema:
+    """One instruction, to be made anew."""
+    return _single(_Instruction, _instruction(limits))
 
 
-def message_form(limits: Limits) -> Form:
+def message_schema(limits: Limits) -> ResponseSchema:
     """One message of a user."""
+    return _single(_Message, _string(limits.instruction))
+
+
+def _single(model: type[BaseModel], entry: Mapping[str, Any]) -> ResponseSchema:
+    """One text under the name of the model's field, which is the schema's too."""
+    (name,) = model.model_fields
 
     def read(content: Any) -> list[Entry]:
-        return [Entry(_Message.model_validate(content).message.strip())]
+        return [Entry(getattr(model.model_validate(content), name).strip())]
 
-    return Form("message", _object(message=_string(limits.instruction)), read)
+    return ResponseSchema(name, _object(**{name: entry}), read)
 
 
 def _filled(entries: list[Entry], count: int, relation: str = "") -> list[Entry]:
@@ -188,9 +186,5 @@ def _list(entry: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def _object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    closed = {"required": list(properties), "additionalProperties": False}
+    return {"type": "object", "properties": properties, **closed}

@@ -15,11 +15,10 @@ from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError
 
-from gating.commands.flags import CommandError
-from gating.commands.provenance import write_json
-from gating.commands.run_folder import append_line, whole_lines
-from gating.model.cache import file_digest
-from gating.synthesis.stages.records import Miss, Record
+from ultrafuser.gating.commands.run_folder import append_line, whole_lines
+from ultrafuser.gating.errors import StoreError
+from ultrafuser.gating.files import file_digest, write_json
+from ultrafuser.gating.synthesis.stages.records import Miss, Record
 
 MANIFEST_FILE = "manifest.json"
 MISSES_FILE = "misses.jsonl"
@@ -27,10 +26,6 @@ SHARD_LINES = 10_000
 SYNC_SECONDS = 1.0
 
 Line = TypeVar("Line", Record, Miss)
-
-
-class StoreError(CommandError):
-    """A run's folder cannot be read. One line that names the file, and the way out."""
 
 
 class Store:
@@ -118,7 +113,6 @@ class Store:
         self._tokens += Counter(prompt=record.prompt_tokens, completion=record.completion_tokens)
 
     def append_miss(self, miss: Miss) -> None:
-        """Keep a miss."""
         append_line(self._misses_file, miss.model_dump_json())
         self._note(miss)
 

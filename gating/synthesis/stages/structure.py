@@ -6,14 +6,17 @@ Knows no calls. The paper's six stages ("UltraChat 2") are here seven kinds of c
 from dataclasses import dataclass
 from typing import Any
 
-from gating.synthesis.stages.domain import Domain, digest
-from gating.synthesis.stages.prompt import load_prompt, prompt_names
-from gating.synthesis.stages.records import identify
+from ultrafuser.gating.synthesis.stages.domain import Domain, digest
+from ultrafuser.gating.synthesis.stages.prompt import load_prompt, prompt_names
+from ultrafuser.gating.synthesis.stages.records import identify
 
 META_TOPICS, SUB_TOPICS, INSTRUCTIONS = "meta_topics", "sub_topics", "instructions"
 RELATED, COMPLICATIONS, RESPONSES = "related", "complications", "responses"
 PER_CALL = 10
 """Most instructions that one call is asked for."""
+
+FROM_SETTINGS = ("strong", "weak", "complex_share", "turns", "turn_share", "seed")
+"""What a structure takes from the settings as it is."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class Structure:
     """Share of the conversations that get another turn, each time."""
 
     seed: int
-    """Part of every id."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -48,7 +50,6 @@ class Structure:
         return (META_TOPICS, SUB_TOPICS, INSTRUCTIONS, RELATED, COMPLICATIONS, RESPONSES, *further)
 
     def domain(self, name: str) -> Domain:
-        """By its name."""
         return next(domain for domain in self.domains if domain.name == name)
 
     def root(self, domain: Domain) -> str:
@@ -57,7 +58,7 @@ class Structure:
 
     def as_json(self) -> dict[str, Any]:
         """What must be the same for the same folder."""
-        own = {name: getattr(self, name) for name in ("strong", "weak", "complex_share", "turns", "turn_share", "seed")}
+        own = {name: getattr(self, name) for name in FROM_SETTINGS}
         prompts = {f"prompt {name}": load_prompt(name).identity for name in prompt_names()}
         domains = {f"domain {domain.name}": digest(domain) for domain in self.domains}
         return {"domains": sorted(domain.name for domain in self.domains), **own, **prompts, **domains}

@@ -4,59 +4,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gating.synthesis.stages.domain import Domain
-from gating.synthesis.stages.prompt import Prompt
-from gating.synthesis.stages.records import Message
-from gating.synthesis.stages.response_schemas import Form
+from ultrafuser.gating.synthesis.stages.domain import Domain
+from ultrafuser.gating.synthesis.stages.prompt import Prompt
+from ultrafuser.gating.synthesis.stages.records import Message
+from ultrafuser.gating.synthesis.stages.response_schemas import ResponseSchema
 
 
 @dataclass(frozen=True)
 class Task:
-    """One call that a run makes once."""
+    """One call. Its id is a digest of its lineage; what a `Record` has too is the same here."""
 
     id: str
-    """Digest of its lineage."""
-
     stage: str
-    """Its stage's name."""
-
     domain: Domain
-    """Its domain."""
 
     parent: str
     """Id of the item it is made from."""
 
     meta_topic: str = ""
-    """Name of its meta-topic."""
-
     sub_topic: str = ""
-    """Name of its sub-topic."""
 
     prompt: Prompt | None = None
     """What is asked; None: the conversation itself is continued."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Of the prompt."""
 
-    form: Form | None = None
+    schema: ResponseSchema | None = None
     """Of the answer; None: any text, which is a response."""
 
     messages: tuple[Message, ...] = ()
     """The conversation that is continued."""
 
     root: str = ""
-    """As in `Record`."""
-
     relation: str = ""
-    """As in `Record`."""
-
     is_complex: bool = False
-    """As in `Record`."""
-
-    @property
-    def prompt_identity(self) -> str:
-        """For its record."""
-        return self.prompt.identity if self.prompt else ""
 
     def render(self) -> list[dict[str, str]]:
         """The messages to be sent."""

@@ -1,26 +1,25 @@
 """The calls of every stage, out of what the stages before have made. Pure: asks nobody, decides nothing by chance.
 
 A stage's calls do not depend on the order in which those before ended; which calls there are follows from ids, and
-what they say from the items. Knows structure, prompts and forms; does not know how calls are made or kept.
+what they say from the items. Knows structure, prompts and schemas; does not know how calls are made or kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from gating.synthesis.stages.domain import Domain
-from gating.synthesis.stages.prompt import load_prompt
-from gating.synthesis.stages.records import FAILED, Item, Message, Record, draw, identify
-from gating.synthesis.stages.response_schemas import (
-    instruction_form,
-    instructions_form,
-    message_form,
-    related_form,
-    sub_topics_form,
-    topics_form,
+from ultrafuser.gating.synthesis.stages.prompt import Prompt, load_prompt
+from ultrafuser.gating.synthesis.stages.records import FAILED, Item, Message, Record, draw, identify
+from ultrafuser.gating.synthesis.stages.response_schemas import (
+    instruction_schema,
+    instructions_schema,
+    message_schema,
+    related_schema,
+    sub_topics_schema,
+    topics_schema,
 )
-from gating.synthesis.stages.store import Store
-from gating.synthesis.stages.structure import (
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.gating.synthesis.stages.structure import (
     COMPLICATIONS,
     INSTRUCTIONS,
     META_TOPICS,
@@ -32,7 +31,7 @@ from gating.synthesis.stages.structure import (
     response_stage,
     user_stage,
 )
-from gating.synthesis.stages.task import Task
+from ultrafuser.gating.synthesis.stages.task import Task
 
 WAYS_TO_COMPLICATE = (
     "adding a condition or a constraint that the answer has to meet",
@@ -80,31 +79,18 @@ class Tasks:
     def _meta_topics(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(META_TOPICS)
         for domain in self._structure.domains:
-            root, count = self._structure.root(domain), domain.meta_topics
-            yield Task(
-                id=identify(META_TOPICS, prompt.identity, root),
-                stage=META_TOPICS,
-                domain=domain,
-                parent=root,
-                prompt=prompt,
-                values={"count": count},
-                form=topics_form(count, domain.limits),
-            )
+            schema = topics_schema(domain.meta_topics, domain.limits)
+            root, values = self._structure.root(domain), {"count": domain.meta_topics}
+            identity = identify(META_TOPICS, prompt.identity, root)
+            yield Task(identity, META_TOPICS, domain, parent=root, prompt=prompt, values=values, schema=schema)
 
     def _sub_topics(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(SUB_TOPICS)
         for record, topic in good_items(store, META_TOPICS):
             domain = self._structure.domain(record.domain)
-            yield Task(
-                id=identify(SUB_TOPICS, prompt.identity, topic.id),
-                stage=SUB_TOPICS,
-                domain=domain,
-                parent=topic.id,
-                meta_topic=topic.text,
-                prompt=prompt,
-                values={"count": domain.sub_topics},
-                form=sub_topics_form(domain.sub_topics, domain.limits),
-            )
+            schema = sub_topics_schema(domain.sub_topics, domain.limits)
+            own = {"meta_topic": topic.text, "values": {"count": domain.sub_topics}, "schema": schema}
+            yield self._made_from(record, topic, SUB_TOPICS, prompt, **own)
 
     def _instructions(self, store: Store) -> Iterator[Task]:
         prompt = load_prompt(INSTRUCTIONS)
@@ -113,16 +99,15 @@ class Tasks:
             for call, begin in enumerate(range(0, domain.instructions, PER_CALL)):
                 count = min(PER_CALL, domain.instructions - begin)
                 identity = identify(INSTRUCTIONS, prompt.identity, topic.id, call)
-                yield Task(
+                yield self._made_from(
+                    record,
+                    topic,
+                    INSTRUCTIONS,
+                    prompt,
                     id=identity,
-                    stage=INSTRUCTIONS,
-                    domain=domain,
-                    parent=topic.id,
-                    meta_topic=record.meta_topic,
                     sub_topic=topic.text,
-                    prompt=prompt,
                     values={"count": count, "note": topic.note, "angles": _choose(domain.angles, identity, count)},
-                    form=instructions_form(count, domain.limits),
+                    schema=instructions_schema(count, domain.limits),
                 )
 
     def _related(self, store: Store) -> Iterator[Task]:
@@ -131,13 +116,13 @@ class Tasks:
             return
         for record, item in good_items(store, INSTRUCTIONS):
             domain = self._structure.domain(record.domain)
-            yield self._from_instruction(
-                RELATED,
+            yield self._made_from(
                 record,
                 item,
-                prompt=prompt,
+                RELATED,
+                prompt,
                 values={"strong": strong, "weak": weak, "instruction": item.text},
-                form=related_form(strong, weak, domain.limits),
+                schema=related_schema(strong, weak, domain.limits),
             )
 
     def _complications(self, store: Store, dropped: Mapping[str, str]) -> Iterator[Task]:
@@ -147,14 +132,8 @@ class Tasks:
                 continue
             domain = self._structure.domain(record.domain)
             (way,) = _choose(WAYS_TO_COMPLICATE, item.id, 1)
-            yield self._from_instruction(
-                COMPLICATIONS,
-                record,
-                item,
-                prompt=prompt,
-                values={"way": way, "instruction": item.text},
-                form=instruction_form(domain.limits),
-            )
+            own = {"values": {"way": way, "instruction": item.text}, "schema": instruction_schema(domain.limits)}
+            yield self._made_from(record, item, COMPLICATIONS, prompt, **own)
 
     def _responses(self, store: Store, dropped: Mapping[str, str]) -> Iterator[Task]:
         complex_ones = {record.parent: item.text for record, item in good_items(store, COMPLICATIONS)}
@@ -168,10 +147,10 @@ class Tasks:
                 if miss is None or miss.reason == FAILED:
                     continue  # it may yet be rewritten, in a later run
             text = complex_ones.get(item.id, item.text)
-            yield self._from_instruction(
-                RESPONSES,
+            yield self._made_from(
                 record,
                 item,
+                RESPONSES,
                 messages=(Message(role="user", content=text),),
                 root=item.id,
                 relation=item.relation,
@@ -183,34 +162,23 @@ class Tasks:
         for record, item in good_items(store, response_stage(turn - 1)):
             if draw(record.root, stage) < self._structure.turn_share:
                 (way,) = _choose(WAYS_TO_GO_ON, item.id, 1)
-                yield _continued(
-                    record,
-                    item,
-                    self._structure.domain(record.domain),
-                    id=identify(stage, prompt.identity, item.id),
-                    stage=stage,
-                    prompt=prompt,
-                    values={"way": way},
-                    form=message_form(self._structure.domain(record.domain).limits),
-                )
+                own = {"values": {"way": way}, "schema": message_schema(self._structure.domain(record.domain).limits)}
+                yield self._made_from(record, item, stage, prompt, **own, **_continued(record, item))
 
     def _further_responses(self, store: Store, turn: int) -> Iterator[Task]:
         stage = response_stage(turn)
         for record, item in good_items(store, user_stage(turn)):
-            domain = self._structure.domain(record.domain)
-            yield _continued(record, item, domain, id=identify(stage, item.id), stage=stage)
+            yield self._made_from(record, item, stage, id=identify(stage, item.id), **_continued(record, item))
 
-    def _from_instruction(self, stage: str, record: Record, item: Item, **own: Any) -> Task:
-        version = own["prompt"].identity if "prompt" in own else ""
-        return Task(
-            id=identify(stage, version, item.id),
-            stage=stage,
-            domain=self._structure.domain(record.domain),
-            parent=item.id,
-            meta_topic=record.meta_topic,
-            sub_topic=record.sub_topic,
-            **own,
-        )
+    def _made_from(self, record: Record, item: Item, stage: str, prompt: Prompt | None = None, **own: Any) -> Task:
+        """A call about an item of a record; without an id of its own it is the stage's only one about it."""
+        lineage = {
+            "id": identify(stage, prompt.identity if prompt else "", item.id),
+            "meta_topic": record.meta_topic,
+            "sub_topic": record.sub_topic,
+        }
+        domain = self._structure.domain(record.domain)
+        return Task(stage=stage, domain=domain, parent=item.id, prompt=prompt, **{**lineage, **own})
 
     def _is_complicated(self, item: Item) -> bool:
         return draw(item.id, COMPLICATIONS) < self._structure.complex_share
@@ -230,19 +198,11 @@ def all_instructions(store: Store) -> Iterator[tuple[Record, Item]]:
     yield from good_items(store, RELATED)
 
 
-def _continued(record: Record, item: Item, domain: Domain, **own: Any) -> Task:
+def _continued(record: Record, item: Item) -> dict[str, Any]:
+    """What a call has of the conversation that an item ends."""
     role = "user" if record.messages[-1].role == "assistant" else "assistant"
-    return Task(
-        domain=domain,
-        parent=item.id,
-        meta_topic=record.meta_topic,
-        sub_topic=record.sub_topic,
-        messages=(*record.messages, Message(role=role, content=item.text)),
-        root=record.root,
-        relation=record.relation,
-        is_complex=record.is_complex,
-        **own,
-    )
+    messages = (*record.messages, Message(role=role, content=item.text))
+    return {"messages": messages, **{name: getattr(record, name) for name in ("root", "relation", "is_complex")}}
 
 
 def _choose(options: tuple[str, ...], identity: str, count: int) -> list[str]:

@@ -7,19 +7,20 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
-from gating.model.fusion import FusionConfig, inspect_fusion
-from server.engine.client.input_processor import FusedInputProcessor
-from server.engine.client.step_feed import StepFeed
-from server.engine.client.weight_stream import Takeover, stream_weights
-from server.engine.core.nonfinite import raise_if_nan, raise_if_nonfinite
-from server.engine.shared.options import build_engine_args
-from server.engine.shared.spec import EngineSpec
+from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
+from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.nonfinite import raise_if_nan, raise_if_nonfinite
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.client.weight_stream import Takeover, stream_weights
+from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.engine.shared.spec import EngineSpec
 
 
 class FusedAsyncLLM(AsyncLLM):
@@ -72,7 +73,7 @@ class FusedAsyncLLM(AsyncLLM):
             FusionError, GateError: the fusion does not fit together; checked before any weight is loaded.
             EngineOptionError: an option is not on the allow-list.
         """
-        args = build_engine_args(fusion, inspect_fusion(fusion), engine_options)
+        args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), engine_options))
         engine = cls.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER)
         assert isinstance(engine, cls)
         return engine

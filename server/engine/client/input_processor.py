@@ -9,16 +9,14 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
-from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
-from server.engine.shared.spec import EngineSpec
-from server.engine.worker.forcing import FORCED_TOKEN_IDS, forced_token_ids
+from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS, forced_token_ids
+from ultrafuser.server.engine.shared.spec import EngineSpec
 
-UNFUSED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
+UNSUPPORTED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
 """Sampling parameters that read logits outside the fused decode step."""
 
 
@@ -32,7 +30,7 @@ class FusedInputProcessor(InputProcessor):
         eos = self._spec.eos_token_ids
         # vLLM reads both when it completes sampling parameters: the file decides, not the leader's files.
         self.generation_config_fields = {"eos_token_id": list(eos)}
-        _answer_eos(self.renderer, eos[0])
+        self.renderer.get_eos_token_id = lambda: eos[0]
 
     def process_inputs(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *args: Any, **kwargs: Any
@@ -44,7 +42,7 @@ class FusedInputProcessor(InputProcessor):
         """
         if not isinstance(params, SamplingParams):
             raise VLLMValidationError("pooling is not fused; send a generation request", parameter="task")
-        self._refuse_unfused(prompt, params)
+        self._refuse_unsupported(prompt, params)
         own_prompts = prompt.get(SPECIALIST_PROMPTS) if isinstance(prompt, dict) else None
         request = super().process_inputs(request_id, prompt, params, *args, **kwargs)
         assert request.prompt_token_ids is not None
@@ -64,8 +62,8 @@ class FusedInputProcessor(InputProcessor):
         # Only the length: vLLM would hold the canonical prompt, whoever's it is, against the leader's vocabulary.
         self._validate_prompt_len(len(prompt_input["prompt_token_ids"]), prompt_type)
 
-    def _refuse_unfused(self, prompt: Any, params: SamplingParams) -> None:
-        for name in UNFUSED_PARAMS:
+    def _refuse_unsupported(self, prompt: Any, params: SamplingParams) -> None:
+        for name in UNSUPPORTED_PARAMS:
             if getattr(params, name) is not None:
                 raise VLLMValidationError(f"{name} is not supported: it is not fused yet", parameter=name)
         if SPECIALIST_PROMPTS in (params.extra_args or {}):
@@ -106,8 +104,3 @@ class FusedInputProcessor(InputProcessor):
                     f"the vocabulary of specialist {specialist.name}",
                     parameter="prompt",
                 )
-
-
-def _answer_eos(renderer: BaseRenderer, eos_token_id: int) -> None:
-    """Make the renderer name the fused model's EOS instead of the leader's tokenizer's."""
-    renderer.get_eos_token_id = lambda: eos_token_id

@@ -1,4 +1,4 @@
-"""The gate's weights of every generated token, on their way from the scheduler to the caller who asked.
+"""The gate's weights of every generated token, as they arrive in the API process for the caller who asked.
 
 They ride in the field that plain vLLM has for the routing of mixture-of-experts models: an array for each token, which
 it keeps aligned with the tokens.
@@ -12,28 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine import EngineCoreOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from server.engine.shared.step import StepRecord
-
-GATE_WEIGHTS = "gate_weights"
-"""Key in `SamplingParams.extra_args`: true asks for the weights of every token of this request."""
+from ultrafuser.server.engine.shared.extra_args import wants_weights
 
 Weights = NDArray[np.float32]
-
-
-def wants_weights(params: SamplingParams | None) -> bool:
-    """Whether a request asked for its weights."""
-    return bool(params is not None and (params.extra_args or {}).get(GATE_WEIGHTS))
-
-
-def attach(outputs: Sequence[EngineCoreOutput], step: StepRecord, wanting: set[str]) -> None:
-    """Give the weights to the tokens of the requests that asked."""
-    for output in outputs:
-        if output.new_token_ids and output.request_id in wanting:
-            output.routed_experts = step.weights_of(output.request_id)
+Place = tuple[int, int]
+"""A chunk, as many rows as its step gave tokens, and a row of it."""
 
 
 class History:
@@ -45,9 +31,17 @@ class History:
     def __init__(self, chunks: Sequence[Weights]) -> None:
         self._chunks = chunks
 
-    def take(self, begin: int, end: int) -> Weights:
-        """[end - begin, S]."""
-        return np.concatenate(self._chunks[begin:end])
+    def take(self, place: Place, num_tokens: int) -> tuple[Weights, Place]:
+        """The next so many tokens' rows [T, S], and where they end."""
+        chunk, row = place
+        rows: list[Weights] = []
+        while num_tokens:
+            rows.append(self._chunks[chunk][row : row + num_tokens])
+            num_tokens -= len(rows[-1])
+            row += len(rows[-1])
+            if row == len(self._chunks[chunk]):
+                chunk, row = chunk + 1, 0
+        return np.concatenate(rows), (chunk, row)
 
 
 def stream_weights(processor: OutputProcessor) -> None:
@@ -77,14 +71,15 @@ class Takeover:
     """Moves the weights of one request's outputs, streamed or final, to `CompletionOutput.gate_weights`."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, int] = {}
+        self._places: dict[int, Place] = {}
 
     def take(self, completion: CompletionOutput) -> None:
         """Set `gate_weights`: float32 [T, S], one row for each of its `token_ids`; None if they were not asked for."""
         carried: Any = completion.routed_experts
         completion.routed_experts = None
         if isinstance(carried, History):
-            begin = self._seen.get(completion.index, 0)
-            end = self._seen[completion.index] = begin + len(completion.token_ids)
-            carried = carried.take(begin, end) if end > begin else None
+            history, carried, num_tokens = carried, None, len(completion.token_ids)
+            if num_tokens:
+                place = self._places.get(completion.index, (0, 0))
+                carried, self._places[completion.index] = history.take(place, num_tokens)
         completion.gate_weights = carried

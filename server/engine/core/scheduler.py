@@ -3,14 +3,18 @@
 A block may be shared only if every specialist has the same tokens in it, and may be announced as cached
 only when every specialist has computed it. The rest of the schedule is vLLM's: it sees one canonical
 prompt per request and knows nothing of specialists.
+
+A request for which a specialist or the gate computed NaN or infinity ends here; no other is touched. Such values stay
+in its KV blocks, so these must not be found again by their content, and must be zeroed before they hold another
+request's: attention multiplies what it does not see by zero, and NaN stays NaN. A request may also leave, or be
+preempted, before such a value is found: what no row has vouched for is zeroed, too.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -18,53 +22,10 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from server.engine.client.step_feed import add_report
-from server.engine.client.weight_stream import attach, wants_weights
-from server.engine.core.nonfinite import nonfinite_end
-from server.engine.shared.prompts import all_prompts, conceal_tokens
-from server.engine.shared.step import StepRecord
-
-
-def lag(num_canonical_prompt: int, num_shortest_prompt: int) -> int:
-    """How many tokens behind the canonical length a block may be announced: L - min(l) + 1.
-
-    Up to that many tokens before the end of the canonical sequence, every specialist has computed its own.
-    """
-    return num_canonical_prompt - num_shortest_prompt + 1
-
-
-def fused_block_hasher(
-    prompts: list[list[int]], num_canonical_prompt: int, block_size: int, hash_fn: Callable[[Any], bytes]
-) -> Callable[[Request], list[BlockHash]]:
-    """Hashes of a request's new full blocks, over all specialists' own tokens, chained.
-
-    The hash of block j covers the own tokens [j*B, (j+1)*B) of every specialist, so a block is found again
-    only by a request for which every specialist has the same tokens in it and before it.
-    """
-    request_lag = lag(num_canonical_prompt, min(len(prompt) for prompt in prompts))
-
-    def new_hashes(request: Request) -> list[BlockHash]:
-        hashes: list[BlockHash] = []
-        parent = request.block_hashes[-1] if request.block_hashes else None
-        start = len(request.block_hashes) * block_size
-        while start + block_size <= request.num_tokens - request_lag:
-            end = start + block_size
-            extra_keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
-            tokens = [token for prompt in prompts for token in _own_tokens(prompt, request, start, end)]
-            parent = hash_block_tokens(hash_fn, parent, tokens, extra_keys)
-            hashes.append(parent)
-            start = end
-        return hashes
-
-    return new_hashes
-
-
-def _own_tokens(prompt: list[int], request: Request, start: int, end: int) -> list[int]:
-    """One specialist's tokens [start, end): its own prompt, then the outputs."""
-    if end <= len(prompt):
-        return prompt[start:end]
-    outputs = request.output_token_ids[max(start - len(prompt), 0) : end - len(prompt)]
-    return [*prompt[start:], *outputs]
+from ultrafuser.server.engine.core.hashing import fused_block_hasher, lag
+from ultrafuser.server.engine.core.outputs import add_report, add_weights, nonfinite_end
+from ultrafuser.server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_weights
+from ultrafuser.server.engine.shared.step import StepRecord
 
 
 class FusedSchedulerMixin(Scheduler):
@@ -75,8 +36,6 @@ class FusedSchedulerMixin(Scheduler):
         self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()
-        self._num_found: dict[str, int] = {}
-        """Tokens whose blocks were found in the prefix cache, by request."""
         self._soiled_block_ids: set[int] = set()
         coordinator = self.kv_cache_manager.coordinator
         announce = coordinator.cache_blocks
@@ -89,7 +48,7 @@ class FusedSchedulerMixin(Scheduler):
         assert request.prompt_token_ids is not None
         assert request.sampling_params is not None
         conceal_tokens(request.sampling_params)
-        prompts = all_prompts(request.sampling_params, request.prompt_token_ids)
+        prompts = specialist_prompts(request.sampling_params) or [request.prompt_token_ids]
         num_canonical = len(request.prompt_token_ids)
         self._lags[request.request_id] = lag(num_canonical, min(len(prompt) for prompt in prompts))
         if self.cache_config.enable_prefix_caching:
@@ -99,13 +58,6 @@ class FusedSchedulerMixin(Scheduler):
         if wants_weights(request.sampling_params):
             self._wanting.add(request.request_id)
         super().add_request(request)
-
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """As vLLM's; notes what new requests find in the prefix cache."""
-        output = super().schedule(*args, **kwargs)
-        for request in output.scheduled_new_reqs:
-            self._num_found[request.req_id] = request.num_computed_tokens
-        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -119,7 +71,7 @@ class FusedSchedulerMixin(Scheduler):
         ended = self._end_nonfinite(nonfinite) if nonfinite else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for own in outputs.values() if wanting else ():
-            attach(own.outputs, step, wanting)
+            add_weights(own.outputs, step, wanting)
         for request in ended:
             own = outputs.setdefault(request.client_index, EngineCoreOutputs())
             own.outputs.append(nonfinite_end(request))
@@ -155,18 +107,17 @@ class FusedSchedulerMixin(Scheduler):
 
     def _unseen_blocks(self, request: Request) -> set[int]:
         """Blocks of which no row has shown yet that all in them is finite: the last ones, or of a prompt that is not
-        read to its end all that were computed. A step that is under way may still write to them."""
+        read to its end all but those found in the cache. A step that is under way may still write to them."""
         if request.num_output_tokens:
             start = max(request.num_tokens - self._lags[request.request_id], 0)
         else:
-            start = self._num_found.get(request.request_id, 0)
+            start = request.prefill_stats.num_cached_tokens if request.prefill_stats else 0
         groups = self.kv_cache_manager.get_block_ids(request.request_id)
         return {block_id for group in groups for block_id in group[start // self.block_size :]}
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._lags.pop(request.request_id, None)
-        self._num_found.pop(request.request_id, None)
         self._wanting.discard(request.request_id)
 
 
@@ -182,7 +133,3 @@ def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> FusedSchedulerMixi
     """The fused scheduler for what vLLM made of async scheduling; vLLM calls this in the place of a class."""
     scheduler = FusedAsyncScheduler if vllm_config.scheduler_config.async_scheduling else FusedScheduler
     return scheduler(vllm_config, **kwargs)
-
-
-SCHEDULER = f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
-"""What `scheduler_cls` takes."""

@@ -28,6 +28,10 @@ class SpecialistSpec(BaseModel):
     quantization: str | None = None
     """vLLM's name of the quantization method."""
 
+    def engine_arguments(self) -> dict[str, Any]:
+        """The fields that vLLM's `EngineArgs` have too: all but the name."""
+        return self.model_dump(exclude={"name"})
+
 
 class EngineSpec(BaseModel):
     """The fused model as the workers need it. The first specialist is the leader: its runner samples."""

@@ -2,41 +2,33 @@
 
 A request carries the tokens of its response. In every step each specialist runs as for a sampled response, the sampler
 works as always (logprobs are those of the fused logits), and then the given token takes the sampled one's place.
-Knows requests and the plan of a step, not text.
+Knows requests and rows, not text.
+
+Shapes: R rows of logits, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from server.engine.worker.view import scheduled_requests
-
-FORCED_TOKEN_IDS = "forced_token_ids"
-"""Key in `SamplingParams.extra_args`: the tokens of the response. The server's own; users who send it are refused."""
-
-
-def forced_token_ids(params: SamplingParams | None) -> list[int] | None:
-    """The given response of a request; None if it is to be sampled."""
-    return (params.extra_args or {}).get(FORCED_TOKEN_IDS) if params is not None else None
+from ultrafuser.server.engine.shared.extra_args import forced_token_ids
+from ultrafuser.server.engine.shared.row import Row
 
 
-def forced_in_step(output: SchedulerOutput, params_of: Callable[[str], SamplingParams | None]) -> dict[str, int]:
-    """The given token that each scheduled request comes to in this step, if the step gets that far.
+def given_tokens(rows: Sequence[Row], requests: Mapping[str, CachedRequestState]) -> dict[int, int]:
+    """The token that the response of a row's request has at its position, by number of the row; none if it is sampled.
 
-    Args:
-        output: the scheduler's plan.
-        params_of: a request's sampling parameters.
+    `requests` are those that the leader's runner knows, by id.
     """
     found = {}
-    for request, _, num_outputs in scheduled_requests(output):
-        given = forced_token_ids(params_of(request))
-        if given is not None and num_outputs < len(given):
-            found[request] = given[num_outputs]
+    for number, row in enumerate(rows):
+        given = forced_token_ids(requests[row.request].sampling_params)
+        if given is not None and row.position < len(given):
+            found[number] = given[row.position]
     return found
 
 
@@ -49,7 +41,7 @@ class Forcing:
         sampler.sample = self._sample_or_force
 
     def set(self, tokens: Mapping[int, int]) -> None:
-        """What the next call gives: token by row of the batch; other rows are sampled."""
+        """What the next call gives: token by row of the logits; other rows are sampled."""
         self._tokens = tokens
 
     def _sample_or_force(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

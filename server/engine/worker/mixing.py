@@ -1,11 +1,11 @@
-"""From n forward passes to one row of logits per request: match rows, gate, mix.
+"""From n forward passes to one row of logits for each row that ends in a token: match rows, gate, mix.
 
 This is the one small interface between the specialists' forward passes and the leader's sampler, so that
 another placement (specialists on separate groups of GPUs) replaces this module and nothing else. It knows
-tensors and row numbers, not the schedule.
+tensors and what their rows are, not the schedule.
 
-Shapes: S specialists, B rows that end in a token, R rows of the leader's batch, D hidden size, V vocabulary,
-X marks of a row (`server.engine.worker.observing`).
+Shapes: S specialists, B rows that end in a token, R rows of a runner's logits, D hidden size, V vocabulary,
+X marks of a row (`server/engine/worker/observing.py`).
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,28 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
-from gating.model.gate import Gate, fuse
-from server.engine.worker.observing import neutralize, observe
-from server.engine.worker.timing import StepClock
+from ultrafuser.gating.model.gate import Gate, fuse
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.observing import neutralize, observe
+from ultrafuser.server.engine.worker.timing import StepClock
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One runner's rows that end in a token, and what the forward pass left for them."""
+    """One runner's rows of a step, and what the forward pass left for them."""
 
-    indices: list[int]
-    """Row of each ending request in this runner's batch; the same requests in the same order for all runners."""
+    rows: Sequence[Row]
+    """What each of the R rows is, those of unfinished prefills too."""
     hidden_RD: Tensor
-    """Last hidden states (after the final norm) of every row of the batch."""
+    """Last hidden states (after the final norm)."""
     logits_RV: Tensor
-    """Logits of every row of the batch."""
+
+    def indices_of(self, wanted: Sequence[Row]) -> list[int]:
+        """Where this runner has another runner's rows: the same positions of the same requests."""
+        if wanted == self.rows:
+            return list(range(len(wanted)))
+        index_of = {(row.request, row.position): index for index, row in enumerate(self.rows)}
+        return [index_of[row.request, row.position] for row in wanted]
 
 
 class Mixer:
@@ -40,36 +47,43 @@ class Mixer:
         self._gate = gate
         self._num_shared_ids = num_shared_ids
 
-    def fuse_into_leader(self, rows: Sequence[Rows], clock: StepClock) -> tuple[Tensor, Tensor]:
+    def fuse_into_leader(
+        self, specialists: Sequence[Rows], ending: Sequence[Row], clock: StepClock
+    ) -> tuple[Tensor, Tensor]:
         """The leader's logits [R, V] in float32 with the fused logits in the rows that end in a token; marks [X, B].
 
-        `rows[0]` is the leader's. Ids outside the shared vocabulary are -inf: V stays the leader's width,
-        which penalties, masks and top-k depend on. Rows of unfinished prefills keep the leader's own logits;
-        they are garbage and nobody reads them. A row that is not finite gets equal logits; its marks say so.
+        `specialists[0]` is the leader; `ending` are its B rows that end in a token. Ids outside the shared vocabulary
+        are -inf: V stays the leader's width, which penalties, masks and top-k depend on. Rows of unfinished prefills
+        keep the leader's own logits; they are garbage and nobody reads them. A row that is not finite gets equal
+        logits; its marks say so.
         """
-        hidden_SBD = [_take(r.hidden_RD, r.indices) for r in rows]
+        indices_SB = [own.indices_of(ending) for own in specialists]
+        pairs = list(zip(specialists, indices_SB, strict=True))
+        hidden_SBD = [_take(own.hidden_RD, indices_B) for own, indices_B in pairs]
         with clock.measure("gate"):
             weights_SB = self._weights(hidden_SBD)
         with clock.measure("mix"):
-            logits_SBV = [_take(r.logits_RV, r.indices)[:, : self._num_shared_ids] for r in rows]
+            logits_SBV = [_take(own.logits_RV, indices_B)[:, : self._num_shared_ids] for own, indices_B in pairs]
             mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids)
             marks_XB, is_nonfinite_B = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
             neutralize(mixed_BV, is_nonfinite_B)
-            return self._into_leader(mixed_BV, rows[0]), marks_XB
+            return self._into_leader(mixed_BV, specialists[0].logits_RV, indices_SB[0]), marks_XB
 
-    def _into_leader(self, mixed_BV: Tensor, leader: Rows) -> Tensor:
-        num_rows, width = leader.logits_RV.shape
-        if _is_everything(leader.indices, num_rows):
-            return nn.functional.pad(mixed_BV, (0, width - self._num_shared_ids), value=float("-inf"))
-        fused_RV = leader.logits_RV.to(torch.float32, copy=True)
+    def _into_leader(self, mixed_BV: Tensor, leader_RV: Tensor, indices_B: list[int]) -> Tensor:
+        if _is_everything(indices_B, len(leader_RV)):
+            return self._widen(mixed_BV, leader_RV)
+        fused_RV = leader_RV.to(torch.float32, copy=True)
         fused_RV[:, self._num_shared_ids :] = float("-inf")
-        fused_RV[leader.indices, : self._num_shared_ids] = mixed_BV
+        fused_RV[indices_B, : self._num_shared_ids] = mixed_BV
         return fused_RV
+
+    def _widen(self, mixed_BV: Tensor, leader_RV: Tensor) -> Tensor:
+        return nn.functional.pad(mixed_BV, (0, leader_RV.shape[1] - self._num_shared_ids), value=float("-inf"))
 
     def mix(self, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor]) -> Tensor:
         """Fused logits [B, V] of rows that all specialists have in the same order; V and -inf as above."""
         mixed_BV = fuse(self._weights(hidden_SBD), logits_SBV, self._num_shared_ids)
-        return nn.functional.pad(mixed_BV, (0, logits_SBV[0].shape[1] - self._num_shared_ids), value=float("-inf"))
+        return self._widen(mixed_BV, logits_SBV[0])
 
     def _weights(self, hidden_SBD: Sequence[Tensor]) -> Tensor:
         """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""

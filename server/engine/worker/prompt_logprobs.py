@@ -2,7 +2,8 @@
 
 Stands in for the leader's own computation, which would ask the leader alone; chunks, preemption and the way out are
 vLLM's as before. A position of a prompt means the same to all specialists only if they read the same prompt: requests
-whose n prompts differ are refused where they enter (`inputs.py`). Knows runners and rows, neither text nor schedule.
+whose n prompts differ are refused where they enter (`client/input_processor.py`). Knows runners and rows, neither text
+nor schedule.
 
 Shapes: S specialists, T tokens of the step, B positions that are scored together, D hidden size, V vocabulary.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from server.engine.worker.mixing import Mixer
+from ultrafuser.server.engine.worker.mixing import Mixer
 
 MAX_POSITIONS = 128
 """Positions scored at once. One position of three specialists takes about 3 MB at 150,000 ids, and nothing is set aside
@@ -24,16 +25,12 @@ _LOGITS_MODES = ("raw_logits", "processed_logits")
 
 
 class PromptLogprobs:
-    """What `GPUModelRunner._get_prompt_logprobs_dict` gives, for n specialists; see `attach`."""
+    """What `GPUModelRunner._get_prompt_logprobs_dict` gives, for n specialists."""
 
     def __init__(self, runners: Sequence[GPUModelRunner], mixer: Mixer) -> None:
-        """`runners[0]` is the leader."""
-        self._leader = runners[0]
-        self._followers = runners[1:]
+        """Have the leader, `runners[0]`, ask here; it does so at the end of a step, before the followers sample."""
+        self._runners, self._leader = runners, runners[0]
         self._mixer = mixer
-
-    def attach(self) -> None:
-        """Have the leader ask here; it does so at the end of a step, before the followers sample."""
         self._leader._get_prompt_logprobs_dict = self.of_step
 
     def of_step(self, leader_TD: Tensor, num_scheduled: Mapping[str, int]) -> dict[str, LogprobsTensors]:
@@ -68,8 +65,8 @@ class PromptLogprobs:
 
     def _fill(self, table: LogprobsTensors, request: str, begin: int, end: int, leader_TD: Tensor) -> None:
         """Score positions [begin, end) of a prompt, which this step computed from `begin` on."""
-        hidden_STD = [leader_TD, *(runner.execute_model_state.hidden_states for runner in self._followers)]
-        firsts = [_first_row(runner, request) for runner in (self._leader, *self._followers)]
+        hidden_STD = [leader_TD, *(runner.execute_model_state.hidden_states for runner in self._runners[1:])]
+        firsts = [_first_row(runner, request) for runner in self._runners]
         prompt = self._leader.requests[request].prompt_token_ids
         for start in range(begin, end, MAX_POSITIONS):
             stop = min(start + MAX_POSITIONS, end)
@@ -83,10 +80,8 @@ class PromptLogprobs:
 
     def _score(self, hidden_SBD: Sequence[Tensor], targets: Sequence[int], num_top: int) -> LogprobsTensors:
         """The tokens that follow, and the most likely ones, at each of B positions."""
-        runners = (self._leader, *self._followers)
-        logits_SBV = [
-            runner.model.compute_logits(hidden_BD) for runner, hidden_BD in zip(runners, hidden_SBD, strict=True)
-        ]
+        pairs = zip(self._runners, hidden_SBD, strict=True)
+        logits_SBV = [runner.model.compute_logits(hidden_BD) for runner, hidden_BD in pairs]
         scores_BV = self._mixer.mix(hidden_SBD, logits_SBV)
         sampler = self._leader.sampler
         if self._leader.model_config.logprobs_mode not in _LOGITS_MODES:

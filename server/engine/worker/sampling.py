@@ -1,44 +1,48 @@
 """Who draws the token: the leader by vLLM's own sampler, the followers not at all.
 
-Shapes: R rows of a runner's batch.
+Shapes: R requests of a runner's batch, K tokens that a request is given at most in a step.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from vllm.v1.outputs import SamplerOutput
-from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from ultrafuser.server.engine.shared.row import Row
 
 
-class LeaderSampler(nn.Module):
-    """vLLM's sampler, which also remembers the tokens it drew so that the followers can be given them."""
+class LeaderDraw:
+    """Remembers what the leader's runner drew last, on the device, so that the followers can be given it."""
 
-    def __init__(self, sampler: Sampler) -> None:
-        super().__init__()
-        self._sampler = sampler
-        self.token_ids_R1: Tensor | None = None
+    token_ids_RK: Tensor
+    """In the order of the leader's slots."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> SamplerOutput:
-        """Sample as vLLM does."""
-        output = self._sampler(*args, **kwargs)
-        self.token_ids_R1 = output.sampled_token_ids
+    def __init__(self, leader: GPUModelRunner) -> None:
+        self._sample = leader._sample
+        leader._sample = self._sample_and_remember
+
+    def _sample_and_remember(self, *args: Any, **kwargs: Any) -> SamplerOutput:
+        output = self._sample(*args, **kwargs)
+        self.token_ids_RK = output.sampled_token_ids
         return output
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_sampler"), name)
+
+def in_order_of(rows: Sequence[Row], token_ids_RK: Tensor, drawn: Sequence[Row]) -> Tensor:
+    """The leader's tokens in the order of another runner's slots; those of any request where the leader drew none.
+
+    `rows` are all of that runner, `drawn` the leader's that end in a token.
+    """
+    slot_of = {row.request: row.slot for row in drawn}
+    slots = [slot_of.get(row.request, 0) for row in rows if not row.is_draft]
+    if slots == list(range(len(token_ids_RK))):
+        return token_ids_RK  # the common decode step: no index to copy to the device
+    return token_ids_RK[torch.tensor(slots, device=token_ids_RK.device)]
 
 
-class FollowerSampler(nn.Module):
-    """Stands in for a follower's sampler: hands out the leader's tokens and draws no random number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token_ids_R1: Tensor | None = None
-
-    def forward(self, logits: Tensor, sampling_metadata: object) -> SamplerOutput:
-        """The tokens [R, 1] laid out for this follower's rows; the logits are not looked at."""
-        assert self.token_ids_R1 is not None
-        return SamplerOutput(sampled_token_ids=self.token_ids_R1, logprobs_tensors=None)
+def give(follower: GPUModelRunner, token_ids_RK: Tensor) -> None:
+    """Have a follower note these tokens as if it had drawn them; its logits are not looked at."""
+    follower._sample = lambda *_: SamplerOutput(sampled_token_ids=token_ids_RK, logprobs_tensors=None)
+    follower.sample_tokens(None)

@@ -7,24 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from ultrafuser.server.engine.shared.step import Span
+
 _MOST_REMEMBERED = 256
 """Measurements that wait to be taken: those of a few steps."""
-
-
-class Span(NamedTuple):
-    """How long one part of a step took."""
-
-    part: str
-    """What was done: "prefill" or "decode" by a specialist, "gate" or "mix" for all."""
-
-    specialist: str | None
-    """Whose forward pass it was; None for what is done for all."""
-
-    seconds: float
 
 
 class _ClockMark:

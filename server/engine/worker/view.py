@@ -8,13 +8,12 @@ Let L be the canonical prompt length, l the specialist's own, k the output token
 t = l + k. Positions are the specialist's own: its token p sits in slot p of the request's block table.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from server.engine.shared.prompts import specialist_prompts
+from ultrafuser.server.engine.shared.extra_args import specialist_prompts
 
 BlockIds = tuple[list[int], ...]
 """Block ids of a request, one list per KV cache group."""
@@ -30,16 +29,6 @@ def own_span(start: int, end: int, num_canonical: int, num_own: int) -> tuple[in
     if end == num_canonical:
         return min(start, num_own - 1), num_own
     return min(start, num_own - 1), min(end, num_own - 1)
-
-
-def neutral_sampling_params(_: SamplingParams) -> SamplingParams:
-    """What a follower's request carries: greedy, no seed, no penalties, so it never draws a random number."""
-    return SamplingParams(temperature=0.0)
-
-
-def leader_sampling_params(params: SamplingParams) -> SamplingParams:
-    """What the leader's request carries: the user's own parameters."""
-    return params
 
 
 @dataclass
@@ -70,10 +59,9 @@ class SpecialistView:
     Every output passes fresh lists, since the runner extends `block_ids` in place.
     """
 
-    def __init__(self, index: int, sampling_params: Callable[[SamplingParams], SamplingParams]) -> None:
-        """`index` is the specialist's place in the fusion file; `sampling_params` maps what users sent."""
+    def __init__(self, index: int) -> None:
+        """`index` is the specialist's place in the fusion file; the first, the leader, gets what users sent."""
         self.index = index
-        self._sampling_params = sampling_params
         self._requests: dict[str, _Request] = {}
         self._in_batch: set[str] = set()
 
@@ -91,9 +79,10 @@ class SpecialistView:
     def _add(self, new: NewRequestData) -> None:
         assert new.prompt_token_ids is not None
         assert new.sampling_params is not None
+        prompts = specialist_prompts(new.sampling_params)
         self._requests[new.req_id] = _Request(
             announcement=new,
-            own_prompt=specialist_prompts(new.sampling_params, self.index, new.prompt_token_ids),
+            own_prompt=list(prompts[self.index] if prompts else new.prompt_token_ids),
             num_canonical_prompt=len(new.prompt_token_ids),
             block_ids=_copy(new.block_ids),
             untold=tuple([] for _ in new.block_ids),
@@ -132,6 +121,8 @@ class SpecialistView:
                 self._continue(cached, req_id, request, own_start, num_outputs)
             else:
                 new_reqs.append(self._announce(request, own_start))
+            request.announced, request.replaced = True, False
+            request.untold = tuple([] for _ in request.block_ids)
         self._in_batch = set(num_scheduled)
         return replace(
             output,
@@ -143,13 +134,11 @@ class SpecialistView:
         )
 
     def _announce(self, request: _Request, own_start: int) -> NewRequestData:
-        request.announced, request.replaced = True, False
-        request.untold = tuple([] for _ in request.block_ids)
-        assert request.announcement.sampling_params is not None
         return replace(
             request.announcement,
             prompt_token_ids=list(request.own_prompt),
-            sampling_params=self._sampling_params(request.announcement.sampling_params),
+            # A follower's are neutral, greedy without seed and penalties: it never draws a random number.
+            sampling_params=SamplingParams(temperature=0.0) if self.index else request.announcement.sampling_params,
             block_ids=_copy(request.block_ids),
             num_computed_tokens=own_start,
         )
@@ -163,8 +152,6 @@ class SpecialistView:
             cached.new_block_ids.append(_copy(request.block_ids))
         else:
             cached.new_block_ids.append(_copy(request.untold) if any(request.untold) else None)
-        request.replaced = False
-        request.untold = tuple([] for _ in request.block_ids)
         if req_id not in self._in_batch:
             # The runner recovers outputs from here when it runs ahead of the scheduler (async scheduling).
             cached.all_token_ids[req_id] = request.own_prompt + request.outputs

@@ -1,5 +1,4 @@
-"""What n runners need beyond a loop before they serve: samplers to be profiled with, memory to mix in, a workspace that
-stays where it is.
+"""What n runners need beyond a loop before they serve: memory to mix in, a workspace that stays where it is.
 
 vLLM profiles, warms up and captures one model; here it does so n times over, and what the models share must survive the
 next one's turn. Knows runners, no requests.
@@ -11,25 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
-from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from server.engine.worker.mixing import Rows
-
-
-@contextmanager
-def sampling_by(sampler: nn.Module, followers: Sequence[GPUModelRunner]) -> Iterator[None]:
-    """Give followers a sampler of vLLM's for a while: profiling samples, when there are no tokens to hand out yet."""
-    stand_ins = [follower.sampler for follower in followers]
-    for follower in followers:
-        follower.sampler = sampler
-    try:
-        yield
-    finally:
-        for follower, stand_in in zip(followers, stand_ins, strict=True):
-            follower.sampler = stand_in
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.mixing import Rows
 
 
 def largest_step(runners: Sequence[GPUModelRunner]) -> list[Rows]:
@@ -42,21 +27,9 @@ def largest_step(runners: Sequence[GPUModelRunner]) -> list[Rows]:
             torch.rand(num_rows, width, dtype=model.dtype, device=runner.device)
             for width in (model.get_hidden_size(), model.get_vocab_size())
         )
-        rows.append(Rows(list(range(num_rows)), hidden_RD, logits_RV))
+        each_R = [Row(str(slot), position=0, is_draft=False, slot=slot) for slot in range(num_rows)]
+        rows.append(Rows(each_R, hidden_RD, logits_RV))
     return rows
-
-
-class JitWarmups:
-    """The kernels that all specialists have registered, for vLLM's warm-up, which asks one runner for them."""
-
-    def __init__(self, runners: Sequence[GPUModelRunner]) -> None:
-        self._runners = runners
-
-    def warmup(self) -> None:
-        """Compile them."""
-        for runner in self._runners:
-            with set_current_vllm_config(runner.vllm_config):
-                runner.jit_warmup_registry.warmup()
 
 
 @contextmanager

@@ -1,33 +1,28 @@
-"""vLLM workers that hold n specialists: one mix-in over the CPU worker and the GPU worker.
+"""vLLM workers that hold n specialists: one mix-in over vLLM's workers, and the one for GPUs.
 
 Everything a worker does (device, memory, profiling, CUDA graphs, tensor parallelism) stays vLLM's; the
 mix-in only replaces the worker's model runner by n of them. `VllmConfig.additional_config` says which.
+Knows no CPU: to import vLLM's worker for it takes the GPU away (`server/engine/worker/cpu_worker.py`).
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from gating.model.gate import load_gate
-from server.engine.shared.spec import EngineSpec, SpecialistSpec
-from server.engine.worker.fused_step import FusedModelRunner
-from server.engine.worker.mixing import Mixer
+from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
+from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
+from ultrafuser.server.engine.worker.mixing import Mixer
+from ultrafuser.server.engine.worker.specialists import Specialists
 
 
 class FusedWorkerMixin(Worker):
     """Builds the followers' runners beside the leader's, which vLLM's worker has built itself."""
 
-    runner_cls: type[GPUModelRunner]
-    """The platform's model runner."""
     model_runner: Any
     """vLLM's own until `init_device` has run, then the fused one."""
 
@@ -39,37 +34,21 @@ class FusedWorkerMixin(Worker):
         for specialist in spec.specialists[1:]:
             config = follower_config(self.vllm_config, specialist)
             with set_current_vllm_config(config):
-                runners.append(self.runner_cls(config, self.device))
-        self.model_runner = FusedModelRunner(runners, spec.names, lambda: self._load_mixer(spec))
+                runners.append(type(runners[0])(config, self.device))
+        self.model_runner = FusedModelRunner(Specialists(runners, spec.names), lambda: self._load_mixer(spec))
 
     def _load_mixer(self, spec: EngineSpec) -> Mixer:
-        if spec.gate is None:
-            return Mixer(None, spec.num_shared_ids)
-        gate = load_gate(Path(spec.gate), spec.names, spec.hidden_sizes)
-        return Mixer(gate.to(self.device).eval(), spec.num_shared_ids)
-
-
-class FusedCPUWorker(FusedWorkerMixin, CPUWorker):
-    """n specialists on the CPU."""
-
-    runner_cls = CPUModelRunner
+        gate = load_gate(spec.gate, spec.names, spec.hidden_sizes).to(self.device).eval() if spec.gate else None
+        return Mixer(gate, spec.num_shared_ids)
 
 
 class FusedGPUWorker(FusedWorkerMixin, Worker):
     """n specialists on a GPU; with tensor parallelism every rank holds a shard of each."""
 
-    runner_cls = GPUModelRunner
-
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """As vLLM's; blocks must be zeroed when a request went wrong, which vLLM prepares for other caches only."""
         super().initialize_from_config(kv_cache_config)
         self.model_runner._init_kv_zero_meta()
-
-
-def worker_qualname() -> str:
-    """Qualified name of the worker class for the platform vLLM runs on, as `worker_cls` takes it."""
-    worker = FusedCPUWorker if current_platform.is_cpu() else FusedGPUWorker
-    return f"{worker.__module__}.{worker.__qualname__}"
 
 
 def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfig:
@@ -80,10 +59,7 @@ def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfi
     """
     parallel = leader.parallel_config
     args = EngineArgs(
-        model=specialist.model,
-        revision=specialist.revision,
-        dtype=specialist.dtype,
-        quantization=specialist.quantization,
+        **specialist.engine_arguments(),
         max_model_len=leader.model_config.max_model_len,
         enforce_eager=leader.model_config.enforce_eager,
         seed=leader.model_config.seed,
@@ -95,10 +71,7 @@ def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfi
         generation_config="vllm",
     )
     config = args.create_engine_config()
-    config.parallel_config = parallel
-    config.cache_config = leader.cache_config
-    config.scheduler_config = leader.scheduler_config
-    config.device_config = leader.device_config
-    config.load_config = leader.load_config
+    for shared in ("parallel_config", "cache_config", "scheduler_config", "device_config", "load_config"):
+        setattr(config, shared, getattr(leader, shared))
     config.additional_config = copy.copy(leader.additional_config)
     return config

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gating.analysis.transcripts import ShownConversation, ShownToken, Turn
-from gating.analysis.weights import GateReading
+from ultrafuser.gating.analysis.transcripts import ShownConversation, ShownToken, Turn
+from ultrafuser.gating.analysis.weights import GateReading
 
 
 def reading_of(conversations: Sequence[tuple[str, Sequence[Sequence[float]]]], names: Sequence[str]) -> GateReading:

@@ -14,16 +14,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from gating.analysis.runs import read_runs
-from gating.data.batches import collate_rows
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
-from gating.training.command import run as train
-from gating.training.inputs import gather_inputs
-from gating.training.settings import TrainSettings
-from server.__main__ import EXIT_WRONG_INPUT, main
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.analysis.runs import read_runs
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training.command import run as train
+from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.settings import TrainSettings
+from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
 
 NAMES = ("text", "code", "math")
 ODD = "<script>alert(1)</script> &amp; \U0001f468\u200d\U0001f469 中文\n\n\tcaf\u00e9 $x_1$"

@@ -5,10 +5,9 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
-from gating.analysis.page import render_page
-from gating.analysis.sheet import SHEET
-from gating.analysis.styles import PALETTE, level, style_of
 from tests.gating.analysis.readings import conversation_of
+from ultrafuser.gating.analysis.page import STYLE_SHEET, render_page
+from ultrafuser.gating.analysis.styles import PALETTE, level, style_of
 
 NAMES = ("text", "co<de")
 TEXTS = ["<script>", "alert('1')", "\n", "&amp;", "  \t", "", "中", "\x1b\x00", "\r\n", '"', "<|im_end|>"]
@@ -100,7 +99,7 @@ def test_specialists_differ_by_line_as_well_as_by_colour_in_light_and_dark():
 
 
 def test_text_on_the_strongest_colours_can_be_read_in_light_and_dark():
-    light, dark = SHEET.split("@media (prefers-color-scheme: dark)", 1)
+    light, dark = STYLE_SHEET.split("@media (prefers-color-scheme: dark)", 1)
     for rules in (light, dark.split("}", 1)[0]):
         found = dict(re.findall(r"--(\w+): ([^;]+);", rules))
         share = float(found["most"])

@@ -6,9 +6,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gating.analysis.pictures import DPI, HEATMAP_WIDTH, draw_heatmap, mean_by_position, png
-from gating.analysis.token_grid import MOST_LINES, NUM_COLUMNS, draw_tokens, lay_out
 from tests.gating.analysis.readings import conversation_of, reading_of
+from ultrafuser.gating.analysis.pictures import DPI, HEATMAP_WIDTH, draw_heatmap, mean_by_position, png
+from ultrafuser.gating.analysis.token_grid import MOST_LINES, NUM_COLUMNS, draw_tokens, lay_out
 
 NAMES = ("text", "code")
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from gating.analysis.curves import draw_curves
-from gating.analysis.runs import read_runs
-from gating.commands.flags import CommandError
+from ultrafuser.gating.analysis.curves import draw_curves
+from ultrafuser.gating.analysis.runs import read_runs
+from ultrafuser.gating.errors import CommandError
 
 LOG = [
     {"step": 0, "eval_loss": 2.0, "eval_loss_math": 1.5, "eval_loss_math_hard": 2.5,

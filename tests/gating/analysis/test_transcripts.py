@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gating.analysis.transcripts import choose, positions_in_responses, show, split_text
 from tests.fakes import EOS_ID, build_tokenizer
 from tests.gating.analysis.readings import reading_of
+from ultrafuser.gating.analysis.transcripts import choose, positions_in_responses, show, split_text
 
 TEXTS = {
     "ascii": "the rest\n\tin here",

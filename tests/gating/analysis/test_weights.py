@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from gating.analysis.tables import as_json, as_markdown
-from gating.analysis.weights import summarize
 from tests.gating.analysis.readings import reading_of
+from ultrafuser.gating.analysis.tables import as_json, as_markdown
+from ultrafuser.gating.analysis.weights import summarize
 
 NAMES = ("text", "code")
 

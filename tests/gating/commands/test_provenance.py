@@ -4,9 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-import pytest
-
-from gating.commands.provenance import collect_provenance, git_state, write_json
+from ultrafuser.gating.commands.provenance import collect_provenance, git_state
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,11 +37,3 @@ def test_the_commit_is_that_of_the_code_and_a_change_shows(tmp_path):
 def test_a_machine_without_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert git_state(ROOT) is None
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "manifest.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}

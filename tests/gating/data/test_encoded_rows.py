@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gating.data.conversations import DataError, DataFile, check_row
-from gating.data.encoded_rows import Rows, load_rows, select
-from gating.data.encoding import ConversationEncoder
-from gating.model.fusion import load_fusion
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.data.conversations import DataFile, check_row
+from ultrafuser.gating.data.encoded_rows import Rows, load_rows, select
+from ultrafuser.gating.data.encoding import ConversationEncoder
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.model.fusion import load_fusion
 
 
 @pytest.fixture(scope="module")

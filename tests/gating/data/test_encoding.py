@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gating.data.encoding import ConversationEncoder, EncodedConversation, EncodingError
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
-from gating.templates import Literals
 from tests.fakes import EOS_ID
+from ultrafuser.gating.data.encoding import ConversationEncoder, EncodedConversation, EncodingError
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.templates import Literals
 
 THREE_TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -112,7 +112,7 @@ def test_special_tokens_that_a_conversation_spells_out_are_text(tiny_path, token
 def test_the_reference_accepts_an_encoded_batch(tiny_path, tiny_model: UltraFuserForCausalLM):
     import torch
 
-    from gating.data.batches import collate_rows
+    from ultrafuser.gating.data.batches import collate_rows
 
     encoder = encoder_of(tiny_path)
     rows = [vars(encoder.encode(messages)) for messages in (THREE_TURNS, THREE_TURNS[1:3])]

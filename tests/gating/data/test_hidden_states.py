@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gating.data.batches import collate_rows, collate_states
-from gating.data.conversations import DataFile
-from gating.data.encoded_rows import Rows, load_rows
-from gating.data.encoding import ConversationEncoder
-from gating.data.hidden_states import CachedStates, StateSource, cache_states
-from gating.model.fusion import load_fusion
-from gating.training.learner import response_states
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.data.batches import collate_hidden_states, collate_rows
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.data.encoded_rows import Rows, load_rows
+from ultrafuser.gating.data.encoding import ConversationEncoder
+from ultrafuser.gating.data.hidden_states import CachedHiddenStates, HiddenStateSource, cache_hidden_states
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.responses import response_states
 
 NAMES = ("text", "code", "math")
 # float32 sums of differently padded batches, at hidden states of about 1.
@@ -30,19 +30,21 @@ def rows(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return load_rows(files, encoder, key={}, cache_dir=tmp_path_factory.mktemp("rows"))
 
 
-def sources(tiny_path: Path, loaded: list[str]) -> list[StateSource]:
+def sources(tiny_path: Path, loaded: list[str]) -> list[HiddenStateSource]:
     def load(name: str) -> Any:
         loaded.append(name)
         return AutoModelForCausalLM.from_pretrained(tiny_path.parent / name).requires_grad_(False).eval()
 
     return [
-        StateSource(name, name, lambda name=name: load(name), torch.float32, 64, index)  # type: ignore[misc]
+        HiddenStateSource(name, name, lambda name=name: load(name), torch.float32, 64, index)  # type: ignore[misc]
         for index, name in enumerate(NAMES)
     ]
 
 
-def compute(tiny_path: Path, rows: Rows, cache: Path, loaded: list[str]) -> tuple[CachedStates, list[torch.Tensor]]:
-    return cache_states(
+def compute(
+    tiny_path: Path, rows: Rows, cache: Path, loaded: list[str]
+) -> tuple[CachedHiddenStates, list[torch.Tensor]]:
+    return cache_hidden_states(
         rows.dataset, sources(tiny_path, loaded), num_shared_ids=320, batch_size=7, device=torch.device("cpu"),
         cache_dir=cache,
     )  # fmt: skip
@@ -66,7 +68,7 @@ def test_each_rows_states_are_those_of_the_row_alone(tiny_path, rows, tmp_path):
 def test_a_batch_of_cached_rows_lines_up_with_a_batch_of_encoded_rows(tiny_path, rows, tmp_path):
     states, _ = compute(tiny_path, rows, tmp_path, [])
     chosen = [4, 29, 11]
-    cached = collate_states([states[row] for row in chosen])
+    cached = collate_hidden_states([states[row] for row in chosen])
     whole = collate_rows([rows.dataset[row] for row in chosen])
     assert torch.equal(cached["labels"], whole["labels"])
     assert [tensor.shape for tensor in cached["hidden_states"]] == [(len(whole["labels"]), 64)] * 3

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gating.commands import endpoint
 from tests.gating.evaluation.runner import Runner
+from ultrafuser.gating.commands import endpoint
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
 """Runs benchmarks on the hand-written rows against a scripted server, in one output folder."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
-from gating.evaluation.benchmarks.benchmarks import BenchmarkFile, BenchmarkOptions, run
 from tests.gating.evaluation.endpoint import Endpoint, Script, serving
 from tests.gating.evaluation.examples import ROWS, write_rows
+from ultrafuser.gating.evaluation.benchmarks.benchmarks import run_benchmarks
+from ultrafuser.gating.evaluation.settings import EvalSettings
 
 
 class Runner:
@@ -16,13 +18,12 @@ class Runner:
         self.folder = folder
         self.output = folder / "output"
 
-    def file(self, name: str) -> BenchmarkFile:
-        return BenchmarkFile.parse(f"{name}={write_rows(self.folder / f'{name}.jsonl', ROWS[name])}")
+    def settings(self, endpoint: Endpoint, *names: str, **options: Any) -> EvalSettings:
+        files = tuple(f"{name}={write_rows(self.folder / f'{name}.jsonl', ROWS[name])}" for name in names)
+        return EvalSettings(benchmark=files, output=str(self.output), base_url=endpoint.base_url, **options)
 
     def __call__(self, endpoint: Endpoint, *names: str, **options: Any) -> dict[str, Any]:
-        files = [self.file(name) for name in names]
-        settings = BenchmarkOptions.model_validate({"output": self.output, "base_url": endpoint.base_url, **options})
-        report = run(files, settings)
+        report = asyncio.run(run_benchmarks(self.settings(endpoint, *names, **options)))
         assert report == json.loads((self.output / "results.json").read_text())
         return report["benchmarks"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gating.model.fusion import load_fusion
-from server.__main__ import EXIT_WRONG_INPUT, main
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
 
 NAMES = ["text", "code", "math"]
 

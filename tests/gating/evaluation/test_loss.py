@@ -9,18 +9,18 @@ import pytest
 import torch
 import yaml
 
-from gating.commands.flags import CommandError
-from gating.data.batches import collate_rows
-from gating.data.conversations import DataFile
-from gating.evaluation import loss
-from gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
-from gating.evaluation.loss import LossTable, describe
-from gating.model.cache import Report
-from gating.model.gate import Gate, save_gate
-from gating.model.reference import UltraFuserForCausalLM
-from gating.model.schema import FusionConfig
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation import loss
+from ultrafuser.gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
+from ultrafuser.gating.evaluation.loss import LossTable, describe
+from ultrafuser.gating.model.cache import Report
+from ultrafuser.gating.model.gate import Gate, save_gate
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.model.schema import FusionConfig
 
 NAMES = ("text", "code", "math")
 # Both sides compute in float32; the sums of a few hundred tokens differ in their order.

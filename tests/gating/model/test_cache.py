@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gating.model.cache import Artifact, Tick, build_once, fingerprint
+from ultrafuser.gating.model.cache import Artifact, Tick, build_once, fingerprint
 
 
 def artifact(build: Callable[[Path, Tick], None], **parts: object) -> Artifact:

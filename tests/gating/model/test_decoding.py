@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gating.model.decoding import DecodingRules, apply_penalties, sampling_distribution
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
 from tests.fakes import EOS_ID, build_tokenizer, write_tiny_fusion
+from ultrafuser.gating.model.decoding import DecodingRules, apply_penalties, sampling_distribution
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 QUESTIONS = ("Hello there", "What is 2+2?", "Tell me a very long story about a dog, please.", "x")
-# See test_modeling.py: logits of about 20 in float32, summed in another order.
+# See test_reference.py: logits of about 20 in float32, summed in another order.
 LOGPROB_TOLERANCE = 5e-4
 
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gating.model.fusion import FusionConfig, FusionError, load_fusion, preset_names, save_fusion
-from gating.templates import load_template
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.fusion import FusionConfig, load_fusion, preset_names, save_fusion
+from ultrafuser.gating.templates import load_template
 
 SPECIALIST = {"name": "text", "model": "openai-community/gpt2", "chat_template": "chatml"}
 MINIMAL: dict[str, Any] = {"name": "one", "specialists": [SPECIALIST], "eos_token_ids": [2]}

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gating.model.gate import Gate, GateError, check_gate, fresh_gate, fuse, load_gate, save_gate
+from ultrafuser.gating.errors import GateError
+from ultrafuser.gating.model.gate import Gate, check_gate, fresh_gate, fuse, load_gate, save_gate
 
 NAMES = ("text", "code", "math")
 

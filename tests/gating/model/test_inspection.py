@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gating.model.fusion import FusedModelInfo, FusionConfig, FusionError, inspect_fusion, load_fusion
 from tests.fakes import write_tiny_fusion
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

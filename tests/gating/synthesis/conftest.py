@@ -2,7 +2,7 @@
 
 import pytest
 
-from gating.commands import endpoint
+from ultrafuser.gating.commands import endpoint
 
 
 @pytest.fixture(autouse=True)

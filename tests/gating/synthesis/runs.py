@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from gating.synthesis.make import Ending, make
-from gating.synthesis.settings import MakeSettings
-from gating.synthesis.stages.domain import load_domain
-from gating.synthesis.stages.records import Record
-from gating.synthesis.stages.store import Store
 from tests.gating.evaluation.endpoint import Endpoint
+from ultrafuser.gating.synthesis.make import Ending, make
+from ultrafuser.gating.synthesis.settings import MakeSettings
+from ultrafuser.gating.synthesis.stages.domain import load_domain
+from ultrafuser.gating.synthesis.stages.records import Record
+from ultrafuser.gating.synthesis.stages.store import Store
 
 
 def settings_of(folder: Path, endpoint: Endpoint | None = None, **changes: Any) -> MakeSettings:

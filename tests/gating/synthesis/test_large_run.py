@@ -42,7 +42,7 @@ class Faults:
         }[kind]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_10_000_items_come_out_of_a_faulty_server_once_each(tmp_path: Path) -> None:
     plan: dict[str, Any] = {
         "domain": ("text", "code", "math"),

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from gating.commands.chat_completion import EndpointError
-from gating.commands.flags import CommandError
-from gating.commands.run_folder import sole_run
-from gating.synthesis.calls.runner import MOST_REFUSED
-from gating.synthesis.stages.records import identify
-from server.__main__ import EXIT_WRONG_INPUT, main
 from tests.gating.evaluation.endpoint import Reply
 from tests.gating.synthesis.model import answer, schema_of, serving_model
 from tests.gating.synthesis.runs import contents_of, misses_of, records_of, run, settings_of, write_domain
+from ultrafuser.gating.commands.run_folder import sole_run
+from ultrafuser.gating.errors import CommandError, EndpointError
+from ultrafuser.gating.synthesis.calls.runner import MOST_REFUSED
+from ultrafuser.gating.synthesis.stages.records import identify
+from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
 
 PLANNED = {"meta_topics": 2, "sub_topics": 4, "instructions": 8, "related": 16, "responses": 48}
 """Calls of the tiny run, apart from those whose number is drawn."""
@@ -94,7 +93,7 @@ def test_a_run_that_was_killed_at_any_moment_goes_on_without_loss(tmp_path):
             counts = ["--meta-topics", "2", "--sub-topics", "2", "--instructions", "2", "--strong", "1", "--weak", "1"]
             counts += ["--turns", "1", "--concurrency", "8"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "gating.synthesis.command", *command, *counts],
+                [sys.executable, "-m", "ultrafuser.server", "data", *command, *counts],
                 stderr=subprocess.DEVNULL,
             )
             goal = len(endpoint.asked) + 45

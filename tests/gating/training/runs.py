@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from gating.data.batches import collate_rows
-from gating.model.fusion import load_fusion
-from gating.model.materialize import materialize
-from gating.model.reference import UltraFuserForCausalLM
-from gating.training.inputs import gather_inputs
-from gating.training.settings import TrainSettings
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.settings import TrainSettings
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:

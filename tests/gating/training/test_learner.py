@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from gating.data.batches import collate_rows
-from gating.training.building import build
-from gating.training.inputs import gather_inputs
-from gating.training.learner import FusedLearner, trainable_parameters
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.training.building import build
+from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.learner import FusedLearner, trainable_parameters
 
 
 @pytest.mark.parametrize("changes", [{"stage": 1}, {"stage": 2}, {"stage": 2, "learn": "full"}], ids=str)
 def test_rows_read_alone_give_the_loss_and_the_gradients_of_the_padded_batch(settings_of, changes):
     inputs = gather_inputs(settings_of(**changes))
-    learner = build(inputs, torch.device("cpu"), lambda label, share: None).learner
+    learner = build(inputs, torch.device("cpu"), lambda label, share: None, provenance={}).learner
     assert isinstance(learner, FusedLearner)
     assert learner.reads_rows_alone, "the default on a CPU"
     rows = sorted(inputs.rows.dataset, key=lambda row: row["length"])

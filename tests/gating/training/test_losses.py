@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gating.training.losses import fused_loss
+from ultrafuser.gating.training.losses import fused_loss
 
 NUM_SHARED, NUM_TOKENS = 50, 37
 # The same float32 sums in another order (chunks): measured below 2e-6 relative, with room.

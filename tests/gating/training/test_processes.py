@@ -10,11 +10,23 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from gating.training.command import train
-from gating.training.settings import RUN_FOLDER, parse_settings
 from tests.gating.examples import CONVERSATIONS
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.settings import parse_settings
 
 ROOT = Path(__file__).parents[3]
+
+
+def launch(module: str, *arguments: str) -> str:
+    """Run a module in two processes; what they said on stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, "-m", module, *arguments], env=environ, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def test_two_processes_have_the_losses_of_one_and_end_with_the_same_weights(tiny_path: Path, tmp_path: Path) -> None:
@@ -24,15 +36,9 @@ def test_two_processes_have_the_losses_of_one_and_end_with_the_same_weights(tiny
         "--learning-rate", "3e-3", "--log-every", "1", "--eval-every", "3", "--precision", "float32",
     ]  # fmt: skip
     train(parse_settings([*argv, "--output", str(tmp_path / "one")]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, "-m", "gating.train", *argv, "--output", str(tmp_path / "two")],
-        env=environ, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = launch("gating.train", *argv, "--output", str(tmp_path / "two"))
     one, two = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two")]
-    assert "on 2 process(es)" in done.stderr, "the second run must really have had two"
+    assert "on 2 process(es)" in said, "the second run must really have had two"
     for key in ("loss", "eval_loss", "grad_norm"):
         found, wanted = [[entry[key] for entry in run["history"] if key in entry] for run in (two, one)]
         assert len(found) >= 2
@@ -44,3 +50,25 @@ def test_two_processes_have_the_losses_of_one_and_end_with_the_same_weights(tiny
     # The softmax over specialists takes no notice of this bias: AdamW makes a step of its rounding.
     del ours["fusion_gate.score.bias"], theirs["fusion_gate.score.bias"]
     assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_a_process_evaluates_and_reads_states_on_as_many_rows_at_a_time_as_it_trains_on(
+    tiny_path: Path, tmp_path: Path
+) -> None:
+    """Evaluation and cached states once took the rows of all processes together, sixteen times too many on sixteen."""
+    data = ["--data", str(CONVERSATIONS), "--eval-data", str(CONVERSATIONS), "--cache", str(tmp_path / "cache")]
+    argv = [str(tiny_path), "--stage", "1", *data, "--steps", "1", "--rows-per-domain", "4", "--precision", "float32"]
+    runs = {"whole": [], "cached": ["--cache-states"]}
+    jobs = [{"argv": [*argv, *more, "--output", str(tmp_path / name)]} for name, more in runs.items()]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    said = launch("tests.gating.training.launched", str(tmp_path / "jobs.json"))
+    assert "2 rows of each at a time on 2 process(es)" in said
+    seen = {
+        name: [json.loads((tmp_path / f"{name}.{rank}.json").read_text())["most_rows"] for rank in (0, 1)]
+        for name in runs
+    }
+    # Two rows of each of three domains; of a domain's ten rows each process has five to evaluate.
+    assert seen["whole"] == [{"training": 6, "evaluation": 5}] * 2
+    # A specialist's states are computed by the process that comes first; the other one may have come first nowhere.
+    assert {"cached states": 6} in seen["cached"]
+    assert all(most_rows in ({}, {"cached states": 6}) for most_rows in seen["cached"])

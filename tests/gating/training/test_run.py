@@ -7,17 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gating.data.batches import collate_rows
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
-from gating.training.command import train
-from gating.training.inputs import gather_inputs
-from gating.training.plan import measure
-from gating.training.sampler import ProportionalBatches
-from gating.training.settings import RUN_FOLDER, TrainError
-from gating.training.trainer import FusedTrainer, NonFiniteLossError
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import losses_in
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.errors import NonFiniteLossError, TrainError
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.plan import measure
+from ultrafuser.gating.training.sampler import ProportionalBatches
+from ultrafuser.gating.training.trainer import FusedTrainer
 
 NAMES = ("text", "code", "math")
 
@@ -75,7 +76,7 @@ def test_a_checkpoint_that_is_older_than_a_setting_had_its_default(run, settings
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(run, settings_of, monkeypatch, tmp_path):
-    from gating.training.learner import Learner
+    from ultrafuser.gating.training.learner import Learner
 
     forward = Learner.forward
     calls: list[int] = []
@@ -168,7 +169,7 @@ def test_proportional_sampling_reads_all_rows_alike_and_counts_epochs_of_the_uni
 
 
 def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("gating.model.loading.load_frozen", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("ultrafuser.gating.model.loading.load_frozen", lambda *_: pytest.fail("weights were loaded"))
     assert train(settings_of(stage=2, plan=True, steps=100)) is None
     said = capsys.readouterr().err
     assert "text: 10 rows" in said
@@ -177,6 +178,27 @@ def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, cap
     assert "code: 10 rows, 40.00 epochs" in said
     assert "computed, not measured" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_evaluation_rows_for_the_disk_and_the_longest_sequence(
+    settings_of, capsys, monkeypatch, tmp_path
+):
+    """It once counted training rows only."""
+    monkeypatch.setattr("ultrafuser.gating.training.plan._GIB", 1)
+    long = [{"role": "user", "content": "a " * 300}, {"role": "assistant", "content": "b"}]
+    rows = [{"domain": name, "messages": long} for name in NAMES]
+    (tmp_path / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = settings_of(stage=1, cache_states=True, plan=True, eval_data=[str(tmp_path / "long.jsonl")])
+    train(settings)
+    said = capsys.readouterr().err
+    inputs = gather_inputs(settings)
+    longest, tokens = [
+        [rows.dataset[column][:] for rows in inputs.all_rows] for column in ("length", "num_response_tokens")
+    ]
+    assert max(longest[1]) > max(longest[0])
+    assert f"activations of {4 * 3 * max(longest[1]):,} tokens" in said
+    num_bytes = sum(map(sum, tokens)) * sum(inputs.info.hidden_sizes) * 4
+    assert f"disk for cached hidden states: {num_bytes:.2f} GiB" in said
 
 
 def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, run, capsys):
@@ -193,5 +215,5 @@ def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, 
 def test_the_plan_counts_what_sharding_gathers_for_a_step(settings_of):
     settings = settings_of(stage=2)
     inputs = gather_inputs(settings)
-    outside = [size.num_outside_layers for size in measure(inputs.fusion, settings, inputs.lora)]
+    outside = [size.num_outside_layers for size in measure(inputs.fusion, settings)]
     assert outside == [2 * vocab_size * 64 + 64 for vocab_size in (320, 336, 328)], "embedding, output layer, norm"

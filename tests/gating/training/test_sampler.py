@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from gating.training.sampler import BalancedBatches, ProportionalBatches, SamplerError
+from ultrafuser.gating.errors import SamplerError
+from ultrafuser.gating.training.sampler import BalancedBatches, ProportionalBatches
 
 DOMAINS = {"text": list(range(0, 7)), "code": list(range(100, 103)), "math": list(range(200, 220))}
 

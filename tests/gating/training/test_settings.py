@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from gating.commands.flags import CommandError, build_parser
-from gating.training.settings import TrainSettings, parse_settings
+from ultrafuser.gating.commands.flags import build_parser
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 
 REQUIRED = ["demo", "--data", "a.jsonl", "b.jsonl", "--output", "out"]
 
@@ -64,7 +65,7 @@ def test_what_must_not_change_on_resume_is_all_but_where_and_how_often():
 
 def test_help_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from gating.training.command import parse_settings\n"
+        "import sys; from ultrafuser.gating.training.command import parse_settings\n"
         "try: parse_settings(['--help'])\n"
         "except SystemExit: pass\n"
         "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"

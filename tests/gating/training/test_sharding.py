@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gating.training.command import train
-from gating.training.settings import RUN_FOLDER, TrainError, TrainSettings, parse_settings
-from gating.training.sharding import configure_sharding
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import loss_of, losses_in
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.settings import TrainSettings, parse_settings
+from ultrafuser.gating.training.sharding import configure_sharding
 
 ROOT = Path(__file__).parents[3]
 CONFIGURATIONS = ROOT / "gating" / "accelerate"

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gating.data.batches import collate_rows
-from gating.model.fusion import load_fusion
-from gating.model.gate import load_gate
-from gating.model.reference import UltraFuserForCausalLM
-from gating.training.command import train
-from gating.training.inputs import gather_inputs
-from gating.training.settings import RUN_FOLDER
-from gating.training.trainer import FusedTrainer
 from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import loss_of, losses_in, weights_of
+from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.data.batches import collate_rows
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.trainer import FusedTrainer
 
 NAMES = ("text", "code", "math")
 
@@ -65,7 +65,7 @@ def test_stage_1_lowers_the_references_loss_and_writes_nothing_but_a_gate(tiny_p
 
 
 def test_stage_1_keeps_no_graph_through_the_specialists(tiny_path, settings_of, monkeypatch):
-    from gating.training import learner
+    from ultrafuser.gating.training import learner
 
     seen = []
     whole = learner.response_states
@@ -97,7 +97,9 @@ def test_cached_states_give_the_same_gate_as_computing_them_in_every_step(run, t
 
 def test_cached_states_need_no_specialist_in_a_second_run(run, tmp_path, monkeypatch):
     run(stage=1, cache_states=True, output=str(tmp_path / "first"))
-    monkeypatch.setattr("gating.model.loading.load_frozen", lambda *_: pytest.fail("a specialist was loaded"))
+    monkeypatch.setattr(
+        "ultrafuser.gating.model.loading.load_frozen", lambda *_: pytest.fail("a specialist was loaded")
+    )
     run(stage=1, cache_states=True, output=str(tmp_path / "second"))
     gates = [load_file(tmp_path / name / "gate.safetensors") for name in ("first", "second")]
     assert all(torch.equal(tensor, gates[1][name]) for name, tensor in gates[0].items())

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from server.settings import ServerSettings
+from ultrafuser.server.settings import ServerSettings
 
 OPEN = ["/health", "/ready", "/metrics"]
 CLOSED = [

@@ -10,7 +10,8 @@ from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from server.access.admission import Admission, AdmissionControl
+from ultrafuser.server.access.admission import Admission, AdmissionControl
+from ultrafuser.server.app import PUBLIC_PATHS
 
 
 class Work:
@@ -66,7 +67,7 @@ def admission() -> Admission:
 
 
 def client(work: Work, admission: Admission, timeout_seconds: float | None = None) -> httpx.AsyncClient:
-    app = AdmissionControl(work, admission, timeout_seconds)
+    app = AdmissionControl(work, admission, timeout_seconds, PUBLIC_PATHS)
     transport = httpx.ASGITransport(app)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -152,12 +153,12 @@ def reading(work: Work, admission: Admission) -> AdmissionControl:
         if message["type"] == "http.request":
             await work(scope, receive, send)
 
-    return AdmissionControl(read, admission, None)
+    return AdmissionControl(read, admission, None, PUBLIC_PATHS)
 
 
 def become_late_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """How long a body may take, also of the requests that are on their way."""
-    monkeypatch.setattr("server.access.admission.MIN_ARRIVAL_SECONDS", seconds)
+    monkeypatch.setattr("ultrafuser.server.access.admission.MIN_ARRIVAL_SECONDS", seconds)
 
 
 async def test_a_late_body_gives_its_place_to_the_next_request(

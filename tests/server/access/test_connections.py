@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.access.connections import MAX_HEADER_BYTES, GuardedProtocol, guarded_protocol
+from ultrafuser.server.access.connections import MAX_HEADER_BYTES, GuardedProtocol, guarded_protocol
 
 LIMIT_SECONDS = 1.0
 HUGE_BYTES = 64 << 20

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from server.access.keys import KeyRing, with_all_keys
-from server.settings import ServerSettings, SettingsError, resolve_settings
+from ultrafuser.server.access.keys import KeyRing, with_all_keys
+from ultrafuser.server.settings import ServerSettings, SettingsError, resolve_settings
 
 SECRET = "sk-very-secret"
 

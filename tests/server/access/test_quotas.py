@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.access.quotas import MinuteWindow, Quota
-from server.errors import RateLimited
+from ultrafuser.server.access.quotas import MinuteWindow, Quota
+from ultrafuser.server.errors import RateLimited
 
 
 class Clock:

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from server.api.response import EventStream
+from ultrafuser.server.api.response import EventStream
 
 INTERVAL_SECONDS = 0.05
 SILENCE_SECONDS = 20 * INTERVAL_SECONDS

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from server.engine.worker.worker import FusedCPUWorker
+from ultrafuser.server.engine.worker.cpu_worker import FusedCPUWorker
 
 
 class _NoEvent:

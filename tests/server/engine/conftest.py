@@ -1,5 +1,6 @@
 """Engines and references shared by the engine tests: one engine per configuration, started when first asked for."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,11 +10,11 @@ from unittest import mock
 import pytest
 from vllm.config import StructuredOutputsConfig
 
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
 from tests.fakes import write_tiny_fusion
 from tests.server.engine.harness import InProcessEngine
 from tests.server.engine.judge import Judge
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 BUDGET_16 = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
 """A prefill budget that cuts every prompt into chunks."""
@@ -37,6 +38,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session", autouse=True)
 def shared_groups() -> Iterator[None]:
     """Engines of one process share communication groups, which vLLM takes away with the first engine that ends."""
+    gc.collect()
+    gc.freeze()  # a start collects garbage nine times, half a second each among all that tests have imported
     with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
         yield
 

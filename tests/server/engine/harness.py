@@ -9,18 +9,19 @@ from typing import Any, Self
 from unittest import mock
 
 from vllm import RequestOutput, SamplingParams
-from vllm.inputs import tokens_input
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from gating.model.fusion import inspect_fusion, load_fusion
-from server.engine.client.input_processor import FusedInputProcessor
-from server.engine.client.step_feed import StepFeed, StepReport
-from server.engine.shared.options import build_engine_args
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
-from server.engine.worker.fused_step import FusedModelRunner
 from tests.server.engine.async_cpu import AsyncOnCPUEngineArgs
+from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.shared.extra_args import fused_input
+from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
 
 Prompts = list[list[int]]
 """A request's own prompts, one per specialist."""
@@ -47,10 +48,9 @@ class InProcessEngine:
 
     def __init__(self, fusion_path: Path, *, force_async: bool = False, **options: Any) -> None:
         fusion = load_fusion(fusion_path)
-        args = build_engine_args(fusion, inspect_fusion(fusion), options)
+        args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), options))
         if force_async:
             args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
-        gc.freeze()  # a start collects garbage nine times, half a second each among all that tests have imported
         self.llm = LLMEngine.from_engine_args(args)
         self.llm.input_processor = FusedInputProcessor(self.llm.input_processor)
         self.steps = StepFeed(self.llm.output_processor, fusion.specialist_names)
@@ -115,7 +115,7 @@ class InProcessEngine:
 
 def engine_input(prompts: Prompts, **extras: Any) -> Any:
     """An engine input as rendering makes it: the longest prompt is canonical."""
-    return {**tokens_input(max(prompts, key=len)), SPECIALIST_PROMPTS: prompts, **extras}
+    return {**fused_input(prompts), **extras}
 
 
 def random_prompts(lengths: Sequence[int], seed: int, num_ids: int = 256) -> Prompts:

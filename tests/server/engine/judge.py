@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gating.model.reference import Generation, UltraFuserForCausalLM
 from tests.server.engine.harness import Prompts
+from ultrafuser.gating.model.reference import Generation, UltraFuserForCausalLM
 
 MIN_GAP = 1e-3
 """Smallest top-2 distance of the reference's logits at which two float32 programs must agree on the argmax."""

@@ -2,9 +2,8 @@
 
 import pickle
 
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
-from server.engine.worker.forcing import FORCED_TOKEN_IDS
 from tests.server.engine.harness import InProcessEngine, engine_input, greedy, random_prompts
+from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS
 
 PROMPTS = random_prompts((5, 6, 7), seed=0)
 

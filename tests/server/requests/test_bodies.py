@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.settings import ServerSettings
 from tests.server.scripted import ScriptedEngine
 from tests.server.test_app import HI, URL, check_error
+from ultrafuser.server.settings import ServerSettings
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")

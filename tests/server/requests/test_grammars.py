@@ -9,8 +9,9 @@ import pytest
 import pytest_asyncio
 from vllm.sampling_params import StructuredOutputsParams
 
-from server.errors import InvalidRequest
-from server.requests.grammars import GrammarCheck
+from ultrafuser.server.errors import InvalidRequest
+from ultrafuser.server.requests.grammars import Constraint, GrammarCheck
+from ultrafuser.server.serving.constraints import constraint_of, leading_vocabulary
 
 SECONDS = 2.0
 DEEP: dict[str, Any] = {"type": "string"}
@@ -18,10 +19,15 @@ for _ in range(20):
     DEEP = {"type": "object", "properties": {"a": DEEP}, "required": ["a"]}
 
 
+def wanted(**fields: Any) -> Constraint | None:
+    """What vLLM's serving class would give to be tried out."""
+    return constraint_of(StructuredOutputsParams(**fields))
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def check(vllm_config: Any) -> AsyncIterator[GrammarCheck]:
     """One process for all tests of this module."""
-    grammars = GrammarCheck(vllm_config, SECONDS)
+    grammars = GrammarCheck(leading_vocabulary(vllm_config), SECONDS)
     yield grammars
     await grammars.close()
 
@@ -53,10 +59,10 @@ PASSING: list[dict[str, Any]] = [
 @pytest.mark.asyncio(loop_scope="module")
 async def test_what_is_quick_passes_and_is_tried_once(check: GrammarCheck) -> None:
     for constraint in PASSING:
-        await check.check(StructuredOutputsParams(**constraint))
+        await check.check(wanted(**constraint))
     await check.close()
     for constraint in PASSING:
-        await check.check(StructuredOutputsParams(**constraint))
+        await check.check(wanted(**constraint))
     assert check._process is None  # nobody was asked
 
 
@@ -85,31 +91,31 @@ STALLING: list[dict[str, Any]] = [
 async def test_what_would_hold_up_the_engine_is_refused_in_time(
     check: GrammarCheck, constraint: dict[str, Any]
 ) -> None:
-    await check.check(StructuredOutputsParams(regex="a"))  # the process has started
+    await check.check(wanted(regex="a"))  # the process has started
     with pytest.raises(InvalidRequest, match="structured_outputs: the constraint") as refused:
-        await check.check(StructuredOutputsParams(**constraint))
+        await check.check(wanted(**constraint))
     assert refused.value.param == "structured_outputs"
-    await check.check(StructuredOutputsParams(regex="b"))
+    await check.check(wanted(regex="b"))
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_it_starts_anew_when_its_process_has_died(check: GrammarCheck) -> None:
-    await check.check(StructuredOutputsParams(regex="c"))
+    await check.check(wanted(regex="c"))
     process = check._process
     assert process is not None
     process.kill()
     await process.wait()
-    await check.check(StructuredOutputsParams(regex="d"))
+    await check.check(wanted(regex="d"))
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_client_that_leaves_ends_nothing_that_others_wait_for(check: GrammarCheck) -> None:
-    await check.check(StructuredOutputsParams(regex="e"))
+    await check.check(wanted(regex="e"))
     process = check._process
-    leaving = asyncio.create_task(check.check(StructuredOutputsParams(regex="f{1,200}")))
+    leaving = asyncio.create_task(check.check(wanted(regex="f{1,200}")))
     await asyncio.sleep(0)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    await check.check(StructuredOutputsParams(regex="g"))
+    await check.check(wanted(regex="g"))
     assert check._process is process

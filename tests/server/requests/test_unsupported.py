@@ -4,9 +4,10 @@ from typing import Any
 
 import httpx
 import pytest
+from vllm.renderers.chat_utils import TEXT_PART_TYPES
 
-from server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, MAX_NOTICED_FIELDS
 from tests.server.scripted import ScriptedEngine
+from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, MAX_NOTICED_FIELDS, TEXT_PARTS
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
@@ -128,6 +129,10 @@ async def test_only_shared_ids_become_text(client: httpx.AsyncClient) -> None:
     assert response.json()["error"]["param"] == "tokens"
 
 
+def test_vllm_takes_the_same_parts_for_text() -> None:
+    assert TEXT_PARTS == TEXT_PART_TYPES
+
+
 def test_every_refusal_has_a_case() -> None:
     tested = {param for param, _ in EVERYWHERE + CHAT_ONLY}
     assert {refusal.param for refusal in CHAT_REFUSALS} <= tested
@@ -186,19 +191,21 @@ async def test_refusals_are_counted_by_field(client: httpx.AsyncClient) -> None:
 async def test_an_unknown_field_is_accepted_and_logged_once(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="server.requests.unsupported")
+    caplog.set_level("INFO", logger="ultrafuser.server.requests.unsupported")
     for _ in range(2):
         response = await client.post("/v1/chat/completions", json=CHAT | {"flavour": "vanilla"})
         assert response.status_code == 200
-    assert [record.getMessage() for record in caplog.records if record.name == "server.requests.unsupported"] == [
-        "requests have the unknown field 'flavour', which has no effect"
-    ]
+    assert [
+        record.getMessage() for record in caplog.records if record.name == "ultrafuser.server.requests.unsupported"
+    ] == ["requests have the unknown field 'flavour', which has no effect"]
 
 
 async def test_invented_fields_do_not_fill_the_log(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="server.requests.unsupported")
+    caplog.set_level("INFO", logger="ultrafuser.server.requests.unsupported")
     fields = {f"invented-{number}-" + "x" * 1000: 1 for number in range(2 * MAX_NOTICED_FIELDS)}
     await client.post("/v1/chat/completions", json=CHAT | fields)
-    messages = [record.getMessage() for record in caplog.records if record.name == "server.requests.unsupported"]
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == "ultrafuser.server.requests.unsupported"
+    ]
     assert len(messages) <= MAX_NOTICED_FIELDS
     assert max(len(message) for message in messages) < 200

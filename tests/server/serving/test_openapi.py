@@ -9,12 +9,12 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import StopReason, from_schema
 from schemathesis.engine.events import EngineFinished, FatalError, NonFatalError, ScenarioFinished
 
-from gating.model.fusion import FusedModelInfo, FusionConfig
-from server.api.probes import Readiness
-from server.app import create_app
-from server.serving.serving import build_serving
-from server.settings import ServerSettings
 from tests.server.scripted import ScriptedEngine
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.server.app import create_app
+from ultrafuser.server.health import Readiness
+from ultrafuser.server.serving.serving import build_serving
+from ultrafuser.server.settings import ServerSettings
 
 pytestmark = [
     # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.

@@ -7,11 +7,11 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.renderers import ChatParams, TokenizeParams
 
-from gating.data.encoding import ConversationEncoder
-from gating.model.fusion import FusionConfig
-from server.errors import ContextTooLong, InvalidRequest
-from server.serving.rendering import FusedRenderer
 from tests.fakes import EOS_ID, MAX_POSITIONS
+from ultrafuser.gating.data.encoding import ConversationEncoder
+from ultrafuser.gating.model.fusion import FusionConfig
+from ultrafuser.server.errors import ContextTooLong, InvalidRequest
+from ultrafuser.server.serving.rendering import FusedRenderer
 
 WEATHER: dict[str, Any] = {
     "type": "function",

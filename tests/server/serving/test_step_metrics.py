@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
-from server.engine.client.step_feed import StepReport
-from server.engine.worker.timing import Span
-from server.serving.step_metrics import BulkHistogram, StepMetrics, entropy_ratio
+from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.shared.step import Span
+from ultrafuser.server.serving.step_metrics import BulkHistogram, StepMetrics, entropy_ratio
 
 NAMES = itertools.count()
 

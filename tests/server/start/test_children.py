@@ -12,13 +12,13 @@ from multiprocessing.connection import Connection
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from server.start.children import tied_children
 from tests.e2e.process import wait_for
+from ultrafuser.server.start.children import tied_children
 
 PARENT = """
 import sys, time
 from multiprocessing import get_context
-from server.start import children
+from ultrafuser.server.start import children
 from tests.server.start import test_children
 if __name__ == "__main__":
     children.KILL_SECONDS = float(sys.argv[2])

@@ -9,13 +9,12 @@ from collections import Counter
 
 import pytest
 
-from gating.commands.flags import CommandError
-from gating.commands.run_folder import sole_run
-from gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkOptions, prompt_version, run_benchmarks
-from gating.evaluation.benchmarks.items import BenchmarkError
 from tests.gating.evaluation.endpoint import MODEL, Reply, serving
 from tests.gating.evaluation.examples import ROWS
 from tests.gating.evaluation.runner import result_of
+from ultrafuser.gating.commands.run_folder import sole_run
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.benchmarks.benchmarks import BENCHMARKS, prompt_version, run_benchmarks
 
 NUM_PENS = len(ROWS["gsm8k"])
 
@@ -125,14 +124,20 @@ def test_a_run_that_is_killed_is_gone_on_with_and_asks_nothing_twice(runner):
     def slow(question: str, _: int) -> Reply:
         return Reply(right(question, 0).text, wait_seconds=0.1)
 
-    program = (
-        "import sys; from pathlib import Path; from gating.evaluation.benchmarks.benchmarks import *; "
-        "run([BenchmarkFile.parse(sys.argv[1])],"
-        " BenchmarkOptions(output=Path(sys.argv[2]), base_url=sys.argv[3], concurrency=4))"
-    )
-    file, answers = runner.file("gsm8k"), runner.output / "gsm8k" / "answers.jsonl"
+    answers = runner.output / "gsm8k" / "answers.jsonl"
     with serving(slow) as endpoint:
-        command = [sys.executable, "-c", program, f"gsm8k={file.path}", str(runner.output), endpoint.base_url]
+        (file,) = runner.settings(endpoint, "gsm8k").benchmark
+        command = [
+            sys.executable,
+            "-m",
+            "ultrafuser.server",
+            "eval",
+            "--benchmark",
+            file,
+            "--output",
+            str(runner.output),
+        ]
+        command += ["--base-url", endpoint.base_url, "--concurrency", "4"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60
         while not answers.exists() or answers.read_bytes().count(b"\n") < 10:
@@ -168,7 +173,7 @@ def test_a_broken_line_in_the_middle_is_named(runner):
     path = runner.output / "gsm8k" / "answers.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], '{"id": "2"}', *lines[2:], ""]))
-    with serving(right) as endpoint, pytest.raises(BenchmarkError, match=r"answers\.jsonl:2: not an answer"):
+    with serving(right) as endpoint, pytest.raises(CommandError, match=r"answers\.jsonl:2: not an answer"):
         runner(endpoint, "gsm8k")
 
 
@@ -197,7 +202,7 @@ def test_a_folder_of_another_prompt_or_other_data_is_refused(runner, monkeypatch
         with pytest.raises(CommandError, match="was made with data 'sha256:"):
             runner(endpoint, "svamp")
         monkeypatch.undo()
-        monkeypatch.setattr("gating.evaluation.benchmarks.benchmarks.prompt_version", lambda _: "new")
+        monkeypatch.setattr("ultrafuser.gating.evaluation.benchmarks.benchmarks.prompt_version", lambda _: "new")
         with pytest.raises(CommandError, match="was made with prompt_version"):
             runner(endpoint, "svamp")
     assert endpoint.asked == []
@@ -239,7 +244,7 @@ def test_a_chain_of_thought_is_asked_for(runner):
 
 
 def test_a_benchmark_named_twice_is_refused(runner):
-    with serving(right) as endpoint, pytest.raises(BenchmarkError, match="named twice"):
+    with serving(right) as endpoint, pytest.raises(CommandError, match="named twice"):
         runner(endpoint, "svamp", "svamp")
 
 
@@ -251,7 +256,6 @@ def test_the_prompts_of_every_benchmark_have_a_version_of_their_own_text():
 
 def test_a_run_works_within_an_event_loop_too(runner):
     with serving(lambda *_: Reply("36")) as endpoint:
-        options = BenchmarkOptions(output=runner.output, base_url=endpoint.base_url)
-        report = asyncio.run(run_benchmarks([runner.file("svamp")], options))
+        report = asyncio.run(run_benchmarks(runner.settings(endpoint, "svamp")))
     assert report["benchmarks"]["svamp"]["value"] == 0.5
     assert report["model"] == MODEL

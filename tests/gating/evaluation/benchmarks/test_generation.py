@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from gating.commands import endpoint as endpoint_module
-from gating.commands.chat_completion import EndpointError
-from gating.commands.endpoint import MAX_TRIES
-from gating.evaluation.benchmarks.generation import ChatClient
-from gating.evaluation.benchmarks.items import Answer, Request
 from tests.gating.evaluation.endpoint import MODEL, Endpoint, Reply, Script, serving
+from ultrafuser.gating.commands import endpoint as endpoint_module
+from ultrafuser.gating.commands.endpoint import MAX_TRIES
+from ultrafuser.gating.errors import EndpointError
+from ultrafuser.gating.evaluation.benchmarks.generation import ChatClient
+from ultrafuser.gating.evaluation.benchmarks.items import Answer, Request
 
 
 @pytest.fixture(autouse=True)

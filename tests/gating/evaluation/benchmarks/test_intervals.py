@@ -4,7 +4,7 @@ import numpy
 import pytest
 from scipy import stats
 
-from gating.evaluation.benchmarks.intervals import bootstrap_interval, wilson_interval
+from ultrafuser.gating.evaluation.benchmarks.intervals import bootstrap_interval, wilson_interval
 
 
 @pytest.mark.parametrize(("right", "items", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)])

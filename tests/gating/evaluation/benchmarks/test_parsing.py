@@ -5,7 +5,13 @@ from fractions import Fraction
 
 import pytest
 
-from gating.evaluation.benchmarks.parsing import final_number, option_letter, same_number, yes_or_no, yes_probability
+from ultrafuser.gating.evaluation.benchmarks.parsing import (
+    final_number,
+    option_letter,
+    same_number,
+    yes_or_no,
+    yes_probability,
+)
 
 
 @pytest.mark.parametrize(

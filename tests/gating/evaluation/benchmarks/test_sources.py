@@ -2,13 +2,12 @@
 
 import pytest
 
-from gating.commands.flags import CommandError
-from gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkFile
-from gating.evaluation.benchmarks.items import BenchmarkError
-from gating.evaluation.benchmarks.multiple_choice import SAT_MATH
-from gating.evaluation.benchmarks.sources import draw_sample, load_items
-from gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
 from tests.gating.evaluation.examples import ROWS, write_rows
+from ultrafuser.gating.errors import CommandError, DataError
+from ultrafuser.gating.evaluation.benchmarks.benchmarks import BENCHMARKS, BenchmarkFile
+from ultrafuser.gating.evaluation.benchmarks.multiple_choice import SAT_MATH
+from ultrafuser.gating.evaluation.benchmarks.sources import draw_sample, load_items
+from ultrafuser.gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
 
 # What each benchmark cannot do without.
 NEEDED = {
@@ -44,7 +43,7 @@ def test_a_row_that_lacks_a_field_is_named_with_file_line_and_field(name, field,
     row = ROWS[name][0]
     broken = {key: value for key, value in row.items() if key != field}
     path = write_rows(tmp_path / "own.jsonl", [broken])
-    with pytest.raises(BenchmarkError, match=rf"^own\.jsonl:1: {field}: missing"):
+    with pytest.raises(DataError, match=rf"^own\.jsonl:1: {field}: missing"):
         load_items(BENCHMARKS[name], path, chain_of_thought=False)
 
 
@@ -63,7 +62,7 @@ def test_a_row_that_lacks_a_field_is_named_with_file_line_and_field(name, field,
 )
 def test_a_field_of_the_wrong_kind_is_named(name, field, value, reason, tmp_path):
     path = write_rows(tmp_path / "own.jsonl", [{**ROWS[name][0], field: value}])
-    with pytest.raises(BenchmarkError) as error:
+    with pytest.raises(DataError) as error:
         load_items(BENCHMARKS[name], path, chain_of_thought=False)
     assert str(error.value).startswith("own.jsonl:1: ")
     assert reason in str(error.value)
@@ -81,20 +80,20 @@ def test_a_field_of_the_wrong_kind_is_named(name, field, value, reason, tmp_path
 def test_a_file_that_is_no_json_lines_is_refused(content, reason, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_bytes(content)
-    with pytest.raises(BenchmarkError, match=reason):
+    with pytest.raises(DataError, match=reason):
         load_items(BENCHMARKS["gsm8k"], path, chain_of_thought=False)
 
 
 def test_a_broken_gzip_file_is_refused(tmp_path):
     path = tmp_path / "own.jsonl.gz"
     path.write_bytes(write_rows(tmp_path / "whole.jsonl.gz", ROWS["gsm8k"]).read_bytes()[:60])
-    with pytest.raises(BenchmarkError, match="not a whole gzip file"):
+    with pytest.raises(DataError, match="not a whole gzip file"):
         load_items(BENCHMARKS["gsm8k"], path, chain_of_thought=False)
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path):
     path = write_rows(tmp_path / "own.jsonl", [ROWS["svamp"][0]] * 2)
-    with pytest.raises(BenchmarkError, match=r"own\.jsonl:2: a row 'own-1' came before"):
+    with pytest.raises(DataError, match=r"own\.jsonl:2: a row 'own-1' came before"):
         load_items(BENCHMARKS["svamp"], path, chain_of_thought=False)
 
 
@@ -161,7 +160,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_way_out(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(BenchmarkError, match=r"openai/gsm8k: cannot be read .*no route\); give a file: NAME=FILE$"):
+    with pytest.raises(DataError, match=r"openai/gsm8k: cannot be read .*no route\); give a file: NAME=FILE$"):
         load_items(BENCHMARKS["gsm8k"], None, chain_of_thought=False)
 
 

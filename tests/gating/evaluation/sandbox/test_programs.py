@@ -2,8 +2,8 @@
 
 import pytest
 
-from gating.evaluation.sandbox.programs import called_names, complete, defines, extract_code
-from gating.evaluation.sandbox.sandbox import run_tests
+from ultrafuser.gating.evaluation.sandbox.programs import called_names, complete, defines, extract_code
+from ultrafuser.gating.evaluation.sandbox.sandbox import run_tests
 
 PROMPT = 'import math\n\ndef triple(x):\n    return 3 * x\n\ndef area(r):\n    """ Thrice the square of r. """\n'
 TESTS = "assert area(2) == 12\nassert area(0) == 0\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from gating.evaluation.sandbox.sandbox import Limits, run_tests
+from ultrafuser.gating.evaluation.sandbox.sandbox import Limits, run_tests
 
 QUICK = Limits(wall_seconds=2.0)
 

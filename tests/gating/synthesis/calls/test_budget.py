@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from gating.synthesis.calls.budget import Account, BudgetSpentError, Prices, RateLimit
+from ultrafuser.gating.synthesis.calls.budget import Account, BudgetSpentError, RateLimit
+from ultrafuser.gating.synthesis.settings import Prices
 
 PRICES = Prices(prompt=1.0, completion=4.0)
 

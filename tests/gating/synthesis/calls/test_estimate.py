@@ -2,12 +2,12 @@
 
 import pytest
 
-from gating.synthesis.calls.estimate import estimate
-from gating.synthesis.settings import MakeSettings
-from gating.synthesis.stages.store import Store
-from server.__main__ import main
 from tests.gating.synthesis.model import serving_model
 from tests.gating.synthesis.runs import run, settings_of
+from ultrafuser.gating.synthesis.calls.estimate import estimate
+from ultrafuser.gating.synthesis.settings import MakeSettings
+from ultrafuser.gating.synthesis.stages.store import Store
+from ultrafuser.server.__main__ import main
 
 
 def test_the_calls_are_those_that_a_run_makes(tmp_path):

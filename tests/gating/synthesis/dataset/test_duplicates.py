@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from gating.synthesis.dataset.duplicates import EXACT, NEAR, find_duplicates
 from tests.gating.synthesis.model import WORDS
+from ultrafuser.gating.synthesis.dataset.duplicates import EXACT, NEAR, find_duplicates
 
 
 def drop(*texts: str, threshold: float = 0.7) -> dict[str, str]:

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from gating.commands.flags import CommandError
-from gating.data.conversations import Conversation, DataFile, read_conversations
-from gating.synthesis.dataset.decontamination import Hit, Index, TestSet
-from gating.synthesis.dataset.export import export
-from gating.synthesis.settings import ExportSettings
-from gating.training.command import train
-from gating.training.settings import TrainSettings
-from server.__main__ import EXIT_WRONG_INPUT, main
 from tests.gating.evaluation.endpoint import Reply
 from tests.gating.synthesis.model import answer, schema_of, serving_model
 from tests.gating.synthesis.runs import run, settings_of
+from ultrafuser.gating.data.conversations import Conversation, DataFile, read_conversations
+from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.synthesis.dataset.decontamination import Hit, Index, TestSet
+from ultrafuser.gating.synthesis.dataset.export import export
+from ultrafuser.gating.synthesis.settings import ExportSettings
+from ultrafuser.gating.training.command import train
+from ultrafuser.gating.training.settings import TrainSettings
+from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +155,12 @@ def test_statistics_count_what_is_there(made, tiny_path):
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("{", "bench.jsonl: not JSON lines"), ('{"q": "too short"}', "bench.jsonl: has no text of 6 words")],
+    [("{", "bench.jsonl:1: not JSON"), ('{"q": "too short"}', "bench.jsonl: has no text of 6 words")],
 )
 def test_a_test_set_that_cannot_be_read_is_told(made, tmp_path, content, complaint):
     path = tmp_path / "bench.jsonl"
     path.write_text(content)
-    with pytest.raises(CommandError, match=complaint):
+    with pytest.raises(DataError, match=complaint):
         export(ExportSettings(output=str(made), test_set=(str(path),)))
 
 

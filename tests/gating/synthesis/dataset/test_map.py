@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from gating.synthesis.dataset.export import export
-from gating.synthesis.dataset.map import draw_map, to_plane
-from gating.synthesis.settings import ExportSettings, MapSettings
 from tests.gating.synthesis.model import serving_model
 from tests.gating.synthesis.runs import run, settings_of
+from ultrafuser.gating.synthesis.dataset.export import export
+from ultrafuser.gating.synthesis.dataset.map import draw_map, to_plane
+from ultrafuser.gating.synthesis.settings import ExportSettings, MapSettings
 
 
 def test_groups_that_lie_apart_stay_apart():

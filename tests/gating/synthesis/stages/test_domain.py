@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
-from gating.synthesis.stages.domain import DomainError, digest, domain_names, load_domain
-from gating.synthesis.stages.prompt import load_prompt, prompt_names
 from tests.gating.synthesis.model import serving_model
 from tests.gating.synthesis.runs import records_of, run, settings_of, write_domain
+from ultrafuser.gating.errors import DomainError
+from ultrafuser.gating.synthesis.stages.domain import digest, domain_names, load_domain
+from ultrafuser.gating.synthesis.stages.prompt import load_prompt, prompt_names
 
 
 def test_the_shipped_domains_have_the_papers_sizes():

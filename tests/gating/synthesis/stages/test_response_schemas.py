@@ -3,42 +3,42 @@
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from gating.synthesis.stages.domain import Limits
-from gating.synthesis.stages.response_schemas import (
+from ultrafuser.gating.synthesis.stages.domain import Limits
+from ultrafuser.gating.synthesis.stages.response_schemas import (
     MISSING,
     Entry,
     UnusableError,
-    instruction_form,
-    instructions_form,
-    message_form,
-    related_form,
-    sub_topics_form,
-    topics_form,
+    instruction_schema,
+    instructions_schema,
+    message_schema,
+    related_schema,
+    sub_topics_schema,
+    topics_schema,
 )
 
 LIMITS = Limits(topic=20, note=30, instruction_min=3, instruction=40)
-TWO = instructions_form(2, LIMITS)
+TWO = instructions_schema(2, LIMITS)
 
 
 @pytest.mark.parametrize(
-    ("form", "good", "bad"),
+    ("schema", "good", "bad"),
     [
-        (topics_form(2, LIMITS), {"topics": ["a", "b"]}, {"topics": ["a"]}),
-        (sub_topics_form(1, LIMITS), {"sub_topics": [{"name": "a", "note": "b"}]}, {"sub_topics": [{"name": "a"}]}),
+        (topics_schema(2, LIMITS), {"topics": ["a", "b"]}, {"topics": ["a"]}),
+        (sub_topics_schema(1, LIMITS), {"sub_topics": [{"name": "a", "note": "b"}]}, {"sub_topics": [{"name": "a"}]}),
         (TWO, {"instructions": ["abc", "def"]}, {"instructions": ["abc", "de"]}),
-        (related_form(1, 1, LIMITS), {"strong": ["abc"], "weak": ["abc"]}, {"strong": ["abc"], "weak": []}),
-        (related_form(1, 0, LIMITS), {"strong": ["abc"]}, {"strong": ["abc"], "weak": []}),
-        (instruction_form(LIMITS), {"instruction": "abc"}, {"instruction": "x" * 41}),
-        (message_form(LIMITS), {"message": "abc"}, {"message": "abc", "more": 1}),
+        (related_schema(1, 1, LIMITS), {"strong": ["abc"], "weak": ["abc"]}, {"strong": ["abc"], "weak": []}),
+        (related_schema(1, 0, LIMITS), {"strong": ["abc"]}, {"strong": ["abc"], "weak": []}),
+        (instruction_schema(LIMITS), {"instruction": "abc"}, {"instruction": "x" * 41}),
+        (message_schema(LIMITS), {"message": "abc"}, {"message": "abc", "more": 1}),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_the_schema_fits_the_form_exactly_and_what_fits_can_be_read(form, good, bad):
-    jsonschema.Draft202012Validator.check_schema(form.schema)
-    jsonschema.validate(good, form.schema)
+def test_the_schema_fits_the_answer_exactly_and_what_fits_can_be_read(schema, good, bad):
+    jsonschema.Draft202012Validator.check_schema(schema.json_schema)
+    jsonschema.validate(good, schema.json_schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(bad, form.schema)
-    assert form.read(str(good).replace("'", '"'))
+        jsonschema.validate(bad, schema.json_schema)
+    assert schema.read(str(good).replace("'", '"'))
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_a_list_that_stays_too_short_is_filled_up_with_rejected_entries():
 
 
 def test_topics_are_told_apart_by_their_names():
-    assert topics_form(2, LIMITS).read('{"topics": ["a", "a", "b\\nc"]}') == [Entry("a"), Entry("b c")]
+    assert topics_schema(2, LIMITS).read('{"topics": ["a", "a", "b\\nc"]}') == [Entry("a"), Entry("b c")]
 
 
 def test_places_of_weak_instructions_do_not_depend_on_the_number_of_strong_ones():
-    form = related_form(2, 1, LIMITS)
-    entries = form.read('{"strong": ["one"], "weak": ["two"]}', may_lack=True)
+    schema = related_schema(2, 1, LIMITS)
+    entries = schema.read('{"strong": ["one"], "weak": ["two"]}', may_lack=True)
     assert entries == [
         Entry("one", relation="strong"),
         Entry("", relation="strong", reject=MISSING),

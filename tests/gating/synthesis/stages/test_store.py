@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gating.synthesis.stages.records import Item, Miss, Record, draw, identify, seed_of
-from gating.synthesis.stages.store import MANIFEST_FILE, MISSES_FILE, Store, StoreError
+from ultrafuser.gating.errors import StoreError
+from ultrafuser.gating.synthesis.stages.records import Item, Miss, Record, draw, identify, seed_of
+from ultrafuser.gating.synthesis.stages.store import MANIFEST_FILE, MISSES_FILE, Store
 
 
 def record(number: int, stage: str = "responses") -> Record:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.client.async_llm import FusedAsyncLLM
+from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
 
 
 async def test_a_request_that_cannot_be_sent_is_forgotten() -> None:

@@ -11,12 +11,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from server.engine.client.step_feed import StepFeed, StepReport, add_report
-from server.engine.client.weight_stream import GATE_WEIGHTS
-from server.engine.shared.step import StepRecord
-from server.engine.worker.timing import Span
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
+from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.core.outputs import add_report
+from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
+from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.step import Span, StepRecord
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50), (5, 90, 33)]
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
@@ -56,7 +58,8 @@ class WaitingCallers:
 
 def test_a_report_reaches_another_process_without_the_tokens_that_nobody_waits_for() -> None:
     marks_BX = np.array([[0.25, 0.75, 1, 2, 0], [0.5, 0.5, 0, 1, 0], [math.nan, math.nan, 0, 1, 6]], dtype=np.float32)
-    step = StepRecord(["gone", "waiting", "sick"], marks_BX, [Span("decode", "x", 0.5), Span("gate", None, 0.1)])
+    rows = [Row(request, 0, is_draft=False, slot=slot) for slot, request in enumerate(["gone", "waiting", "sick"])]
+    step = StepRecord(rows, marks_BX, [Span("decode", "x", 0.5), Span("gate", None, 0.1)])
     outputs = {0: EngineCoreOutputs(outputs=[EngineCoreOutput("waiting", [1]), EngineCoreOutput("gone", [2])])}
     assert step.nonfinite == {"sick": 6}
     add_report(outputs, step, step.nonfinite.values())

@@ -10,15 +10,16 @@ import pytest
 from vllm import RequestOutput
 from vllm.outputs import CompletionOutput
 
-from gating.model.decoding import Generation
-from gating.model.fusion import load_fusion, save_fusion
-from gating.model.materialize import materialize
-from gating.model.reference import UltraFuserForCausalLM
-from server.engine.client.weight_stream import GATE_WEIGHTS, History, Takeover
 from tests.prompts import prompts_of
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import MIN_GAP, Judge
+from ultrafuser.gating.model.decoding import Generation
+from ultrafuser.gating.model.fusion import load_fusion, save_fusion
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.server.engine.client.weight_stream import History, Takeover
+from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 
 ASKING = {GATE_WEIGHTS: True}
 MAX_TOKENS = 20
@@ -132,7 +133,7 @@ def demo(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [2048, 16])
+@pytest.mark.parametrize("budget", [pytest.param(2048, marks=pytest.mark.long), 16])
 def test_the_demos_trained_gate_gives_the_references_weights(budget: int, demo: Demo) -> None:
     options: dict[str, Any] = {"kv_cache_memory_bytes": 2**28, "max_model_len": 512, "max_num_batched_tokens": budget}
     ends = list(demo.eos_token_ids)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from vllm.logprobs import Logprob
 
-from server.engine.client.weight_stream import GATE_WEIGHTS
-from server.engine.core.nonfinite import NONFINITE_OUTPUT, NonfiniteOutputError, raise_if_nan
-from server.engine.worker.forcing import FORCED_TOKEN_IDS
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import Judge
+from ultrafuser.server.engine.client.nonfinite import NonfiniteOutputError, raise_if_nan
+from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS, GATE_WEIGHTS
+from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
 
 POISON = 259
 """A token that no prompt of these tests has and the tiny models do not choose."""

@@ -4,18 +4,26 @@ from pathlib import Path
 
 import pytest
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.worker.gpu_worker import Worker
 
-import server.engine
-from gating.model.fusion import FusionError, inspect_fusion, load_fusion
-from server.engine.shared.options import (
-    ALLOWED_ENGINE_OPTIONS,
-    EngineOptionError,
-    build_engine_args,
-    check_engine_options,
-)
+import ultrafuser.server.engine
 from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
+from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.server.engine.core.scheduler import make_scheduler
+from ultrafuser.server.engine.shared.options import (
+    ALLOWED_ENGINE_OPTIONS,
+    GPU_WORKER,
+    SCHEDULER,
+    EngineOptionError,
+    check_engine_options,
+    engine_arguments,
+)
+from ultrafuser.server.engine_options import REFUSED_OPTIONS
 
 PROMPTS = random_prompts((5, 6, 7), seed=0)
 
@@ -23,13 +31,13 @@ PROMPTS = random_prompts((5, 6, 7), seed=0)
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.32.1+cpu"])
 def test_another_vllm_release_is_refused_by_name(version: str) -> None:
     with pytest.raises(RuntimeError, match=rf"vllm {version.replace('+', '.')} is installed.*install vllm==0.32.0"):
-        server.engine.check_vllm_version(version)
+        ultrafuser.server.engine.check_vllm_version(version)
 
 
 def test_a_local_build_of_the_supported_release_is_accepted() -> None:
-    server.engine.check_vllm_version("0.32.0+cpu")
+    ultrafuser.server.engine.check_vllm_version("0.32.0+cpu")
     with pytest.raises(RuntimeError):
-        server.engine.check_vllm_version("0.31.0+cpu")
+        ultrafuser.server.engine.check_vllm_version("0.31.0+cpu")
 
 
 @pytest.mark.parametrize(
@@ -67,9 +75,11 @@ def test_traces_without_the_statistics_they_are_made_of_stop_the_start() -> None
 def test_every_allowed_option_exists_in_vllm() -> None:
     from dataclasses import fields
 
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     assert {field.name for field in fields(AsyncEngineArgs)} >= ALLOWED_ENGINE_OPTIONS
+
+
+def test_no_option_is_both_allowed_and_refused() -> None:
+    assert not ALLOWED_ENGINE_OPTIONS & REFUSED_OPTIONS.keys()
 
 
 @pytest.mark.parametrize(("option", "value"), [("max_model_len", 2048), ("tensor_parallel_size", 3)])
@@ -78,13 +88,22 @@ def test_an_engine_option_that_does_not_fit_the_models_stops_the_start(
 ) -> None:
     fusion = load_fusion(tiny_fusion)
     with pytest.raises(FusionError, match=f"engine.{option}: {value}"):
-        build_engine_args(fusion, inspect_fusion(fusion), {option: value})
+        engine_arguments(fusion, inspect_fusion(fusion), {option: value})
 
 
 def test_engine_options_override_the_fusion_file(tiny_fusion: Path) -> None:
     fusion = load_fusion(tiny_fusion)
-    args = build_engine_args(fusion, inspect_fusion(fusion), {"block_size": 64, "seed": 9})
+    args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), {"block_size": 64, "seed": 9}))
     assert (args.block_size, args.seed, args.enforce_eager) == (64, 9, True)
+
+
+def test_scheduler_and_worker_are_found_by_their_names(tiny_fusion: Path) -> None:
+    fusion = load_fusion(tiny_fusion)
+    args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion)))
+    assert args.scheduler_cls == SCHEDULER
+    assert resolve_obj_by_qualname(SCHEDULER) is make_scheduler
+    for name in (args.worker_cls, GPU_WORKER):
+        assert issubclass(resolve_obj_by_qualname(name), Worker)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from server.engine.client.weight_stream import GATE_WEIGHTS
-from server.engine.worker.forcing import FORCED_TOKEN_IDS
 from tests.reference import read
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import Judge
+from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS, GATE_WEIGHTS
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50), (5, 90, 33)]
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.worker.observing import neutralize, observe
+from ultrafuser.server.engine.worker.observing import neutralize, observe
 
 NAN, INF = math.nan, math.inf
 

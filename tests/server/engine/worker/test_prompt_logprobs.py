@@ -12,15 +12,15 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, PromptLogprobs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from gating.model.fusion import load_fusion
-from gating.model.reference import UltraFuserForCausalLM
-from server.engine.client.async_llm import FusedAsyncLLM
-from server.engine.worker import prompt_logprobs
 from tests.fakes import write_tiny_fusion
 from tests.reference import read_text
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import MIN_GAP, Judge
+from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
+from ultrafuser.server.engine.worker import prompt_logprobs
 
 Engines = Callable[[str], InProcessEngine]
 LENGTHS = [50, 1, 2, 100, 16, 17, 33]

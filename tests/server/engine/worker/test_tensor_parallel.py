@@ -17,7 +17,7 @@ BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate([(13, 16, 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_fusion: Path) -> Iterator[InProcessEngine]:
     """The tiny fusion over two processes, one core each, with a 16-token prefill budget."""
-    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with InProcessEngine(tiny_fusion, **options, max_num_batched_tokens=16, max_num_seqs=8) as engine:
         yield engine
 

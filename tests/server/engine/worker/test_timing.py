@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.timing import StepClock
 
 
 def test_parts_are_handed_out_once_in_order() -> None:

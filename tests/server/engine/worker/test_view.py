@@ -6,8 +6,8 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from server.engine.shared.prompts import SPECIALIST_PROMPTS
-from server.engine.worker.view import SpecialistView, leader_sampling_params, neutral_sampling_params, own_span
+from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS
+from ultrafuser.server.engine.worker.view import SpecialistView, own_span
 
 
 @pytest.mark.parametrize(
@@ -80,24 +80,20 @@ def step(
     return output
 
 
-def view_of(index: int) -> SpecialistView:
-    return SpecialistView(index, leader_sampling_params if index == 0 else neutral_sampling_params)
-
-
 def test_a_request_is_announced_at_its_first_span_with_its_own_prompt() -> None:
-    (announced,) = view_of(0).translate(step(new=new_request([7]), num_tokens=16)).scheduled_new_reqs
+    (announced,) = SpecialistView(0).translate(step(new=new_request([7]), num_tokens=16)).scheduled_new_reqs
     assert announced.prompt_token_ids == [1, 2, 3]
     assert announced.num_computed_tokens == 0
     assert announced.sampling_params is PARAMS
 
 
 def test_a_follower_samples_neither_seeded_nor_penalised() -> None:
-    (announced,) = view_of(1).translate(step(new=new_request([7]), num_tokens=16)).scheduled_new_reqs
+    (announced,) = SpecialistView(1).translate(step(new=new_request([7]), num_tokens=16)).scheduled_new_reqs
     assert announced.sampling_params == SamplingParams(temperature=0.0)
 
 
 def test_blocks_given_while_a_specialist_is_skipped_reach_it_with_its_next_span() -> None:
-    view = view_of(0)
+    view = SpecialistView(0)
     assert view.translate(step(new=new_request([7]), num_tokens=16)).num_scheduled_tokens == {"r": 2}
     skipped = view.translate(step(start=16, num_tokens=16, blocks=[8]))
     assert skipped.num_scheduled_tokens == {}
@@ -110,7 +106,7 @@ def test_blocks_given_while_a_specialist_is_skipped_reach_it_with_its_next_span(
 
 
 def test_a_request_skipped_at_first_is_announced_later_with_all_its_blocks() -> None:
-    view = SpecialistView(0, leader_sampling_params)
+    view = SpecialistView(0)
     params = SamplingParams(extra_args={SPECIALIST_PROMPTS: [[1], [4] * 40]})
     new = NewRequestData("r", [4] * 40, [], params, None, ([7],), 0, None)
     assert view.translate(step(new=new, num_tokens=16)).scheduled_new_reqs == []
@@ -121,7 +117,7 @@ def test_a_request_skipped_at_first_is_announced_later_with_all_its_blocks() -> 
 
 
 def test_a_resumed_request_gets_its_whole_new_block_list_once() -> None:
-    view = view_of(0)
+    view = SpecialistView(0)
     view.translate(step(new=new_request([7, 8]), num_tokens=40))
     view.translate(step())  # preempted
     outputs = [50, 51]
@@ -138,7 +134,7 @@ def test_a_resumed_request_gets_its_whole_new_block_list_once() -> None:
 
 
 def test_a_resume_whose_first_span_is_empty_is_remembered() -> None:
-    view = view_of(0)
+    view = SpecialistView(0)
     view.translate(step(new=new_request([7]), num_tokens=16))
     view.translate(step())
     # Resumed with 30 tokens cached: this specialist has them all and waits for the last chunk.
@@ -149,7 +145,7 @@ def test_a_resume_whose_first_span_is_empty_is_remembered() -> None:
 
 def test_every_output_has_lists_of_its_own() -> None:
     """The runner extends `block_ids` in place; shared with the view, blocks would be told twice."""
-    view, blocks = view_of(0), [7]
+    view, blocks = SpecialistView(0), [7]
     (announced,) = view.translate(step(new=new_request(blocks), num_tokens=40)).scheduled_new_reqs
     announced.block_ids[0].append(99)
     assert announced.prompt_token_ids is not None
@@ -161,7 +157,7 @@ def test_every_output_has_lists_of_its_own() -> None:
 
 
 def test_a_finished_request_is_forgotten_and_reported() -> None:
-    view = view_of(0)
+    view = SpecialistView(0)
     view.translate(step(new=new_request([7]), num_tokens=16))
     output = step()
     output.finished_req_ids = {"r"}

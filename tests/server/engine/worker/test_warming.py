@@ -6,10 +6,10 @@ import pytest
 import torch
 from vllm.v1.worker import workspace
 
-from server.engine.worker.mixing import Mixer
-from server.engine.worker.warming import keeping_workspace
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
 from tests.server.engine.judge import Judge
+from ultrafuser.server.engine.worker.mixing import Mixer
+from ultrafuser.server.engine.worker.warming import keeping_workspace
 
 
 def test_profiling_mixes_the_largest_step_and_leaves_the_engine_exact(
@@ -20,7 +20,7 @@ def test_profiling_mixes_the_largest_step_and_leaves_the_engine_exact(
     fuse = Mixer.fuse_into_leader
 
     def spy(mixer: Mixer, rows, *args):
-        mixed.append((len(rows), len(rows[0].indices)))
+        mixed.append((len(rows), len(rows[0].rows)))
         return fuse(mixer, rows, *args)
 
     monkeypatch.setattr(Mixer, "fuse_into_leader", spy)

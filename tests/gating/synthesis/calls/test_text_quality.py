@@ -2,8 +2,8 @@
 
 import pytest
 
-from gating.synthesis.calls.checks import is_language, is_refusal, response_problem, text_problem
-from gating.synthesis.stages.domain import Limits
+from ultrafuser.gating.synthesis.calls.text_quality import is_language, is_refusal, response_problem, text_problem
+from ultrafuser.gating.synthesis.stages.domain import Limits
 
 LIMITS = Limits(response_min=3, response=500)
 ENGLISH = "The tide comes in twice a day, because the moon pulls at the water on both sides of the earth."

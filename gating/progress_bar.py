@@ -1,12 +1,13 @@
-"""A progress bar on stderr for what takes a while before the main work; knows nothing of the work."""
+"""Progress on stderr: what is done now and the share of it, or how many of many. Knows nothing of the work."""
 
 import sys
+from typing import NoReturn
 
 from tqdm import tqdm
 
 
 class StepProgress:
-    """What is being done and the share of it, as a `gating.model.cache.Report`; without a terminal, a line a step."""
+    """What is being done and the share of it, as a `Report` of the cache; without a terminal, a line a step."""
 
     def __init__(self, *, is_shown: bool = True) -> None:
         self._label = ""
@@ -25,3 +26,10 @@ class StepProgress:
     def close(self) -> None:
         """Take the bar off the screen."""
         self._bar.close()
+
+
+def counting_bar(label: str, total: int, unit: str, done: int = 0) -> "tqdm[NoReturn]":
+    """A bar that counts units; without a terminal, a line when it begins."""
+    if not sys.stderr.isatty():
+        print(f"{label}: {total - done:,} of {total:,} {unit}s to go", file=sys.stderr, flush=True)
+    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=None, smoothing=0.05)

@@ -8,7 +8,7 @@ import re
 from functools import cache
 from typing import Any
 
-from gating.synthesis.stages.domain import Limits
+from ultrafuser.gating.synthesis.stages.domain import Limits
 
 TOO_SHORT, TOO_LONG, LANGUAGE = "too_short", "too_long", "language"
 REFUSAL, TRUNCATED = "refusal", "truncated"

@@ -1,0 +1,64 @@
+"""What a step hands to the scheduler: the leader's output, every scheduled request named, and the step's record.
+
+Nothing waits for the record: it is on the host when the step's tokens are.
+
+Shapes: B rows that end in a token, X marks of a row (`server/engine/worker/observing.py`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.shared.step import NUM_OTHER_MARKS, StepRecord
+from ultrafuser.server.engine.worker.timing import StepClock
+
+
+class StepOnTheWay:
+    """One step's record, being copied to the host; it is there when the step's tokens are."""
+
+    def __init__(self, rows: list[Row], marks_XB: Tensor | None, clock: StepClock) -> None:
+        """Begin to copy; `rows` in the order of B, no marks if there is none."""
+        self._rows = rows
+        self._clock = clock
+        self._marks_XB = torch.empty(NUM_OTHER_MARKS, 0) if marks_XB is None else marks_XB
+        if self._marks_XB.device.type != "cpu":
+            pinned_XB = torch.empty(self._marks_XB.shape, dtype=self._marks_XB.dtype, pin_memory=True)
+            self._marks_XB = pinned_XB.copy_(self._marks_XB, non_blocking=True)
+
+    def arrive(self) -> StepRecord:
+        """To be called when the step's tokens are on the host."""
+        return StepRecord(self._rows, self._marks_XB.numpy().T.copy(), self._clock.take())
+
+
+class FusedAsyncOutput(AsyncModelRunnerOutput):
+    """The leader's asynchronous output, completed when it is collected."""
+
+    def __init__(self, leader_output: AsyncModelRunnerOutput, scheduled: Sequence[str], step: StepOnTheWay) -> None:
+        self._leader_output = leader_output
+        self._scheduled = scheduled
+        self._step = step
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Block until the leader's tokens are on the host, and with them the record; then complete them."""
+        return completed(self._leader_output.get_output(), self._scheduled, self._step)
+
+
+def completed(
+    output: ModelRunnerOutput | AsyncModelRunnerOutput, scheduled: Sequence[str], step: StepOnTheWay
+) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+    """The leader's output, at once or when it is collected, with its record and with every scheduled request.
+
+    Those that the leader skipped get no token: the scheduler looks each one up.
+    """
+    if isinstance(output, AsyncModelRunnerOutput):
+        return FusedAsyncOutput(output, scheduled, step)
+    for request in scheduled:
+        if request not in output.req_id_to_index:
+            output.req_id_to_index[request] = len(output.req_ids)
+            output.req_ids.append(request)
+            output.sampled_token_ids.append([])
+    output.step = step.arrive()
+    return output

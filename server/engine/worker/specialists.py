@@ -1,0 +1,165 @@
+"""The specialists in one worker: n vLLM model runners, each with its own weights and its own KV tensors.
+
+What is done n times is done here: load, profile, size and allocate caches, capture, forward. Knows runners and plans;
+what becomes of the n results is the fused step's business. What is asked of one runner and not overridden here is
+answered by the leader, the first.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_workspace
+
+from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.warming import keeping_workspace
+
+_ASKED_OF_ALL = frozenset(
+    {
+        "_dummy_run",
+        "_init_kv_zero_meta",
+        "load_model",
+        "profile_run",
+        "shutdown",
+        "update_max_model_len",
+        "warming_up_model",
+    }
+)
+"""What vLLM's worker asks of one runner and every one must do; the leader's result is given back."""
+
+_AMPLE_BYTES = 1 << 62
+"""Memory given to a runner's own KV plan, whose size is decided by the common plan already."""
+
+
+class Specialists:
+    """The specialists' model runners, where vLLM's worker asks one."""
+
+    def __init__(self, runners: list[GPUModelRunner], names: list[str]) -> None:
+        """`runners[0]` is the leader."""
+        self.leader, self.followers = runners[0], runners[1:]
+        self.runners, self.names = runners, names
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ASKED_OF_ALL:
+            return lambda *args, **kwargs: self._for_each(lambda runner: getattr(runner, name)(*args, **kwargs))[0]
+        return getattr(self.__dict__["leader"], name)
+
+    def forward(self, plans: Iterable[SchedulerOutput], clock: StepClock) -> ModelRunnerOutput | None:
+        """Run each specialist over its own plan; hidden states and logits stay in the runners' `execute_model_state`.
+
+        Returns what the last one does: None, or vLLM's empty output if its plan is empty.
+        """
+        idle: ModelRunnerOutput | None = None
+        for name, runner, plan in zip(self.names, self.runners, plans, strict=True):
+            # An empty plan is executed too: it carries the finished ids, and ends what async scheduling kept of the
+            # runner's last step (vLLM drops it with every request that leaves the batch).
+            with clock.forward(name, plan.total_num_scheduled_tokens, len(plan.num_scheduled_tokens)):
+                idle = runner.execute_model(plan)
+        return idle
+
+    @property
+    def model_memory_usage(self) -> int:
+        """Bytes of all specialists' weights, as vLLM's memory profiling subtracts them."""
+        return sum(int(runner.model_memory_usage) for runner in self.runners)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Union of the runners' specs, layer names prefixed by the specialist: one plan sizes all of them.
+
+        Raises:
+            ValueError: a layer is not plain full attention; such layers free blocks by the canonical length
+                and would starve a specialist whose own prompt is shorter.
+        """
+        union: dict[str, KVCacheSpec] = {}
+        for name, runner in zip(self.names, self.runners, strict=True):
+            for layer, spec in runner.get_kv_cache_spec().items():
+                if not _is_full_attention(spec):
+                    raise ValueError(
+                        f"specialists.{name}.model: layer {layer} keeps a {type(spec).__name__} KV cache; "
+                        "only full attention can be fused, choose a model without sliding windows or state layers"
+                    )
+                union[f"{name}/{layer}"] = spec
+        return union
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: KVCacheConfig,
+        is_profiling: bool = False,
+        kv_cache_allocation_context: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """Allocate each specialist's own KV tensors with the block count of the common plan."""
+        self._for_each(
+            lambda runner: runner.initialize_kv_cache(
+                _own_kv_cache_config(runner, kv_cache_config),
+                is_profiling,
+                kv_cache_allocation_context=kv_cache_allocation_context,
+            )
+        )
+
+    def profile_cudagraph_memory(self) -> int:
+        """Bytes that the CUDA graphs of all specialists will take."""
+        return sum(self._for_each(lambda runner: runner.profile_cudagraph_memory()))
+
+    @property
+    def jit_warmup_registry(self) -> SimpleNamespace:
+        """What vLLM's warm-up compiles before the first request: the kernels that all specialists have registered."""
+        return SimpleNamespace(warmup=lambda: self._for_each(lambda runner: runner.jit_warmup_registry.warmup()))
+
+    def capture_model(self) -> int:
+        """Capture every specialist's CUDA graphs; the sum of their bytes."""
+        num_bytes = 0
+        for name, runner in zip(self.names, self.runners, strict=True):
+            if is_workspace_manager_initialized():
+                unlock_workspace()  # capture locks it, and the next specialist may need resources of its own there
+            is_first = runner is self.leader
+            with set_current_vllm_config(runner.vllm_config), nullcontext() if is_first else keeping_workspace(name):
+                num_bytes += runner.capture_model()
+        return num_bytes
+
+    def _for_each(self, call: Callable[[GPUModelRunner], Any]) -> list[Any]:
+        results = []
+        for runner in self.runners:
+            with set_current_vllm_config(runner.vllm_config):
+                results.append(call(runner))
+        return results
+
+
+def rows_of(runner: GPUModelRunner, num_outputs: Mapping[str, int]) -> list[Row]:
+    """What each row of a runner's logits is, after its forward pass; none if its plan was empty.
+
+    `num_outputs` has the output tokens so far of every scheduled request.
+    """
+    if runner.execute_model_state is None:
+        return []
+    requests = runner.input_batch.req_ids
+    return [Row(request, num_outputs[request], is_draft=False, slot=slot) for slot, request in enumerate(requests)]
+
+
+def unfinished_slots(runner: GPUModelRunner) -> set[int]:
+    """Places in a runner's batch whose prefill is not finished with this step."""
+    num_requests = runner.input_batch.num_reqs
+    return set(runner.discard_request_mask.np[:num_requests].nonzero()[0].tolist())
+
+
+def _is_full_attention(spec: KVCacheSpec) -> bool:
+    return isinstance(spec, FullAttentionSpec) and spec.sliding_window is None and spec.attention_chunk_size is None
+
+
+def _own_kv_cache_config(runner: GPUModelRunner, common: KVCacheConfig) -> KVCacheConfig:
+    """Plan one runner's layers again, with the block count that the common plan decided."""
+    config: VllmConfig = copy.copy(runner.vllm_config)
+    config.cache_config = copy.copy(config.cache_config)
+    config.cache_config.num_gpu_blocks_override = common.num_blocks
+    (own,) = get_kv_cache_configs(config, [runner.get_kv_cache_spec()], [_AMPLE_BYTES])
+    own.kv_cache_layout = common.kv_cache_layout
+    own.hash_block_size = common.hash_block_size
+    own.cache_hit_alignment_tokens = common.cache_hit_alignment_tokens
+    return own

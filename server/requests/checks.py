@@ -1,0 +1,78 @@
+"""The one check that every request with a body passes between its validation and its route.
+
+Each kind of request has its own, in the order in which its faults are told; a kind without one is not served
+(`server/requests/checked_route.py`). Knows requests, neither routes nor engines.
+"""
+
+from functools import singledispatch
+
+from pydantic import BaseModel
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+
+from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
+from ultrafuser.server.requests.unsupported import (
+    CHAT_REFUSALS,
+    COMPLETION_REFUSALS,
+    TOKENIZE_REFUSALS,
+    notice_unknown_fields,
+    refuse,
+    refuse_media,
+)
+from ultrafuser.server.requests.weights_field import ask_for_weights
+
+
+@singledispatch
+def check_request(request: BaseModel, bounds: RequestBounds) -> None:
+    """Check a request, and put it into the form in which vLLM does what was asked for.
+
+    Raises:
+        InvalidRequest: naming the field to change.
+    """
+    raise AssertionError(f"nothing is checked of a {type(request).__name__}")
+
+
+def is_checked(kind: type) -> bool:
+    """Whether there is a check for this kind of request."""
+    return check_request.dispatch(kind) is not check_request.dispatch(object)
+
+
+@check_request.register(ChatCompletionRequest)
+def _check_chat(request: ChatCompletionRequest, bounds: RequestBounds) -> None:
+    refuse(CHAT_REFUSALS, request)
+    refuse_media(request.messages)
+    # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
+    request.include_reasoning = True
+    if request.echo:
+        # vLLM turns echo's default top_logprobs of 0 into a wish for prompt logprobs; None is no wish.
+        request.top_logprobs = None
+    _check_generation(request, bounds)
+
+
+@check_request.register(CompletionRequest)
+def _check_completion(request: CompletionRequest, bounds: RequestBounds) -> None:
+    refuse(COMPLETION_REFUSALS, request)
+    _check_generation(request, bounds)
+
+
+def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
+    check_limits(request, bounds)
+    ask_for_weights(request)
+    notice_unknown_fields(request)
+
+
+@check_request.register(TokenizeChatRequest)
+def _check_tokenize_chat(request: TokenizeChatRequest, _bounds: RequestBounds) -> None:
+    refuse(TOKENIZE_REFUSALS, request)
+    refuse_media(request.messages)
+
+
+@check_request.register(TokenizeCompletionRequest)
+def _check_tokenize_text(_request: TokenizeCompletionRequest, _bounds: RequestBounds) -> None:
+    """A text of any length has tokens."""
+
+
+@check_request.register(DetokenizeRequest)
+def _check_detokenize(request: DetokenizeRequest, bounds: RequestBounds) -> None:
+    check_token_ids("tokens", request.tokens, bounds.num_shared_ids)
