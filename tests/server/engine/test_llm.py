@@ -98,20 +98,21 @@ def test_an_ended_engine_has_given_its_memory_back(tiny_fusion: Path) -> None:
     assert after - before < 2**30 * 0.1
 
 
-def engine_processes() -> list[psutil.Process]:
-    """vLLM's processes below this one."""
+def engine_processes() -> set[psutil.Process]:
+    """vLLM's processes below this one; those of servers that other tests share are among them."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.name().startswith("VLLM") and child.status() != psutil.STATUS_ZOMBIE]
+    return {child for child in children if child.name().startswith("VLLM") and child.status() != psutil.STATUS_ZOMBIE}
 
 
 @pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")  # vLLM leaves its sockets' to the collector
 def test_its_processes_end_with_it(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it runs by default, in processes of its own."""
     monkeypatch.setattr("vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING", True, raising=False)
+    others = engine_processes()
     with FusedLLM(tiny_fusion) as llm:
         (output,) = llm.generate(["Go on."], greedy(4), use_tqdm=False)
-        assert len(engine_processes()) >= 1
-    assert engine_processes() == []
+        assert len(engine_processes() - others) >= 1
+    assert engine_processes() <= others
     assert len(output.outputs[0].token_ids) == 4
     del llm
     gc.collect()
