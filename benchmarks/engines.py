@@ -19,6 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.workload import Prompts, Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.server.engine.shared.dtype import resolve_dtype
 from ultrafuser.server.engine.shared.extra_args import fused_input
 from ultrafuser.server.llm import FusedLLM
 
@@ -134,7 +135,7 @@ def plain_engine_options(fusion: FusionConfig, info: FusedModelInfo, index: int)
         **settings,
         "model": specialist.model,
         "revision": specialist.revision,
-        "dtype": specialist.dtype or settings.get("dtype", "auto"),
+        "dtype": specialist.dtype or resolve_dtype(fusion),
         "quantization": specialist.quantization,
         "generation_config": "vllm",
     }

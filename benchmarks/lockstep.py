@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from benchmarks.workload import Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
 from ultrafuser.gating.model.gate import fuse, load_gate
+from ultrafuser.server.engine.shared.dtype import resolve_dtype
 
 CacheKind = Literal["dynamic", "static"]
 """Transformers' growing cache, copied in every step, or its cache of fixed size, read as a whole in every step."""
@@ -41,7 +42,7 @@ class LockstepLoop:
     def __init__(self, fusion: FusionConfig, info: FusedModelInfo, cache_kind: CacheKind = "dynamic") -> None:
         """Load the weights of a materialized fusion, in its own types."""
         self.cache_kind: CacheKind = cache_kind
-        default_dtype = fusion.engine.dtype or "auto"
+        default_dtype = resolve_dtype(fusion)
         self._models = [_load(specialist, default_dtype) for specialist in fusion.specialists]
         self._gate = None
         if fusion.gate is not None:

@@ -46,6 +46,15 @@ def identify(specialist: SpecialistConfig) -> dict[str, Any]:
     return {"model": model, "adapter": fingerprint(adapter) if adapter and adapter.is_dir() else specialist.adapter}
 
 
+def empty_model(specialist: SpecialistConfig) -> Any:
+    """A specialist's model without memory, on the meta device: to count, not to compute."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_frozen(fusion: FusionConfig, dtype: torch.dtype) -> nn.ModuleList:
     """The specialists without their adapters, in eval mode, on the CPU; none of their parameters learns.
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ultrafuser.gating.errors import FusionError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+EngineDtype = Literal["auto", "bfloat16", "float16", "float32", "fastest"]
 Quantization = Literal["awq", "awq_marlin", "gptq", "gptq_marlin", "fp8", "compressed-tensors", "modelopt", "mxfp4"]
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -68,8 +69,9 @@ class SamplingDefaults(_Section):
 class EngineSettings(_Section):
     """Settings of the one engine that runs all specialists. Null: vLLM's default."""
 
-    dtype: Dtype | None = None
-    """Type of the weights and of the KV cache, unless a specialist says otherwise."""
+    dtype: EngineDtype | None = None
+    """Type of the weights and of the KV cache, unless a specialist says otherwise. `fastest`: on a CPU float32 where
+    bfloat16 would be emulated and float32 fits in the memory, else bfloat16; on a GPU as `auto`."""
 
     tensor_parallel_size: Count | None = None
     """Number of devices that each hold a shard of every specialist."""

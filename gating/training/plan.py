@@ -12,7 +12,7 @@ import torch
 from ultrafuser.gating.data.hidden_states import resolve_dtype
 from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
 from ultrafuser.gating.model.inspection import FusedModelInfo
-from ultrafuser.gating.model.loading import add_adapter
+from ultrafuser.gating.model.loading import add_adapter, empty_model
 from ultrafuser.gating.model.schema import FusionConfig
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.settings import TrainSettings
@@ -41,13 +41,10 @@ class ModelSize:
 
 def measure(fusion: FusionConfig, settings: TrainSettings) -> list[ModelSize]:
     """Parameters of every specialist, counted on models without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     sizes = []
     for specialist in fusion.specialists:
-        config = AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
+        model = empty_model(specialist).requires_grad_(False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             num_output = model.get_output_embeddings().weight.numel()
             num_outside = num_parameters - _num_in_layers(model)
@@ -63,8 +60,8 @@ def measure(fusion: FusionConfig, settings: TrainSettings) -> list[ModelSize]:
                 num_trained,
                 num_output,
                 num_outside,
-                config.num_hidden_layers,
-                config.hidden_size,
+                model.config.num_hidden_layers,
+                model.config.hidden_size,
             )
         )
     return sizes

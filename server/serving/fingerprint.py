@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ultrafuser import __version__
@@ -12,16 +13,18 @@ from ultrafuser.server.serving.installation import VLLM_VERSION
 _HEX_DIGITS = 12
 
 
-def fingerprint(fusion: FusionConfig) -> str:
+def fingerprint(fusion: FusionConfig, dtypes: Sequence[str]) -> str:
     """`fused-VERSION-HASH`; the hash is over this release, vLLM's, the specialists, the gate and what shapes tokens.
+
+    `dtypes` are those that the specialists are computed in, in the file's order.
 
     Folders count by name: those of prepared weights are named by their content, wherever the cache is. The served
     name and the engine's sizes do not count.
     """
     described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
-    for specialist in described["specialists"]:
-        specialist["model"] = Path(specialist["model"]).name
+    for specialist, dtype in zip(described["specialists"], dtypes, strict=True):
+        specialist |= {"model": Path(specialist["model"]).name, "dtype": dtype}
     gate = None if fusion.gate is None else gate_digest(fusion.gate)
-    described |= {"dtype": fusion.engine.dtype, "versions": [__version__, VLLM_VERSION], "gate": gate}
+    described |= {"versions": [__version__, VLLM_VERSION], "gate": gate}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return f"fused-{__version__}-{digest[:_HEX_DIGITS]}"

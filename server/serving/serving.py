@@ -26,6 +26,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 from ultrafuser.server.access.keys import salt_cache
+from ultrafuser.server.engine.shared.spec import EngineSpec
 from ultrafuser.server.errors import ApiError
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.requests.limits import RequestBounds
@@ -176,10 +177,11 @@ def build_serving(
     chat = FusedServingChat(engine, models, "assistant", **shared, **template, **tools)
     completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
     grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
+    dtypes = [specialist.dtype for specialist in EngineSpec.from_vllm_config(config).specialists]
     for serving in (chat, completion):
         serving.grammars = grammars
         serving.specialists = fusion.specialist_names
-        serving.system_fingerprint = fingerprint(fusion)
+        serving.system_fingerprint = fingerprint(fusion, dtypes)
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)

@@ -19,14 +19,14 @@ import uvicorn
 from pydantic import ValidationError
 
 from ultrafuser.gating.errors import UserError
-from ultrafuser.gating.model.fusion import EngineSettings, FusionConfig, inspect_fusion
+from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
 from ultrafuser.gating.model.gate import gate_digest
 from ultrafuser.gating.model.materialize import materialize
 from ultrafuser.server.access.admission import DEFAULT_MAX_REQUESTS, Admission
 from ultrafuser.server.access.connections import guarded_protocol
 from ultrafuser.server.app import create_app
 from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
-from ultrafuser.server.engine.shared.options import check_engine_options
+from ultrafuser.server.engine.shared.options import check_engine_options, override_engine
 from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
 from ultrafuser.server.log import adopt_vllm_logging
 from ultrafuser.server.metrics import describe_build
@@ -75,7 +75,7 @@ def serve(
     allow_many_connections()
     check_engine_options(engine_options)
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
-    fusion = _override_engine(fusion, engine_options)
+    fusion = override_engine(fusion, engine_options)
     with progress.step("prepare weights"):
         fusion = materialize(fusion, Path(settings.cache) if settings.cache else None, progress.report)
         info = inspect_fusion(fusion)
@@ -93,12 +93,6 @@ def serve(
             return runner.run(_Service(serving, settings, listener, progress).run())
     finally:
         engine.shutdown(timeout=ENGINE_STOP_SECONDS)
-
-
-def _override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusionConfig:
-    """The fusion with the options in place of its file's engine settings, so that they are checked like these."""
-    known = {name: value for name, value in engine_options.items() if name in EngineSettings.model_fields}
-    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update=known)})
 
 
 def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusedAsyncLLM:

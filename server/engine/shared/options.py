@@ -12,7 +12,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from ultrafuser.gating.errors import UserError
-from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
+from ultrafuser.gating.model.fusion import EngineSettings, FusedModelInfo, FusionConfig, inspect_fusion
+from ultrafuser.server.engine.shared.dtype import resolve_dtype
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
 
@@ -48,11 +49,12 @@ def engine_arguments(
     """
     options = dict(engine_options or {})
     check_engine_options(options)
-    changes = {name: value for name, value in options.items() if name in OPTIONS_OF_MODELS}
-    if changes:
-        inspect_fusion(fusion.model_copy(update={"engine": fusion.engine.model_copy(update=changes)}))
+    fusion = override_engine(fusion, options)
+    if options.keys() & OPTIONS_OF_MODELS:
+        inspect_fusion(fusion)
     settings = fusion.engine.model_dump(exclude_none=True) | options
-    spec = engine_spec(fusion, info, settings.pop("dtype", "auto"))
+    settings.pop("dtype", None)
+    spec = engine_spec(fusion, info, resolve_dtype(fusion))
     return {
         "max_model_len": info.max_model_len,
         **settings,
@@ -65,6 +67,12 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "override_generation_config": _sampling_defaults(fusion),
     }
+
+
+def override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusionConfig:
+    """The fusion with the options in place of its file's engine settings, so that they are checked like these."""
+    known = {name: value for name, value in engine_options.items() if name in EngineSettings.model_fields}
+    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update=known)})
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:

@@ -1,0 +1,53 @@
+"""Which type `engine.dtype: fastest` is on this machine, told from the processor's flags: the same at every start.
+
+Measured at a start it could be another one after the next, and replicas would differ. Knows models by their number of
+parameters only.
+"""
+
+import logging
+
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import get_memory_node_info
+from vllm.utils.mem_utils import format_gib
+
+from ultrafuser.gating.model.loading import empty_model
+from ultrafuser.gating.model.schema import FusionConfig
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_dtype(fusion: FusionConfig) -> str:
+    """The type that a materialized fusion's `engine.dtype` stands for, in vLLM's terms; says why if it had a choice."""
+    wanted = fusion.engine.dtype or "auto"
+    if wanted != "fastest":
+        return wanted
+    dtype, reason = _fastest(fusion)
+    logger.info("dtype: %s, the fastest here: %s", dtype, reason)
+    return dtype
+
+
+def _fastest(fusion: FusionConfig) -> tuple[str, str]:
+    if not current_platform.is_cpu():
+        return "auto", "that of each model's own configuration, on a device that is no CPU"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16", "this CPU computes in it"
+    needed, memory = _float32_bytes(fusion), _memory_bytes(fusion)
+    sizes = f"{format_gib(needed)} GiB of weights and cache in float32, {format_gib(memory)} GiB of memory"
+    if needed > memory:
+        return "bfloat16", f"this CPU emulates it, but float32 does not fit ({sizes})"
+    return "float32", f"this CPU would emulate bfloat16 ({sizes})"
+
+
+def _float32_bytes(fusion: FusionConfig) -> int:
+    """Bytes of all weights in float32, and of a cache of the wanted size, or else as large as the weights."""
+    models = (empty_model(specialist) for specialist in fusion.specialists)
+    weights = sum(torch.float32.itemsize * model.num_parameters() for model in models)
+    return weights + (fusion.engine.kv_cache_memory_bytes or weights)
+
+
+def _memory_bytes(fusion: FusionConfig) -> float:
+    """What the engine may take: a share of the machine's or the container's memory."""
+    share = fusion.engine.gpu_memory_utilization or EngineArgs.gpu_memory_utilization
+    return share * get_memory_node_info().total_memory
