@@ -10,7 +10,6 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info
-from vllm.utils.mem_utils import format_gib
 
 from ultrafuser.gating.model.loading import empty_model
 from ultrafuser.gating.model.schema import FusionConfig
@@ -34,7 +33,7 @@ def _fastest(fusion: FusionConfig) -> tuple[str, str]:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "bfloat16", "this CPU computes in it"
     needed, memory = _float32_bytes(fusion), _memory_bytes(fusion)
-    sizes = f"{format_gib(needed)} GiB of weights and cache in float32, {format_gib(memory)} GiB of memory"
+    sizes = f"{needed / 2**30:.1f} GiB of weights and cache in float32, {memory / 2**30:.1f} GiB of memory"
     if needed > memory:
         return "bfloat16", f"this CPU emulates it, but float32 does not fit ({sizes})"
     return "float32", f"this CPU would emulate bfloat16 ({sizes})"
