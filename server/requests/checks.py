@@ -11,6 +11,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 
+from ultrafuser.server.requests.context import cut_to_context
 from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
@@ -58,6 +59,7 @@ def _check_completion(request: CompletionRequest, bounds: RequestBounds) -> None
 
 def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
     check_limits(request, bounds)
+    cut_to_context(request, bounds.context_length)
     ask_for_weights(request)
     notice_unknown_fields(request)
 
