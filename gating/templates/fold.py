@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ultrafuser.gating.templates.content import text_of_message
 from ultrafuser.gating.templates.load import TemplateError
 from ultrafuser.gating.templates.probe import Capabilities, capabilities
 
@@ -34,7 +35,8 @@ def fold_messages(
     """Messages and tools in a form that this template shows completely.
 
     Args:
-        messages: OpenAI chat messages; content is text, a list of text parts, or absent. They are not changed.
+        messages: OpenAI chat messages; content is text, a list of text parts, or absent; an assistant's may be a
+            refusal, which is text, too. They are not changed.
         tools: OpenAI tools, or None.
         chat_template: Jinja text.
 
@@ -62,7 +64,7 @@ def _plain(message: Mapping[str, Any]) -> Message:
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in ("system", "user", "assistant", "tool"):
         raise TemplateError(f"messages: unknown role {role!r}; use system, developer, user, assistant or tool")
-    plain: Message = {"role": role, "content": _text(message.get("content"))}
+    plain: Message = {"role": role, "content": text_of_message(message)}
     if message.get("tool_calls"):
         plain["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
     return plain | {key: message[key] for key in ("name", "tool_call_id") if message.get(key) is not None}
@@ -80,15 +82,6 @@ def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise TemplateError(f"messages: tool call arguments are not JSON ({error}); send a JSON object") from error
     return {**call, "function": function}
-
-
-def _text(content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts = list(content)
-    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        raise TemplateError("messages: content parts other than text cannot be read; send text")
-    return "\n".join(part["text"] for part in parts)
 
 
 def _merge_leading_system(turns: list[Message]) -> list[Message]:

@@ -15,10 +15,9 @@ from ultrafuser.server.errors import ContextTooLong, InvalidRequest
 from ultrafuser.server.requests.checked_route import CheckedRoute
 from ultrafuser.server.requests.checks import check_request
 from ultrafuser.server.requests.limits import RequestBounds
-from ultrafuser.server.requests.unsupported import refuse_media
 from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 from ultrafuser.server.serving.serving import Serving
-from ultrafuser.server.serving.translation import TRANSLATED_ERRORS, as_api_error, error_in
+from ultrafuser.server.serving.translation import error_in
 
 router = APIRouter(route_class=CheckedRoute)
 
@@ -64,7 +63,7 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
         raise InvalidRequest("text: has one token only, which nothing predicts; send more.", "text")
     own: dict[str, Any] = {"prompt": [first], "logprobs": 0}
     asked = CompletionRequest(**_common(request, rest), **own)
-    response = await _answered(serving.completion.create_completion(asked, raw_request), rest, "text")
+    response = await _answered(serving, serving.completion.create_completion(asked, raw_request), rest, "text")
     tokens = _tokens(serving, response, response.choices[0].logprobs.token_logprobs)
     start = {"token": serving.tokenizer.decode([first]), "token_id": first, "logprob": None, GATE_WEIGHTS: None}
     return _body(serving, response, [start, *tokens])
@@ -73,25 +72,20 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
-    refuse_media(asked.messages)  # of the model made of them, which may leave parts that can be read only once
-    response = await _answered(serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
+    response = await _answered(serving, serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
     logprobs = [entry.logprob for entry in response.choices[0].logprobs.content]
     return _body(serving, response, _tokens(serving, response, logprobs))
 
 
-async def _answered(asking: Awaitable[Any], given: list[int], param: str) -> Any:
-    """What the serving class gave; a text that is too long for the context is no matter of `max_tokens` here."""
-    try:
-        response = await asking
-        if (told := error_in(response)) is not None:
-            raise told
-    except TRANSLATED_ERRORS as error:
-        if as_api_error(error).param == "max_tokens":
-            raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param) from error
-        raise
+async def _answered(serving: Serving, asking: Awaitable[Any], given: list[int], param: str) -> Any:
+    """What the serving class gave; a text that was cut, since it does not fit beside its prompt, is refused."""
+    response = await asking
+    if (told := error_in(response)) is not None:
+        raise told
     (choice,) = response.choices
     if list(choice.token_ids) != given:
-        raise ContextTooLong(f"{param}: of {len(given)} tokens only {len(choice.token_ids)} fit; shorten it.", param)
+        found = f"has {len(given)} tokens beside {response.usage.prompt_tokens} of the prompt"
+        raise _too_long(serving, param, found)
     return response
 
 
@@ -108,14 +102,21 @@ def _common(request: GateAnalysisRequest, given: list[int]) -> dict[str, Any]:
 
 
 async def _token_ids(serving: Serving, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-    max_length: int = serving.engine.vllm_config.model_config.max_model_len
-    if len(text) > max_length * serving.tokenizer.max_chars_per_token:
-        raise ContextTooLong(f"{param}: does not fit into the model's context; shorten it.", param)
+    limit = serving.bounds.context_length
+    if len(text) > limit * serving.tokenizer.max_chars_per_token:
+        raise _too_long(serving, param, f"has {len(text)} characters, more than so many tokens can hold")
     ids: list[int] = await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    if len(ids) > limit:
+        raise _too_long(serving, param, f"has {len(ids)} tokens")
     foreign = next((token_id for token_id in ids if token_id >= serving.bounds.num_shared_ids), None)
     if foreign is not None:
         raise InvalidRequest(f"{param}: token id {foreign} is not shared by all specialists; change the text.", param)
     return ids
+
+
+def _too_long(serving: Serving, param: str, found: str) -> ContextTooLong:
+    limit = f"This model's maximum context length is {serving.bounds.context_length} tokens"
+    return ContextTooLong(f"{limit}. However, {param} {found}. Please reduce the length.", param)
 
 
 def _tokens(serving: Serving, response: Any, logprobs: list[float | None]) -> list[dict[str, Any]]:

@@ -11,10 +11,12 @@ import jiter
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
 from ultrafuser.server.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from ultrafuser.server.requests.plain import plain_body
 from ultrafuser.server.settings import Limits
 
 MAX_DEPTH = 200
@@ -47,9 +49,10 @@ async def read_request(request: Request, adapter: TypeAdapter[Any], limits: Limi
     body = await read_body(request, limits.max_body_bytes)
     value = parse_json(body, limits.max_items)
     check_shape(value, limits.max_items)
-    _check_messages(value.get("messages"))
+    plain = plain_body(value)
+    _check_messages(plain.get("messages"))
     try:
-        return _ReadRequest(request, body, adapter.validate_json(body, strict=True))
+        return _ReadRequest(request, body, adapter.validate_json(to_json(plain), strict=True))
     except ValidationError as error:
         raise _as_request_error(error, ("body",)) from error
 
@@ -154,10 +157,6 @@ def _is_token_ids(value: Any) -> bool:
 def _check_messages(messages: Any) -> None:
     """Look at one message after the other, up to the first wrong one: each has an error for every role there is."""
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and not all(isinstance(part, dict | str) for part in content):
-            param = f"messages.{index}.content"
-            raise InvalidRequest(f"{param}: each part must be an object or a string.", param)
         place: tuple[str | int, ...] = ("body", "messages", index)
         try:
             checked = _MESSAGE.validate_python(message, strict=True)

@@ -11,6 +11,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 
+from ultrafuser.server.requests.context import cut_to_context
 from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
@@ -18,7 +19,6 @@ from ultrafuser.server.requests.unsupported import (
     TOKENIZE_REFUSALS,
     notice_unknown_fields,
     refuse,
-    refuse_media,
 )
 from ultrafuser.server.requests.weights_field import ask_for_weights
 
@@ -41,7 +41,6 @@ def is_checked(kind: type) -> bool:
 @check_request.register(ChatCompletionRequest)
 def _check_chat(request: ChatCompletionRequest, bounds: RequestBounds) -> None:
     refuse(CHAT_REFUSALS, request)
-    refuse_media(request.messages)
     # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
     request.include_reasoning = True
     if request.echo:
@@ -58,6 +57,7 @@ def _check_completion(request: CompletionRequest, bounds: RequestBounds) -> None
 
 def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
     check_limits(request, bounds)
+    cut_to_context(request, bounds.context_length)
     ask_for_weights(request)
     notice_unknown_fields(request)
 
@@ -65,7 +65,6 @@ def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds
 @check_request.register(TokenizeChatRequest)
 def _check_tokenize_chat(request: TokenizeChatRequest, _bounds: RequestBounds) -> None:
     refuse(TOKENIZE_REFUSALS, request)
-    refuse_media(request.messages)
 
 
 @check_request.register(TokenizeCompletionRequest)

@@ -34,6 +34,9 @@ class RequestBounds:
     num_shared_ids: int
     """Token ids below this are shared by all specialists; only they have fused logits."""
 
+    context_length: int
+    """Most tokens of a prompt and its response together."""
+
 
 def check_limits(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
     """Check a generation request.
@@ -75,7 +78,7 @@ def check_token_ids(field: str, ids: Iterable[int], num_shared_ids: int) -> None
 def _ranges(
     request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds
 ) -> Iterator[tuple[str, int | None, int]]:
-    """Fields that count something, with the most they may be; how many tokens fit is checked with the prompt."""
+    """Fields that count something, with the most they may be; what does not fit into the context is cut later."""
     is_chat = isinstance(request, ChatCompletionRequest)
     logprobs = request.top_logprobs if is_chat else request.logprobs
     if bounds.max_logprobs != -1:

@@ -28,9 +28,6 @@ RESERVED_EXTRA_ARGS = frozenset(
 )
 """Keys of `vllm_xargs` that belong to the server."""
 
-TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
-"""Types of content parts that are text; every other type is media, or a file."""
-
 MAX_NOTICED_FIELDS = 64
 """How many unknown fields are logged before nothing more is said about them."""
 
@@ -55,7 +52,13 @@ def _value(request: BaseModel, name: str) -> Any:
 
 def _given(name: str) -> Callable[[Any], bool]:
     # By type: 0 equals False, but "no logprobs" is a wish where "false" is none.
-    return lambda request: (value := _value(request, name)) is not None and value is not False and value != {}
+    return lambda request: (
+        (value := _value(request, name)) is not None and value is not False and not _says_nothing(value)
+    )
+
+
+def _says_nothing(value: Any) -> bool:
+    return isinstance(value, dict) and all(item is None for item in value.values())
 
 
 def _echoes_logprobs(request: Any) -> bool:
@@ -151,26 +154,7 @@ def refuse(refusals: Iterable[Refusal], request: BaseModel) -> None:
     """
     for refusal in refusals:
         if refusal.is_asked(request):
-            raise _refused(refusal.param, f"{refusal.param} is not supported by a fused model: {refusal.instead}.")
-
-
-def refuse_media(messages: Iterable[Any]) -> None:
-    """Check the content of messages, whose parts become plain lists.
-
-    Raises:
-        UnsupportedParameter: a part is not text.
-    """
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        if content is None or isinstance(content, str):
-            continue
-        # The request's own model may leave a one-shot iterator here, which looking at it would use up.
-        message["content"] = list(content)
-        for position, part in enumerate(message["content"]):
-            kind = "text" if isinstance(part, str) else part.get("type")
-            if kind not in TEXT_PARTS:
-                param = f"messages.{index}.content.{position}"
-                raise _refused(param, f"{param}: {kind!r} is not fused; send text.", "messages")
+            raise refused(refusal.param, f"{refusal.param} is not supported by a fused model: {refusal.instead}.")
 
 
 def notice_unknown_fields(request: BaseModel) -> None:
@@ -182,6 +166,7 @@ def notice_unknown_fields(request: BaseModel) -> None:
             logger.info("requests have the unknown field %.64r, which has no effect", name)
 
 
-def _refused(param: str, message: str, label: str | None = None) -> UnsupportedParameter:
+def refused(param: str, message: str, label: str | None = None) -> UnsupportedParameter:
+    """The error for a field, and count it, under the label if the field's name has a place in it."""
     REFUSED.labels(label or param).inc()
     return UnsupportedParameter(message, param)

@@ -186,10 +186,12 @@ class FusedRenderer(HfRenderer):
                 _check_text(prompt["prompt"], params, self.tokenizer.max_chars_per_token, "prompt")
         inputs: list[Any] = await super().render_cmpl_async(prompts, _untruncated(params), **options)
         limit = params.max_total_tokens
-        for engine_input in inputs:
+        for number, engine_input in enumerate(inputs, 1):
             token_ids = engine_input["prompt_token_ids"]
             if limit is not None and len(token_ids) >= limit:
-                raise ContextTooLong(_too_long(limit, f"your prompt resulted in {len(token_ids)} tokens"), "prompt")
+                which = f", number {number} of {len(inputs)} prompts" if len(inputs) > 1 else ""
+                found = f"your prompt resulted in {len(token_ids)} tokens{which}"
+                raise ContextTooLong(_too_long(limit, found), "prompt")
             check_token_ids("prompt", token_ids, self._num_shared_ids)
         return inputs
 

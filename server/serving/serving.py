@@ -28,6 +28,7 @@ from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 from ultrafuser.server.access.keys import salt_cache
 from ultrafuser.server.engine.shared.spec import EngineSpec
 from ultrafuser.server.errors import ApiError
+from ultrafuser.server.requests.context import cut_to_room
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.requests.limits import RequestBounds
 from ultrafuser.server.requests.weights_field import is_asked
@@ -59,6 +60,11 @@ class _Fused:
             raise as_api_error(message) from message
         raise as_api_error(self.create_error_response(message, err_type, status_code, param))  # type: ignore[attr-defined]
 
+    def _fit(self, request: ChatCompletionRequest | CompletionRequest, inputs: Sequence[Any]) -> None:
+        """Cut the request to the room that its prompts leave; of several the longest decides."""
+        longest = max(len(engine_input["prompt_token_ids"]) for engine_input in inputs)
+        cut_to_room(request, self.model_config.max_model_len - longest)  # type: ignore[attr-defined]
+
     def _convert_generation_error_to_streaming_response(self, e: GenerationError) -> NoReturn:
         raise as_api_error(e) from e
 
@@ -68,6 +74,9 @@ class FusedServingChat(_Fused, OpenAIServingChat):
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         rendered = await super().render_chat_request(request)
+        if isinstance(rendered, ErrorResponse):
+            return rendered
+        self._fit(request, rendered[1])
         # Only now: rendering turns a demand for a tool into a constraint.
         await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
@@ -112,6 +121,9 @@ class FusedServingCompletion(_Fused, OpenAIServingCompletion):
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         rendered = await super().render_completion_request(request)
+        if isinstance(rendered, ErrorResponse):
+            return rendered
+        self._fit(request, rendered)
         await self.grammars.check(constraint_of(request.extract_structured_outputs()))
         return rendered
 
@@ -185,8 +197,13 @@ def build_serving(
         # vLLM takes the server's max_tokens for a cap, too; in the fusion file it is a default.
         serving.override_max_tokens = None
     tokenization = ServingTokenization(models, renderer, **template)
-    has_priorities = config.scheduler_config.policy == "priority"
-    bounds = RequestBounds(settings, config.model_config.max_logprobs, has_priorities, info.num_shared_ids)
+    bounds = RequestBounds(
+        limits=settings,
+        max_logprobs=config.model_config.max_logprobs,
+        has_priorities=config.scheduler_config.policy == "priority",
+        num_shared_ids=info.num_shared_ids,
+        context_length=config.model_config.max_model_len,
+    )
     tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
     return Serving(engine, models, chat, completion, tokenization, tokenizer, specialists, grammars, bounds)
 

@@ -295,6 +295,32 @@ def test_every_field_of_vllms_model_is_decided(route: str) -> None:
     assert WORKS[route].keys() - fields == set()
 
 
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (CHAT, {}),
+        (CHAT, {"max_tokens": None, "max_completion_tokens": 32_000}),
+        (CHAT, {"max_tokens": 100, "min_tokens": 100, "ignore_eos": False, "logit_bias": END}),
+        (TEXT, {}),
+        (TEXT, {"max_tokens": 100, "min_tokens": 100, "ignore_eos": False, "logit_bias": END}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "max_tokens",
+)
+def test_a_response_that_does_not_fit_ends_as_length_where_the_context_is_full(
+    server: ServerProcess, route: str, fields: dict[str, Any]
+) -> None:
+    long = {"prompt": "q" * 1000} if route == TEXT else {"messages": [{"role": "user", "content": "q" * 890}]}
+    asked = long | {"max_tokens": 32_000} | fields
+    ask = Asking(server, route)
+    whole, chunks = ask(**asked), ask.stream(**asked, stream_options={"include_usage": True})
+    room = 1024 - prompt_tokens(whole)
+    assert 10 < room < 30
+    assert (used(whole), len(ids(whole)), reason(whole)) == (room, room, "length")
+    assert "".join(map(delta, chunks)) == text(whole)
+    assert [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]][-1] == "length"
+    assert (used(chunks[-1]), prompt_tokens(chunks[-1])) == (room, prompt_tokens(whole))
+
+
 CITY = {
     "type": "object",
     "properties": {"city": {"enum": ["Oslo", "Rome"]}},

@@ -250,3 +250,16 @@ def test_folding_changes_neither_messages_nor_tools():
     for template in (FULL_TEMPLATE, STRICT_TEMPLATE):
         fold_messages(messages, tools, template)
     assert json.dumps([messages, tools]) == before
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_a_refusal_is_read_as_what_the_assistant_said(name):
+    """Offline and in training as in the server: whatever form a client keeps it in."""
+    wanted = fold_messages([USER, REPLY, AGAIN], None, load_template(name))
+    for turn in (
+        {"content": [{"type": "refusal", "refusal": REPLY["content"]}]},
+        {"content": None, "refusal": REPLY["content"]},
+        {"content": "", "refusal": REPLY["content"], "audio": None, "tool_calls": None},
+        {"content": [REPLY["content"]]},
+    ):
+        assert fold_messages([USER, {"role": "assistant", **turn}, AGAIN], None, load_template(name)) == wanted

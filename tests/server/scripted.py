@@ -61,7 +61,7 @@ class ScriptedEngine:
         self.input_processor.process_inputs(request_id, prompt, sampling_params, ("generate",))
         tokenizer = self.renderer.get_tokenizer()
         forced = forced_token_ids(sampling_params)
-        script = forced or tokenizer.encode(SCRIPT, add_special_tokens=False)[: sampling_params.max_tokens]
+        script = (forced or tokenizer.encode(SCRIPT, add_special_tokens=False))[: sampling_params.max_tokens]
         try:
             for step in range(len(script)):
                 if self.failure is not None and step == self.fails_at:

@@ -11,11 +11,13 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from transformers import AutoTokenizer
 
+from tests.fakes import MAX_POSITIONS
 from tests.server.engine.harness import greedy, random_prompts
 from tests.server.engine.judge import Judge
 from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.templates import fold_messages
 from ultrafuser.server.engine.shared.options import EngineOptionError
+from ultrafuser.server.errors import ContextTooLong
 from ultrafuser.server.llm import FusedLLM
 
 
@@ -52,6 +54,22 @@ def test_chat_renders_each_specialists_own_prompt(llm: FusedLLM, judge: Judge, t
     assert len({len(prompt) for prompt in own}) == 3
     assert list(output.outputs[0].token_ids) == judge.tokens(own, 8)
     assert output.prompt_token_ids == max(own, key=len)
+
+
+def test_a_response_that_does_not_fit_is_cut_and_a_prompt_without_room_refused(llm: FusedLLM) -> None:
+    """As the server does it, by vLLM's own rule."""
+    prompt = {"prompt_token_ids": [70] * (MAX_POSITIONS - 5)}
+    (output,) = llm.generate([prompt], greedy(32_000, min_tokens=10), use_tqdm=False)
+    assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (5, "length")
+    (output,) = llm.chat([{"role": "user", "content": "q" * 900}], greedy(32_000), use_tqdm=False)
+    room = MAX_POSITIONS - len(output.prompt_token_ids)
+    assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (room, "length")
+    own = {"specialist_prompts": [[70] * 10, [70] * MAX_POSITIONS, [70] * 20]}
+    for without_room in ({"prompt_token_ids": [70] * MAX_POSITIONS}, own):
+        with pytest.raises(ValueError, match=f"{MAX_POSITIONS}"):
+            llm.generate([without_room], greedy(1), use_tqdm=False)
+    with pytest.raises(ContextTooLong, match=f"{MAX_POSITIONS} tokens"):
+        llm.chat([{"role": "user", "content": "q" * 1000}], greedy(1), use_tqdm=False)
 
 
 def test_an_unsupported_engine_option_is_refused(tiny_fusion: Path) -> None:

@@ -204,7 +204,7 @@ CHAT_BOUNDS: list[tuple[str | None, dict[str, Any]]] = [
     ("logprobs", {"logprobs": 1}),
     ("max_completion_tokens", {"max_completion_tokens": 0}),
     ("max_completion_tokens", {"max_completion_tokens": -5}),
-    ("max_completion_tokens", {"max_completion_tokens": 5000}),
+    ("max_completion_tokens", {"max_completion_tokens": 2**31}),
     ("messages", {"messages": [{"role": "user", "content": "Hi"}] * 2049}),
     (None, {"messages": [{"role": "user", "content": [[[]] * 300] * 300}]}),
     ("messages", {"messages": [5] * 100_000}),

@@ -4,10 +4,9 @@ from typing import Any
 
 import httpx
 import pytest
-from vllm.renderers.chat_utils import TEXT_PART_TYPES
 
 from tests.server.scripted import ScriptedEngine
-from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, MAX_NOTICED_FIELDS, TEXT_PARTS
+from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, MAX_NOTICED_FIELDS
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
@@ -127,10 +126,6 @@ async def test_only_shared_ids_become_text(client: httpx.AsyncClient) -> None:
     response = await client.post("/detokenize", json={"tokens": [76, 320]})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "tokens"
-
-
-def test_vllm_takes_the_same_parts_for_text() -> None:
-    assert TEXT_PARTS == TEXT_PART_TYPES
 
 
 def test_every_refusal_has_a_case() -> None:
