@@ -21,9 +21,6 @@ from ultrafuser.gating.json_text import JsonError, parse_json
 MAX_HASHED_BYTES = 64 * 1024**2
 """Larger files are not read as a whole to tell their content apart."""
 
-CONTENTS_FILE = "contents.json"
-"""How long the files of a folder are that was written whole."""
-
 _NUM_PIECES, _PIECE_BYTES = 1024, 16 * 1024
 
 
@@ -168,21 +165,21 @@ def content_digest(path: Path) -> str:
     return f"pieces:{digest.hexdigest()}"
 
 
-def note_contents(folder: Path) -> None:
+def note_contents(folder: Path, note: Path) -> None:
     """Write down how long a folder's files are, as the last thing before it gets its name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONTENTS_FILE)
-    write_json(folder / CONTENTS_FILE, {path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != note)
+    write_json(note, {path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
 
 
-def find_damage(folder: Path) -> str | None:
-    """Which file of a folder is not as long as it was: after a full disk or a loss of power. None if all are, or if
+def find_damage(folder: Path, note: Path) -> str | None:
+    """Which file of a folder is not as long as was noted: after a full disk or a loss of power. None if all are, or if
     nothing was noted."""
-    if not (folder / CONTENTS_FILE).exists():
+    if not note.exists():
         return None
     try:
-        sizes = read_json(folder / CONTENTS_FILE, "")
+        sizes = read_json(note, "")
     except CommandError:
-        return f"{CONTENTS_FILE} is cut off"
+        return f"{note.name} is cut off"
     for name, size in sizes.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None

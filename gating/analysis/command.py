@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Precision, Seed
 from ultrafuser.gating.commands.flags import parse_command, require
-from ultrafuser.gating.commands.outputs import output_folder
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.files import json_bytes, write_file
 from ultrafuser.gating.model.cache import cache_folder

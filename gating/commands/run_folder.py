@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ultrafuser.gating.commands.outputs import output_folder
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.files import read_json, write_json
 

@@ -87,7 +87,7 @@ def check_domain(domain: object) -> str:
         DataError: it cannot be called so.
     """
     if not isinstance(domain, str) or not domain.strip() or not domain.isprintable():
-        raise DataError(f"domain: must be a name in one line, is {domain!r:.60}")
+        raise DataError(f"domain: must be a name, is {domain!r:.60}")
     if domain in RESERVED_DOMAINS:
         raise DataError(f"domain: {domain!r} is the name of a result of all domains; choose another name")
     return domain

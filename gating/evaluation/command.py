@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultrafuser.gating.commands.outputs import output_file, output_folder
+from ultrafuser.gating.commands.places import output_file, output_folder
 from ultrafuser.gating.evaluation.settings import EvalSettings, parse_settings
 from ultrafuser.gating.model.cache import cache_folder
 from ultrafuser.gating.progress_bar import StepProgress

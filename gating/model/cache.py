@@ -54,7 +54,7 @@ class Artifact:
     def is_built(self, cache_dir: Path) -> bool:
         """Whether it is there, and whole: a folder of its name was, but a disk may have lost what it had promised."""
         folder = self.folder(cache_dir)
-        return folder.is_dir() and find_damage(folder) is None
+        return folder.is_dir() and find_damage(folder, _note(folder)) is None
 
 
 def build_once(artifact: Artifact, cache_dir: Path, report: Report) -> Path:
@@ -72,8 +72,13 @@ def build_once(artifact: Artifact, cache_dir: Path, report: Report) -> Path:
                 partial.mkdir()
                 report(artifact.label, 0.0)
                 artifact.build(partial, lambda share: report(artifact.label, share))
-                note_contents(partial)
+                note_contents(partial, _note(folder))
     return folder
+
+
+def _note(folder: Path) -> Path:
+    """Beside the folder, which may be a model's and is read by others."""
+    return folder.with_name(f"{folder.name}.json")
 
 
 def fingerprint(folder: Path) -> list[list[object]]:

@@ -18,6 +18,9 @@ CHECKPOINT_PREFIX = "checkpoint-"
 TRAINED_FILE = "trained.safetensors"
 """What learns, of a checkpoint."""
 
+CONTENTS_FILE = "contents.json"
+"""How long the other files of a checkpoint are."""
+
 _JSON_FILES = (PROVENANCE_FILE, "trainer_state.json")
 
 
@@ -56,7 +59,7 @@ def _step(checkpoint: Path) -> str:
 
 def _damages(checkpoint: Path) -> Iterator[str]:
     """By what was noted, and by each file's own form, which says where it ends."""
-    if damage := find_damage(checkpoint):
+    if damage := find_damage(checkpoint, checkpoint / CONTENTS_FILE):
         yield damage
     for name in _JSON_FILES:
         try:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrafuser.gating.commands.outputs import output_folder
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.errors import TrainError

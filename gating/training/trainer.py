@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
 from ultrafuser.gating.files import note_contents, put_in_place, write_json
-from ultrafuser.gating.training.checkpoints import CHECKPOINT_PREFIX, TRAINED_FILE
+from ultrafuser.gating.training.checkpoints import CHECKPOINT_PREFIX, CONTENTS_FILE, TRAINED_FILE
 from ultrafuser.gating.training.learner import FusedLearner, Learner, trainable_parameters
 from ultrafuser.gating.training.sampler import BalancedBatches
 from ultrafuser.gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
@@ -194,7 +194,7 @@ class FusedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"{CHECKPOINT_PREFIX}{self.state.global_step}"
-            note_contents(folder / _STAGING / name)
+            note_contents(folder / _STAGING / name, folder / _STAGING / name / CONTENTS_FILE)
             put_in_place(folder / _STAGING / name, folder / name)
             shutil.rmtree(folder / _STAGING)
             rotate_checkpoints(str(folder), self.args.save_total_limit)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def test_gzip_that_is_damaged_in_the_middle_is_named_with_the_row(
     file.write_bytes(content)
     (tmp_path / "run" / "settings.json").write_text("{}")
     line = the_line(["data", "export", str(tmp_path / "run"), "--test-set", str(file)], capsys)
-    place, _, reason = line.partition(": not a whole gzip file (")
-    assert reason
-    assert int(place.rpartition(":")[2]) > 500
+    # The bytes after a damage may give another text before their sum gives it away.
+    place = re.search(r"train\.jsonl\.gz:(\d+): not (?:a whole gzip file|JSON|UTF-8) \(", line)
+    assert place is not None, line
+    assert int(place[1]) > 500

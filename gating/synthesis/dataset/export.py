@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ultrafuser.gating.commands.outputs import output_folder
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE, collect_provenance
 from ultrafuser.gating.commands.run_folder import SETTINGS_FILE, sole_run
 from ultrafuser.gating.errors import CommandError

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ultrafuser.gating.analysis.pictures import png
 from ultrafuser.gating.analysis.styles import MARKERS, style_of
-from ultrafuser.gating.commands.outputs import output_folder
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.data.conversations import DataFile
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task

@@ -12,9 +12,9 @@ from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.analysis.runs import read_runs
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.errors import CommandError, TrainError
-from ultrafuser.gating.files import CONTENTS_FILE, MAX_HASHED_BYTES, content_digest
+from ultrafuser.gating.files import MAX_HASHED_BYTES, content_digest
 from ultrafuser.gating.model.cache import Artifact, build_once
-from ultrafuser.gating.training.checkpoints import newest_whole
+from ultrafuser.gating.training.checkpoints import CONTENTS_FILE, newest_whole
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.origins import check_resumed, describe_origins
 
