@@ -64,7 +64,7 @@ def _decode(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise JsonError(f"not UTF-8 (byte {error.start + 1})") from error
+        raise JsonError(f"not JSON (not UTF-8: byte {error.start + 1})") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -98,6 +98,6 @@ def test_gzip_that_is_damaged_in_the_middle_is_named_with_the_row(
     (tmp_path / "run" / "settings.json").write_text("{}")
     line = the_line(["data", "export", str(tmp_path / "run"), "--test-set", str(file)], capsys)
     # The bytes after a damage may give another text before their sum gives it away.
-    place = re.search(r"train\.jsonl\.gz:(\d+): not (?:a whole gzip file|JSON|UTF-8) \(", line)
+    place = re.search(r"train\.jsonl\.gz:(\d+): not (?:a whole gzip file|JSON) \(", line)
     assert place is not None, line
     assert int(place[1]) > 500

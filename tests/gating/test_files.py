@@ -87,7 +87,7 @@ def test_a_file_that_is_no_whole_gzip_is_a_data_error(content: bytes, tmp_path: 
 def test_a_line_that_is_not_json_is_named(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"1\n" + line + b"\n")
-    with pytest.raises(DataError, match=r"^a\.jsonl:2: not (JSON|UTF-8) .*; give one JSON object a line"):
+    with pytest.raises(DataError, match=r"^a\.jsonl:2: not JSON .*; give one JSON object a line"):
         list(read_json_lines(path))
 
 

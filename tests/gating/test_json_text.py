@@ -12,7 +12,7 @@ from ultrafuser.gating.json_text import MAX_DEPTH, MAX_DIGITS, JsonError, parse_
         (b'{"m": [{"role": "\\uDC00 x"}]}', r"^m\.0\.role: has half of a surrogate pair \(\\udc00\)"),
         (b'{"m": {"\\ud83d": 1}}', r"^m\.'\\ud83d': has half of a surrogate pair"),
         (b'"\\ude00\\ud83d"', r"^has half of a surrogate pair \(\\ude00\)"),
-        (b'{"a": "\xed\xa0\xbd"}', r"^not UTF-8 \(byte 8\)$"),
+        (b'{"a": "\xed\xa0\xbd"}', r"^not JSON \(not UTF-8: byte 8\)$"),
         (b'{"a": {"n": -' + b"7" * 5000 + b"}}", r"^a\.n: a number of 5,000 digits is too long$"),
         (b"9" * 5000, r"^a number of 5,000 digits is too long$"),
         (b'{"a": ' + b"9" * 5000, r"^not JSON \("),
