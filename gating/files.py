@@ -1,6 +1,7 @@
 """Files and folders: written whole or not at all, told apart by their content, read line by line.
 
-Knows nothing of what is in them.
+The only reader of files of JSON, and of what users name as a file: whatever is wrong with one is an error with its name
+and row. Knows nothing of what is in them.
 """
 
 import gzip
@@ -14,7 +15,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.gating.errors import DataError
+from ultrafuser.gating.errors import CommandError, DataError
+from ultrafuser.gating.json_text import JsonError, parse_json
+
+MAX_HASHED_BYTES = 64 * 1024**2
+"""Larger files are not read as a whole to tell their content apart."""
+
+_NUM_PIECES, _PIECE_BYTES = 1024, 16 * 1024
 
 
 @contextmanager
@@ -64,42 +71,123 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, float]]:
     """Lines with their number, from 1, and the share of the file that has been read; blank ones are left out.
 
     Raises:
-        DataError: the file is not gzip although its name ends in `.gz`.
+        DataError: the file cannot be read, or is not whole gzip although its name ends in `.gz`; names the row.
     """
-    size = max(path.stat().st_size, 1)
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
-        try:
+    number = 0
+    try:
+        size = max(path.stat().st_size, 1)
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line, min(raw.tell() / size, 1.0)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path.name}: not a whole gzip file ({error}); compress it again") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path.name}:{number + 1}: not a whole gzip file ({error}); compress it again") from error
+    except OSError as error:
+        raise DataError(f"{path.name}:{number + 1}: cannot be read ({error.strerror}); correct the file") from error
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The JSON value of each line that is not blank, with the line's number.
 
     Raises:
-        DataError: not gzip, as `read_lines`; a line that is not JSON.
+        DataError: as `read_lines`; a line that is no usable JSON.
     """
     for number, line, _ in read_lines(path):
         try:
-            yield number, json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise DataError(f"{path.name}:{number}: not JSON ({error}); give one JSON object a line") from error
+            yield number, parse_json(line)
+        except JsonError as error:
+            raise DataError(f"{path.name}:{number}: {error}; give one JSON object a line") from error
+
+
+def read_json(path: Path, way_out: str) -> dict[str, Any]:
+    """A file with one JSON object, as a run of ours wrote it.
+
+    Raises:
+        CommandError: it cannot be read, or is something else; ends with the way out.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+        reason = "not a JSON object"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except JsonError as error:
+        reason = str(error)
+    raise CommandError(f"{path}: {reason}; {way_out}")
+
+
+def input_file(argument: str | Path, way_out: str, kind: str = "file") -> Path:
+    """The path of a file that can be read.
+
+    Raises:
+        DataError: it cannot; names it.
+    """
+    path = Path(os.path.expanduser(argument))
+    if not os.path.isfile(path):  # unlike pathlib's, an answer for names that are too long, too
+        reason = "is no file" if os.path.exists(path) else f"no such {kind}"
+        raise DataError(f"{argument!s:.200}: {reason}; {way_out}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{argument}: cannot be read ({error.strerror}); {way_out}") from error
+    return path
 
 
 def split_name(argument: str) -> tuple[str, Path]:
     """Name and path of `NAME=PATH`; the name is empty if the whole is a path, as it is where there is one."""
     name, equals, path = argument.partition("=")
-    whole = Path(argument).expanduser()
-    return ("", whole) if not equals or whole.exists() else (name, Path(path).expanduser())
+    whole = os.path.expanduser(argument)
+    is_whole = not equals or os.path.exists(whole)
+    return ("", Path(whole)) if is_whole else (name, Path(os.path.expanduser(path)))
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """What a file's content is known by, wherever and whenever it was copied.
+
+    SHA-256 of the whole; of a large one (weights), of its size and 1,024 pieces spread evenly over it: weights that
+    learnt differ nearly everywhere, and reading all of them would take minutes.
+    """
+    size = path.stat().st_size
+    if size <= MAX_HASHED_BYTES:
+        return file_digest(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for index in range(_NUM_PIECES):
+            file.seek(index * (size - _PIECE_BYTES) // (_NUM_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return f"pieces:{digest.hexdigest()}"
+
+
+def note_contents(folder: Path, note: Path) -> None:
+    """Write down how long a folder's files are, as the last thing before it gets its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != note)
+    write_json(note, {path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
+
+
+def find_damage(folder: Path, note: Path) -> str | None:
+    """Which file of a folder is not as long as was noted: after a full disk or a loss of power. None if all are, or if
+    nothing was noted."""
+    if not note.exists():
+        return None
+    try:
+        sizes = read_json(note, "")
+    except CommandError:
+        return f"{note.name} is cut off"
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found:,} bytes of {size:,}"
+    return None
 
 
 def _remove(path: Path) -> None:

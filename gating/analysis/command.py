@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Precision
+from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Precision, Seed
 from ultrafuser.gating.commands.flags import parse_command, require
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.files import json_bytes, write_file
 from ultrafuser.gating.model.cache import cache_folder
@@ -53,7 +54,7 @@ class AnalysisSettings(CommandSettings):
     precision: Precision = "auto"
     """Type of the specialists' arithmetic. Auto: bfloat16 on a GPU, else float32."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Draws conversations, and resamples for intervals."""
 
     cache: CacheFolder = None
@@ -98,7 +99,7 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
         CommandError, FusionError: what cannot be done, before any weight is loaded.
     """
     require("matplotlib", "eval")
-    output = _folder(settings.output)
+    output = output_folder(settings.output, "--output")
     contents: dict[str, bytes] = {}
     if settings.run:
         from ultrafuser.gating.analysis.curves import draw_curves
@@ -107,6 +108,7 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
 
         contents["curves.png"] = png(draw_curves(read_runs(settings.run)))
     if settings.fusion is not None:
+        output_folder(cache_folder(settings.cache), "--cache")
         contents |= _show_gate(settings, settings.fusion)
     for name, content in contents.items():
         write_file(output / name, content)
@@ -199,13 +201,3 @@ def _shown(settings: AnalysisSettings, task: "ReadingTask", reading: "GateReadin
         show(reading, domain, number, place, rows[place], tokenizer)
         for domain, number, place in choose(reading, settings.samples, settings.seed)
     ]
-
-
-def _folder(output: str) -> Path:
-    """Made at once: that it cannot be is better known before minutes of work."""
-    folder = Path(output).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--output: {output}: cannot be a folder ({error.strerror}); name another") from error
-    return folder

@@ -3,7 +3,7 @@
 Knows what `ultrafuser train` writes (`gating/training/trainer.py`); needs no model and draws nothing.
 """
 
-import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import Any
 
 from ultrafuser.gating.commands.run_folder import MANIFEST_FILE, RUN_FOLDER
 from ultrafuser.gating.errors import CommandError
-from ultrafuser.gating.files import split_name
+from ultrafuser.gating.files import read_json, split_name
 
 _LOSS, _GATE = "eval_loss_", "eval_gate_"
 
@@ -64,7 +64,14 @@ def read_runs(arguments: Sequence[str]) -> list[RunCurves]:
     for label, folder in pairs:
         name = folder.resolve().name
         # Runs are often told apart by an outer folder: then the whole path is the label.
-        run = _curves(label or (name if names[name] == 1 else str(folder)), _history(folder))
+        try:
+            run = _curves(label or (name if names[name] == 1 else str(folder)), _history(folder))
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, CommandError):
+                raise
+            raise CommandError(
+                f"--run: the log in {folder} cannot be read ({error!s:.200}); name another folder"
+            ) from error
         if not run.loss.steps and not run.eval_loss.steps:
             raise CommandError(f"--run: {folder} has logged no loss; look at it again after its first checkpoint")
         runs.append(run)
@@ -75,12 +82,20 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     """The log of the whole run, or up to the newest checkpoint of one that is not done."""
     manifest = folder / MANIFEST_FILE
     states = folder.glob(f"{RUN_FOLDER}/checkpoint-*/trainer_state.json")
-    newest = max(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
-    for path, key in ((manifest, "history"), (newest, "log_history")):
-        if path is not None and path.is_file():
-            history = json.loads(path.read_text(encoding="utf-8")).get(key)
-            if history is not None:
-                return list(history)
+    newest_first = sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), reverse=True)
+    damages = []
+    for path, key in ((manifest, "history"), *((path, "log_history") for path in newest_first)):
+        if path.is_file():
+            try:
+                history = read_json(path, "its log is taken from before").get(key)
+            except CommandError as error:
+                damages.append(str(error))
+                continue
+            if isinstance(history, list):
+                print("".join(f"{damage}\n" for damage in damages), end="", file=sys.stderr, flush=True)
+                return history
+    if damages:
+        raise CommandError(f"--run: {damages[0].rpartition('; ')[0]}; name another folder")
     raise CommandError(f"--run: {folder} has no run of `ultrafuser train`; name its --output folder")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from ultrafuser.gating.errors import EndpointError
+from ultrafuser.gating.json_text import parse_json
 
 _AGAIN = frozenset({408, 409, 429})
 _SETTINGS = {
@@ -45,27 +46,11 @@ class NoCompletionError(Exception):
     """A server's response is a success, and no chat completion."""
 
 
-def check_address(base_url: str) -> str:
-    """The address itself.
-
-    Raises:
-        EndpointError: it is none that can be asked.
-    """
-    try:
-        url = httpx.URL(base_url)
-        is_address = url.scheme in ("http", "https") and bool(url.host)
-    except httpx.InvalidURL:
-        is_address = False
-    if not is_address:
-        raise EndpointError(f"base_url: {base_url!r} is no address; give one such as http://127.0.0.1:8000/v1")
-    return base_url
-
-
 def read_completion(content: Any) -> Completion:
     """What is kept of a chat completion's JSON.
 
     Raises:
-        LookupError, TypeError, ValueError, AttributeError: it has another form.
+        LookupError, TypeError, ValueError, AttributeError, OverflowError: it has another form.
     """
     choice = content["choices"][0]
     tokens = (choice.get("logprobs") or {}).get("content") or []
@@ -91,11 +76,11 @@ def content_of(response: httpx.Response, path: str) -> Any:
         NoCompletionError: it is not JSON, or not a chat completion's.
     """
     try:
-        content = response.json()
+        content = parse_json(response.content)
         if path == "/chat/completions":
             read_completion(content)
         return content
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise NoCompletionError(f"not a chat completion: {response.text:.80}") from error
 
 
@@ -117,7 +102,7 @@ def refusal(response: httpx.Response) -> str:
 
 def _message(response: httpx.Response) -> str:
     try:
-        return str(response.json()["error"]["message"])
+        return str(parse_json(response.content)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return response.text
 

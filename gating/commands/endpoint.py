@@ -12,11 +12,11 @@ from typing import Any, Self
 
 import httpx
 
+from ultrafuser.gating.commands.address import check_endpoint
 from ultrafuser.gating.commands.chat_completion import (
     Completion,
     NoCompletionError,
     RequestFailedError,
-    check_address,
     content_of,
     read_completion,
     refusal,
@@ -53,9 +53,10 @@ class Endpoint:
                 slower, and helps where a connection hangs.
 
         Raises:
-            EndpointError: the address is none.
+            EndpointError: the address or the key is none.
         """
-        self._base_url = check_address(base_url).rstrip("/")
+        check_endpoint(base_url, api_key)
+        self._base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
         self._asks_again_when_late = asks_again_when_late
         # One connection each: httpx's pool looks at every connection for every request, which at 64 takes more time

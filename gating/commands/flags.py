@@ -7,10 +7,10 @@ pydantic, and no command. Imports no torch, so that `--help` answers at once.
 
 import argparse
 import importlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from fractions import Fraction
 from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -18,11 +18,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.json_text import JsonError, parse_json
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 _NOTHING: Mapping[str, Any] = {}
-_SUFFIXED = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT])i?B?")
+_SUFFIXED = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)([kmgtKMGT])i?B?", re.ASCII)
+_SHOWN_CHARACTERS = 80
 
 
 def require(package: str, extra: str) -> None:
@@ -128,7 +130,31 @@ def resolve(
         name = str(first["loc"][0])
         source = flag_of(name) if name in flags else prefix + name.upper()
         value = given[name] if len(first["loc"]) == 1 else first["input"]
-        raise CommandError(f"{source}: {first['msg']}, got {value!r}; change the value") from error
+        raise CommandError(f"{source}: {first['msg']}, got {_shown(value)}; {_way_out(fields[name])}") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
+
+def _way_out(field: FieldInfo) -> str:
+    """The range of a number that has one."""
+    low, high = (_bound(field, name) for name in ("ge", "le"))
+    return "change the value" if low is None or high is None else f"give {low} to {high}"
+
+
+def _bound(field: FieldInfo, name: str) -> Any:
+    """A bound that is written at the field, or at its type."""
+    metadata = [*field.metadata, *(item for kind in get_args(field.annotation) for item in _constraints(kind))]
+    found = (getattr(item, name, None) for item in metadata)
+    return next((bound for bound in found if bound is not None), None)
+
+
+def _constraints(kind: Any) -> list[Any]:
+    """Of an annotated type: its annotations, and those in a `Field` among them."""
+    own = list(getattr(kind, "__metadata__", ()))
+    return own + [item for info in own if isinstance(info, FieldInfo) for item in info.metadata]
 
 
 def _help(field: FieldInfo, overrides: bool) -> str:
@@ -162,12 +188,12 @@ def _value(field: FieldInfo, text: Any) -> Any:
     if kind is int and (match := _SUFFIXED.fullmatch(text)):
         number, unit = match.groups()
         power = "kmgt".index(unit.lower()) + 1
-        return int(float(number) * (1000 if unit.islower() else 1024) ** power)
+        return int(Fraction(number) * (1000 if unit.islower() else 1024) ** power)
     if get_origin(kind) is tuple:
         return tuple(part.strip() for part in text.split(","))
     if get_origin(kind) is dict:
-        with suppress(json.JSONDecodeError):  # the model says that it is none
-            return json.loads(text)
+        with suppress(JsonError):  # the model says that it is none
+            return parse_json(text)
     return text
 
 

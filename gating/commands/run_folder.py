@@ -3,7 +3,6 @@
 Knows files, and nothing of what is in them.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.errors import CommandError
-from ultrafuser.gating.files import write_json
+from ultrafuser.gating.files import read_json, write_json
 
 SETTINGS_FILE = "settings.json"
 """What a run that goes on must have in common with the one before."""
@@ -30,9 +30,9 @@ def sole_run(output: Path) -> Iterator[None]:
     """Keep other runs out of a folder.
 
     Raises:
-        CommandError: one is in it.
+        CommandError: one is in it, or it cannot be written to.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output, "output")
     try:
         lock = FileLock(output / ".lock").acquire(timeout=0)
     except Timeout as error:
@@ -52,15 +52,12 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CommandError(f"{path}: not JSON ({error}); name another output folder") from error
+    before = read_json(path, "name another output folder")
     for name in sorted(before.keys() | settings.keys()):
         if before.get(name) != settings.get(name):
             raise CommandError(
-                f"output: {folder} was made with {name} {before.get(name)!r}, now it is {settings.get(name)!r};"
-                " name another folder, or give what it had"
+                f"output: {folder} was made with {name} {before.get(name)!r:.200}, now it is"
+                f" {settings.get(name)!r:.200}; name another folder, or give what it had"
             )
 
 

@@ -4,15 +4,18 @@ A row is one JSON object: `{"domain": "code", "messages": [{"role": "user", "con
 ignored. A row that cannot be used is reported with file, line and reason. Knows no tokens.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ultrafuser.gating.errors import DataError
-from ultrafuser.gating.files import read_lines, split_name
+from ultrafuser.gating.files import input_file, read_lines, split_name
+from ultrafuser.gating.json_text import JsonError, parse_json
 
 ROLES = ("system", "developer", "user", "assistant")
+
+RESERVED_DOMAINS = ("mean",)
+"""Keys that stand beside the domains' in results: a domain of such a name would take their place."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,12 @@ class DataFile:
         """`FILE`, or `DOMAIN=FILE`.
 
         Raises:
-            DataError: there is no such file.
+            DataError: the file cannot be read, or the domain cannot be called so.
         """
         domain, path = split_name(argument)
-        if not path.is_file():
-            raise DataError(f"{path}: no such data file; give JSON lines, FILE or DOMAIN=FILE")
-        return cls(path.resolve(), domain or None)
+        if domain:
+            check_domain(domain)
+        return cls(input_file(path, "give JSON lines, FILE or DOMAIN=FILE", kind="data file").resolve(), domain or None)
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,23 @@ def read_conversations(file: DataFile) -> Iterator[tuple[int, Conversation | Bad
     """Line number, what the line holds, and the share of the file that has been read; blank lines are skipped.
 
     Raises:
-        DataError: the file is not gzip although its name says so.
+        DataError: the file cannot be read, or is not whole gzip although its name says so.
     """
     for line, text, share in read_lines(file.path):
         yield line, _parse(file, line, text), share
+
+
+def check_domain(domain: object) -> str:
+    """The name of a domain: in one place for data files, their rows, and files that describe a domain.
+
+    Raises:
+        DataError: it cannot be called so.
+    """
+    if not isinstance(domain, str) or not domain.strip() or not domain.isprintable():
+        raise DataError(f"domain: must be a name, is {domain!r:.60}")
+    if domain in RESERVED_DOMAINS:
+        raise DataError(f"domain: {domain!r} is the name of a result of all domains; choose another name")
+    return domain
 
 
 def check_row(row: object) -> list[dict[str, str]]:
@@ -85,9 +101,8 @@ def check_row(row: object) -> list[dict[str, str]]:
     """
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
-    domain = row.get("domain")
-    if domain is not None and (not isinstance(domain, str) or not domain.strip()):
-        raise DataError(f"domain: must be a name, is {domain!r}")
+    if row.get("domain") is not None:
+        check_domain(row["domain"])
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError("messages: must be a list of at least two messages")
@@ -103,7 +118,7 @@ def _check_message(index: int, message: object) -> dict[str, str]:
         raise DataError(f"messages.{index}: not a JSON object")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(f"messages.{index}.role: is {role!r}, need one of {', '.join(ROLES)}")
+        raise DataError(f"messages.{index}.role: is {role!r:.60}, need one of {', '.join(ROLES)}")
     if message.get("tool_calls"):
         raise DataError(f"messages.{index}.tool_calls: cannot be trained on; write calls as text")
     if not isinstance(content, str) or not content.strip():
@@ -122,16 +137,12 @@ def _check_turns(roles: Sequence[str]) -> None:
 def _parse(file: DataFile, line: int, text: bytes) -> Conversation | BadRow:
     domain = file.domain
     try:
-        row = json.loads(text)
+        row = parse_json(text)
         if domain is None and isinstance(row, dict) and isinstance(row.get("domain"), str):
             domain = row["domain"]
         messages = check_row(row)
         if domain is None:
             raise DataError("domain: missing; add it, or name it for the whole file: DOMAIN=FILE")
         return Conversation(domain, messages)
-    except UnicodeDecodeError:
-        return BadRow(file.path.name, line, domain, "not UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRow(file.path.name, line, domain, f"not JSON ({error})")
-    except DataError as error:
+    except (JsonError, DataError) as error:
         return BadRow(file.path.name, line, domain, str(error))

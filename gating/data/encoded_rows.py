@@ -159,14 +159,18 @@ def _read(folder: Path, digests: Mapping[str, str]) -> Rows:
     return Rows(Dataset.from_file(str(folder / "rows.arrow")), tuple(BadRow(**row) for row in bad), digests)
 
 
+def _found(rows: Rows, present: Sequence[str]) -> str:
+    """What there is instead of a domain; bad rows may have been of it."""
+    bad = f", and {len(rows.bad)} bad rows, the first: {rows.bad[0]}" if rows.bad else ""
+    return f"the files have {', '.join(present) or 'none'}{bad}"
+
+
 def _check_domains(rows: Rows, domains: Sequence[str]) -> None:
     present = set(rows.domains)
     wanted = set(domains) or present | {row.domain for row in rows.bad if row.domain}
     for domain in sorted(wanted - present):
         bad = [row for row in rows.bad if row.domain == domain]
-        reason = (
-            f"all {len(bad)} are bad, the first: {bad[0]}" if bad else f"the files have {', '.join(sorted(present))}"
-        )
+        reason = f"all {len(bad)} are bad, the first: {bad[0]}" if bad else _found(rows, sorted(present))
         raise DataError(f"domain {domain!r}: has no usable rows ({reason}); add rows of it")
     if not present:
         first = f", the first: {rows.bad[0]}" if rows.bad else ""

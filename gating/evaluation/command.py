@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ultrafuser.gating.commands.places import output_file, output_folder
 from ultrafuser.gating.evaluation.settings import EvalSettings, parse_settings
 from ultrafuser.gating.model.cache import cache_folder
 from ultrafuser.gating.progress_bar import StepProgress
@@ -28,27 +29,43 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
     from ultrafuser.gating.model.packaged import hidden_bars
 
     settings = parse_settings(argv, cache)
+    _check_outputs(settings)
     if settings.benchmark:
         from ultrafuser.gating.evaluation.benchmarks.benchmarks import run_benchmarks
 
         asyncio.run(run_benchmarks(settings))
     with closing(StepProgress()) as progress, hidden_bars():
         if settings.variants is not None:
-            _write_variants(settings, Path(settings.variants), progress)
+            _write_variants(settings, output_folder(settings.variants, "--variants"), progress)
         if settings.loss:
             _report(settings, _measure(settings, progress))
     return 0
 
 
+def _check_outputs(settings: EvalSettings) -> None:
+    """All of them: benchmarks come first, and take hours."""
+    if settings.benchmark:
+        output_folder(settings.output_folder, "--output")
+    if settings.variants is not None:
+        output_folder(settings.variants, "--variants")
+    if settings.json_file is not None:
+        output_file(settings.json_file, "--json")
+    if settings.fusion is not None:
+        output_folder(cache_folder(settings.cache), "--cache")
+
+
 def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
     from ultrafuser.gating.data.conversations import DataFile
     from ultrafuser.gating.evaluation.held_out import ReadingOptions, prepare_task
-    from ultrafuser.gating.evaluation.loss import measure
+    from ultrafuser.gating.evaluation.loss import check_rows, measure
+    from ultrafuser.gating.model.fusion import load_fusion
 
     chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
     options = ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
     files = [DataFile.parse(file) for file in settings.data]
     names = [name for name in (settings.fusion, settings.baseline) if name is not None]
+    for name in names:
+        check_rows(load_fusion(name).specialist_names)
     tables = []
     for name in names:
         task = prepare_task(name, files, options, on_progress)
@@ -63,13 +80,12 @@ def _report(settings: EvalSettings, table: "LossTable") -> None:
 
     print("\n".join(describe(table)))
     if settings.json_file is not None:
-        path = Path(settings.json_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, table.as_json())
+        write_json(output_file(settings.json_file, "--json"), table.as_json())
 
 
 def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report") -> None:
     """One fusion file of a single model for each of the table's rows that is one."""
+    from ultrafuser.gating.evaluation.loss import check_rows
     from ultrafuser.gating.evaluation.merging import find_variants
     from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
     from ultrafuser.gating.model.materialize import materialize
@@ -77,6 +93,7 @@ def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report")
     assert settings.fusion is not None
     cache_dir = cache_folder(settings.cache)
     loaded = load_fusion(settings.fusion)
+    check_rows(loaded.specialist_names)
     prepared = materialize(loaded, cache_dir, on_progress)
     merged, notes = find_variants(
         loaded,
@@ -87,7 +104,6 @@ def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report")
         cache_dir=cache_dir,
         on_progress=on_progress,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     for model in (*prepared.specialists, *merged):
         changes = {"name": f"{loaded.name}-{model.name}", "specialists": (model,), "gate": None}
         save_fusion(loaded.model_copy(update=changes), folder / f"{model.name}.yaml")

@@ -86,6 +86,17 @@ class LossTable:
         return {**found, "mean": _interval(means[name], means[other])}
 
 
+def check_rows(specialists: Sequence[str]) -> None:
+    """Specialists are rows of the table, beside others that have names of their own.
+
+    Raises:
+        CommandError: one is named like those.
+    """
+    odd = sorted({BASE, AVERAGE, TASK_ARITHMETIC, UNIFORM, FUSED} & set(specialists))
+    if odd:
+        raise CommandError(f"specialists: {odd[0]!r} is the name of a row of the table; rename the specialist")
+
+
 def measure(task: ReadingTask, *, base: str | None, scale: float) -> LossTable:
     """All rows of the table that can be had; those that cannot are in its notes.
 
@@ -98,9 +109,7 @@ def measure(task: ReadingTask, *, base: str | None, scale: float) -> LossTable:
         CommandError: a specialist is named as a row of the table.
     """
     names = task.loaded.specialist_names
-    odd = sorted({BASE, AVERAGE, TASK_ARITHMETIC, UNIFORM, FUSED} & set(names))
-    if odd:
-        raise CommandError(f"specialists: {odd[0]!r} is the name of a row of the table; rename the specialist")
+    check_rows(names)
     reading = task.read_fusion()
     variants, notes = find_variants(
         task.loaded,

@@ -9,7 +9,16 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Positive, Precision
+from ultrafuser.gating.commands.address import check_endpoint
+from ultrafuser.gating.commands.fields import (
+    CacheFolder,
+    CommandSettings,
+    Connections,
+    Count,
+    Positive,
+    Precision,
+    Seed,
+)
 from ultrafuser.gating.commands.flags import parse_command
 from ultrafuser.gating.errors import CommandError
 
@@ -32,7 +41,7 @@ class EvalSettings(CommandSettings):
     base: str | None = None
     """Folder or hub id of the model that the specialists were made from; default: the one they all name."""
 
-    task_arithmetic_scale: Positive = 0.4
+    task_arithmetic_scale: Annotated[float, Field(gt=0, le=100)] = 0.4
     """Of task arithmetic: base + scale x sum of the specialists' differences from it; default: 0.4, untuned."""
 
     json_file: Annotated[str | None, Field(alias="json")] = None
@@ -62,7 +71,7 @@ class EvalSettings(CommandSettings):
     execute_code: bool = False
     """Run what the model wrote for HumanEval and MBPP, within limits; this is no security boundary."""
 
-    concurrency: Count = 16
+    concurrency: Connections = 16
     """Requests at a time."""
 
     max_tokens: Count = 512
@@ -83,7 +92,7 @@ class EvalSettings(CommandSettings):
     batch_size: Count = 4
     """Conversations that a model reads at a time."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Draws rows and items."""
 
     cache: CacheFolder = None
@@ -102,13 +111,15 @@ class EvalSettings(CommandSettings):
             raise CommandError("data: --loss needs conversations; add --data DOMAIN=FILE")
         if self.benchmark and self.output is None:
             raise CommandError("output: answers are kept in a folder; add --output FOLDER")
+        if self.benchmark:
+            check_endpoint(self.base_url, self.api_key)
         return self
 
     @property
     def output_folder(self) -> Path:
         """Of benchmarks."""
         assert self.output is not None
-        return Path(self.output)
+        return Path(self.output).expanduser()
 
 
 parse_settings = partial(

@@ -12,16 +12,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ultrafuser.gating.files import file_digest, replacing
+from ultrafuser.gating.files import MAX_HASHED_BYTES, file_digest, find_damage, note_contents, replacing
 
 Tick = Callable[[float], None]
 """Called by a build now and then with the share of it that is done, 0 to 1."""
 
 Report = Callable[[str, float], None]
 """Called with what is being done now and the share of it that is done, 0 to 1."""
-
-# Larger files are known by size and time: hashing the weights of a large model would take minutes at every start.
-_MAX_HASHED_BYTES = 64 * 1024**2
 
 
 def cache_folder(chosen: str | Path | None) -> Path:
@@ -51,26 +48,37 @@ class Artifact:
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def folder(self, cache_dir: Path) -> Path:
-        """Where the artifact is, or will be. A folder of this name is complete."""
+        """Where the artifact is, or will be."""
         return cache_dir / f"{self.name}-{self.key}"
+
+    def is_built(self, cache_dir: Path) -> bool:
+        """Whether it is there, and whole: a folder of its name was, but a disk may have lost what it had promised."""
+        folder = self.folder(cache_dir)
+        return folder.is_dir() and find_damage(folder, _note(folder)) is None
 
 
 def build_once(artifact: Artifact, cache_dir: Path, report: Report) -> Path:
     """The artifact's folder, built now if it is missing. A second process waits for the first instead of building too.
 
-    An interrupted build leaves nothing that looks complete.
+    An interrupted build leaves nothing that looks complete; what has been damaged since is built anew.
     """
     folder = artifact.folder(cache_dir)
-    if folder.is_dir():
+    if artifact.is_built(cache_dir):
         return folder
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), artifact.label, report):
-        if not folder.is_dir():
+        if not artifact.is_built(cache_dir):
             with replacing(folder) as partial:
                 partial.mkdir()
                 report(artifact.label, 0.0)
                 artifact.build(partial, lambda share: report(artifact.label, share))
+                note_contents(partial, _note(folder))
     return folder
+
+
+def _note(folder: Path) -> Path:
+    """Beside the folder, which may be a model's and is read by others."""
+    return folder.with_name(f"{folder.name}.json")
 
 
 def fingerprint(folder: Path) -> list[list[object]]:
@@ -81,7 +89,8 @@ def fingerprint(folder: Path) -> list[list[object]]:
 
 def _identity(path: Path) -> list[object]:
     stat = path.stat()
-    return [file_digest(path)] if stat.st_size <= _MAX_HASHED_BYTES else [stat.st_size, stat.st_mtime_ns]
+    # Hashing the weights of a large model would take minutes at every start.
+    return [file_digest(path)] if stat.st_size <= MAX_HASHED_BYTES else [stat.st_size, stat.st_mtime_ns]
 
 
 def _locked(path: Path, label: str, report: Report) -> AbstractContextManager[object]:

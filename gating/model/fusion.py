@@ -23,6 +23,7 @@ from ultrafuser.gating.model.schema import (
     SpecialistConfig,
 )
 from ultrafuser.gating.templates import TemplateError, load_template
+from ultrafuser.gating.yaml_text import YamlError, parse_yaml
 
 __all__ = [
     "EngineSettings",
@@ -53,13 +54,16 @@ def load_fusion(path_or_preset: str | Path) -> FusionConfig:
         path_or_preset: a YAML file, a folder with a `fusion.yaml`, or the name of a preset.
 
     Raises:
-        FusionError: no such file, not YAML, unknown or unfit key, missing template. One line that names the key.
+        FusionError: no such file, not YAML, a key that is there twice, unknown or unfit, a missing template. One line
+            that names the key.
     """
     path = _find(path_or_preset)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FusionError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+        content = parse_yaml(path.read_bytes())
+    except YamlError as error:
+        raise FusionError(f"{path}: not a YAML file: {error}; correct it") from error
+    except OSError as error:
+        raise FusionError(f"{path}: cannot be read ({error.strerror}); name another file") from error
     if not isinstance(content, dict):
         raise FusionError(f"{path}: must be a mapping with the keys {', '.join(FusionConfig.model_fields)}")
     try:
@@ -92,15 +96,17 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _find(path_or_preset: str | Path) -> Path:
-    path = Path(path_or_preset).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path_or_preset))
+    if os.path.isdir(path):  # unlike pathlib's, an answer for names that are too long, too
         path = path / "fusion.yaml"
-    if path.is_file():
+    if os.path.isfile(path):
         return path.resolve()
     preset = PRESET_FOLDER / f"{path_or_preset}.yaml"
-    if preset.parent == PRESET_FOLDER and preset.is_file():
+    if preset.parent == PRESET_FOLDER and os.path.isfile(preset):
         return preset
-    raise FusionError(f"{path_or_preset}: no such fusion file; give a YAML file or one of {', '.join(preset_names())}")
+    raise FusionError(
+        f"{path_or_preset!s:.200}: no such fusion file; give a YAML file or one of {', '.join(preset_names())}"
+    )
 
 
 def _one_line(error: ValidationError) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ultrafuser.gating.errors import GateError
 from ultrafuser.gating.files import file_digest
+from ultrafuser.gating.json_text import parse_json
 from ultrafuser.gating.model.schema import FRESH_GATE
 
 GATE_FORMAT = "ultrafuser-gate-v1"
@@ -185,10 +186,10 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> GateHeader
             f"{path}: format: is {metadata.get('format')!r}, need {GATE_FORMAT!r}; save the gate with save_gate"
         )
     try:
-        specialists = tuple(str(name) for name in json.loads(metadata["specialists"]))
-        hidden_sizes = tuple(int(size) for size in json.loads(metadata["hidden_sizes"]))
+        specialists = tuple(str(name) for name in parse_json(metadata["specialists"]))
+        hidden_sizes = tuple(int(size) for size in parse_json(metadata["hidden_sizes"]))
         return GateHeader(specialists, hidden_sizes, int(metadata["width"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise GateError(f"{path}: metadata: cannot be read ({error!r}); save the gate again with save_gate") from error
 
 

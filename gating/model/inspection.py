@@ -4,13 +4,15 @@ Reads configurations, tokenizers and the gate's header. Does not know vLLM. It r
 could fuse exactly: other KV caches than full attention, tokenizers that disagree, a gate of other sizes.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrafuser.gating.errors import FusionError, GateError
+from safetensors import SafetensorError, safe_open
+
+from ultrafuser.gating.errors import CommandError, FusionError, GateError
+from ultrafuser.gating.files import read_json
 from ultrafuser.gating.model.schema import FRESH_GATE, PACKAGE_SCHEME, FusionConfig, SpecialistConfig
 from ultrafuser.gating.templates import TemplateError, fold_messages
 
@@ -115,10 +117,35 @@ def _check_folder(folder: Path, key: str, config_name: str) -> None:
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise FusionError(f"{key}: {folder} has no weights ({', '.join(_WEIGHT_FILES)}); copy the whole model folder")
     for index_file in folder.glob("*.index.json"):
-        shards = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        missing = sorted(shard for shard in _shards(index_file, key) if not (folder / shard).is_file())
         if missing:
             raise FusionError(f"{key}: {folder} has no {missing[0]}; copy the whole model folder")
+    check_weights(folder, key)
+
+
+def check_weights(folder: Path, key: str) -> None:
+    """Look at the headers of a folder's weights, which say how long they are; `key` is of the fusion file.
+
+    Raises:
+        FusionError: a file is cut off.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(path), framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise FusionError(f"{key}: {path} is damaged ({error}); copy the whole folder") from error
+
+
+def _shards(index_file: Path, key: str) -> set[str]:
+    """The files of weights that an index names."""
+    try:
+        names = read_json(index_file, "copy the whole model folder").get("weight_map")
+    except CommandError as error:
+        raise FusionError(f"{key}: {error}") from error
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise FusionError(f"{key}: {index_file} has no weight_map; copy the whole model folder")
+    return set(names.values())
 
 
 def _why_not_full_attention(model_config: "PreTrainedConfig") -> str | None:

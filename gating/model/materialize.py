@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once, cache_folder, fingerprint
+from ultrafuser.gating.model.inspection import check_weights
 from ultrafuser.gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
 from ultrafuser.gating.model.schema import PACKAGE_SCHEME, FusionConfig, SpecialistConfig
 from ultrafuser.gating.progress_bar import StepProgress
@@ -90,6 +91,7 @@ def _adapter_folder(specialist: SpecialistConfig, key: str) -> Path:
             raise FusionError(f"{key}: no adapter at {specialist.adapter!r}; correct the folder or id") from error
     if not (folder / "adapter_config.json").is_file():
         raise FusionError(f"{key}: {folder} has no adapter_config.json; name the folder that peft saved")
+    check_weights(folder, key)
     return folder
 
 
@@ -106,6 +108,7 @@ def _model_identity(specialist: SpecialistConfig, key: str) -> object:
     if getattr(model_config, "quantization_config", None) is not None:
         raise FusionError(f"{key}.adapter: {specialist.model} is quantised; name the model it was quantised from")
     folder = Path(specialist.model)
+    check_weights(folder, f"{key}.model")
     return fingerprint(folder) if folder.is_dir() else [specialist.model, model_config._commit_hash]
 
 
@@ -131,7 +134,7 @@ def _merge(specialist: SpecialistConfig, adapter: Path, key: str, folder: Path, 
 
 def _build_missing(artifacts: Sequence[Artifact], cache_dir: Path, on_progress: Report | None) -> None:
     # By folder: specialists with the same model and no adapter share one.
-    missing = {item.folder(cache_dir): item for item in artifacts if not item.folder(cache_dir).is_dir()}
+    missing = {item.folder(cache_dir): item for item in artifacts if not item.is_built(cache_dir)}
     if not missing:
         return
     with closing(StepProgress()) if on_progress is None else nullcontext(on_progress) as report:

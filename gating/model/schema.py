@@ -9,14 +9,18 @@ from ultrafuser.gating.errors import FusionError
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 EngineDtype = Literal["auto", "bfloat16", "float16", "float32", "fastest"]
 Quantization = Literal["awq", "awq_marlin", "gptq", "gptq_marlin", "fp8", "compressed-tensors", "modelopt", "mxfp4"]
-Count = Annotated[int, Field(ge=1)]
-TokenId = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Bytes = Annotated[int, Field(ge=1, le=2**63 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 PACKAGE_SCHEME = "package:"
 FRESH_GATE = f"{PACKAGE_SCHEME}fresh"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class SpecialistConfig(_Section):
@@ -53,7 +57,7 @@ class SamplingDefaults(_Section):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Keep the smallest set of tokens with at least this probability."""
 
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     """Keep the k most likely tokens; 0 and -1 keep all."""
 
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -82,7 +86,7 @@ class EngineSettings(_Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of a device's memory for weights, activations and KV cache together."""
 
-    kv_cache_memory_bytes: Count | None = None
+    kv_cache_memory_bytes: Bytes | None = None
     """Bytes of KV cache per device, all specialists together; set, it replaces the share above."""
 
     block_size: Count | None = None
@@ -103,7 +107,7 @@ class EngineSettings(_Section):
     enable_prefix_caching: bool | None = None
     """Share KV blocks between requests that begin with the same tokens for every specialist."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the engine's own random numbers; a request may bring its own."""
 
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = None

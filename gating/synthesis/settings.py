@@ -5,19 +5,25 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from ultrafuser.gating.commands.address import check_endpoint
 from ultrafuser.gating.commands.fields import (
     Amount,
     CacheFolder,
     CommandSettings,
+    Connections,
     Count,
-    NotNegative,
     Positive,
     Precision,
+    Seed,
 )
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.synthesis.stages.domain import load_domain
 from ultrafuser.gating.synthesis.stages.structure import FROM_SETTINGS, Structure
 
+Turns = Annotated[int, Field(ge=0, le=1000)]
+Topics = Annotated[int, Field(ge=1, le=10**6)]
+Related = Annotated[int, Field(ge=0, le=1000)]
+Rate = Annotated[float, Field(ge=0.001)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -62,37 +68,37 @@ class MakeSettings(CommandSettings):
     completion_price: Amount = 0.0
     """Price of a million completion tokens."""
 
-    concurrency: Count = 64
+    concurrency: Connections = 64
     """Calls at a time."""
 
-    requests_per_minute: Positive | None = None
+    requests_per_minute: Rate | None = None
     """Most calls a minute; default: no limit."""
 
-    tokens_per_minute: Positive | None = None
+    tokens_per_minute: Rate | None = None
     """Most tokens a minute, of prompts and completions; default: no limit."""
 
     timeout_seconds: Positive = 300.0
     """After which a call is tried again."""
 
-    meta_topics: Count | None = None
+    meta_topics: Topics | None = None
     """Meta-topics of each domain; default: the domain's."""
 
-    sub_topics: Count | None = None
+    sub_topics: Topics | None = None
     """Sub-topics of each meta-topic; default: the domain's."""
 
-    instructions: Count | None = None
+    instructions: Topics | None = None
     """Instructions of each sub-topic, before related ones; default: the domain's."""
 
-    strong: NotNegative = 2
+    strong: Related = 2
     """Instructions strongly related to each of those."""
 
-    weak: NotNegative = 2
+    weak: Related = 2
     """Instructions weakly related to each of those."""
 
     complex_share: Share = 0.3
     """Share of all instructions that are rewritten to be more complex."""
 
-    turns: NotNegative = 0
+    turns: Turns = 0
     """Most further turns of a conversation, with a simulated user."""
 
     turn_share: Share = 0.5
@@ -116,13 +122,14 @@ class MakeSettings(CommandSettings):
     retry_rejected: bool = False
     """Ask again for what was rejected in earlier runs."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Part of every id, and so of every call's seed and every draw."""
 
     @model_validator(mode="after")
     def _check(self) -> "MakeSettings":
         if self.budget is not None and not self.prompt_price + self.completion_price:
             raise CommandError("budget: without prices nothing costs anything; add --prompt-price, --completion-price")
+        check_endpoint(self.base_url, self.api_key)
         return self
 
     @property
@@ -186,7 +193,7 @@ class MapSettings(CommandSettings):
     precision: Precision = "auto"
     """Type of the specialist's arithmetic. Auto: bfloat16 on a GPU, else float32."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Draws conversations, and begins the map."""
 
     cache: CacheFolder = None

@@ -1,5 +1,6 @@
 """Where the text of a chat template comes from: inline, shipped with this package, or a file. Does not render."""
 
+import os
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -29,10 +30,13 @@ def load_template(path_or_inline: str, folder: str | Path = ".") -> str:
         return path_or_inline
     if path_or_inline in template_names():
         return (_FOLDER / f"{path_or_inline}.jinja").read_text(encoding="utf-8")
-    path = Path(folder) / Path(path_or_inline).expanduser()
-    if not path.is_file():
+    path = Path(folder) / Path(os.path.expanduser(path_or_inline))
+    if not os.path.isfile(path):
         raise TemplateError(
-            f"{path_or_inline!r} is no file and no shipped template;"
+            f"{path_or_inline!r:.200} is no file and no shipped template;"
             f" give a Jinja file, Jinja text, or one of {', '.join(template_names())}"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"{path} cannot be read ({error}); give another Jinja file") from error

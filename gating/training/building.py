@@ -5,7 +5,6 @@ Loads weights. Knows all parts of training but the loop itself.
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ def _arguments(inputs: RunInputs, device: torch.device) -> TrainingArguments:
     settings = inputs.settings
     is_evaluated = bool(inputs.eval_rows)
     return TrainingArguments(
-        output_dir=str(Path(settings.output) / RUN_FOLDER),
+        output_dir=str(settings.output_folder / RUN_FOLDER),
         max_steps=settings.num_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",

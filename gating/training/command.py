@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ultrafuser.gating.commands.places import output_folder
+from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.files import read_json
+from ultrafuser.gating.model.cache import cache_folder
 from ultrafuser.gating.progress_bar import StepProgress
 from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 
@@ -40,20 +44,27 @@ def train(settings: TrainSettings) -> Path | None:
             training has gone wrong (NonFiniteLossError); then the last checkpoint stays.
     """
     from ultrafuser.gating.training.inputs import gather_inputs
+    from ultrafuser.gating.training.origins import check_resumed, describe_origins
     from ultrafuser.gating.training.plan import describe
 
     state = _processes()
-    output = Path(settings.output)
-    checkpoint = _checkpoint(settings, output / RUN_FOLDER)
+    checkpoint, origins = None, {}
+    output_folder(cache_folder(settings.cache), "--cache")
+    if not settings.plan:
+        folder = output_folder(output_folder(settings.output_folder, "--output") / RUN_FOLDER, "--output")
+        checkpoint = _checkpoint(settings, folder)
+        origins = describe_origins(settings)
+        if checkpoint is not None:
+            check_resumed(read_json(checkpoint / PROVENANCE_FILE, "name another --output"), settings, origins)
     with closing(StepProgress(is_shown=state.is_main_process)) as progress:
         inputs = gather_inputs(settings, progress)
     if state.is_main_process:
         lines = [*inputs.rows.summary(), *describe(inputs, state.device, state.num_processes)]
         print("\n".join(lines), file=sys.stderr, flush=True)
-    return None if settings.plan else _train(inputs, output, state.device, checkpoint)
+    return None if settings.plan else _train(inputs, state.device, checkpoint, origins)
 
 
-def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint: str | None) -> Path:
+def _train(inputs: "RunInputs", device: "torch.device", checkpoint: Path | None, origins: dict[str, Any]) -> Path:
     from transformers import set_seed
 
     from ultrafuser.gating.commands.provenance import collect_provenance
@@ -65,10 +76,11 @@ def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint
     set_seed(settings.seed)
     provenance = collect_provenance(settings.model_dump(mode="json"), inputs.data_digests, inputs.models)
     with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
-        trainer = build(inputs, device, progress, {**provenance, "lasting": settings.lasting()})
-    trainer.train(resume_from_checkpoint=checkpoint)
+        trainer = build(inputs, device, progress, {**provenance, "lasting": settings.lasting(), "origins": origins})
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.final_evaluation()
     state = trainer.trained_state()
+    output = settings.output_folder
     path = output / "fusion.yaml"
     if _processes().is_main_process:
         manifest = {**provenance, "metrics": metrics, "history": trainer.state.log_history}
@@ -79,31 +91,22 @@ def _train(inputs: "RunInputs", output: Path, device: "torch.device", checkpoint
     return path
 
 
-def _checkpoint(settings: TrainSettings, folder: Path) -> str | None:
+def _checkpoint(settings: TrainSettings, folder: Path) -> Path | None:
     """The checkpoint to go on from; a folder with another run in it is refused, not overwritten."""
-    import json
+    from ultrafuser.gating.training.checkpoints import all_checkpoints, newer_than, newest_whole, put_aside
 
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
-
-    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if newest is None or settings.plan:
+    if not all_checkpoints(folder):
         return None
     if not settings.resume:
         raise TrainError(f"--output: {folder} has checkpoints of a run; add --resume, or name another folder")
-    before = json.loads((Path(newest) / PROVENANCE_FILE).read_text(encoding="utf-8"))["lasting"]
-    now = settings.lasting()
-    # A setting that is younger than the checkpoint had what is its default now.
-    before = {name: field.default for name, field in TrainSettings.model_fields.items() if name in now} | before
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if changed:
-        name = changed[0]
-        raise TrainError(
-            f"--{name.replace('_', '-')}: the run to resume had {before.get(name)!r}, now it is {now.get(name)!r};"
-            " give what it had, or name another --output"
-        )
-    return str(newest)
+    checkpoint, damages = newest_whole(folder)
+    if checkpoint is None:
+        raise TrainError(f"--resume: {damages[0]}, and no checkpoint in {folder} is whole; name another --output")
+    if _processes().is_main_process:
+        for damage in damages:
+            print(f"{damage}; going on from {checkpoint.name}", file=sys.stderr, flush=True)
+        put_aside(newer_than(checkpoint))
+    return checkpoint
 
 
 def _processes() -> "PartialState":

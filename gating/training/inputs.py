@@ -3,8 +3,10 @@
 Nothing here loads a weight. Knows fusions, files and the cache; does not know learners and trainers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,13 @@ class RunInputs:
     @property
     def data_digests(self) -> dict[str, str]:
         """SHA-256 of every data file, by name."""
-        return {name: digest for rows in reversed(self.all_rows) for name, digest in rows.digests.items()}
+        digests: dict[str, str] = {}
+        for rows in self.all_rows:
+            for name, digest in rows.digests.items():
+                # Files to train and to evaluate on may have the same name.
+                is_other = digests.setdefault(name, digest) != digest
+                digests |= {f"{name} ({digest[:8]})": digest} if is_other else {}
+        return digests
 
     @property
     def models(self) -> list[Any]:
@@ -75,7 +83,7 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     cache_dir = cache_folder(settings.cache)
     files, eval_files = [[DataFile.parse(file) for file in own] for own in (settings.data, settings.eval_data)]
     loaded = load_fusion(settings.fusion)
-    chosen = _choose(loaded, settings)
+    chosen = choose(loaded, settings)
     fusion = prepare(chosen, cache_dir, keep_adapters=settings.uses_adapters, on_progress=on_progress)
     info = inspect_fusion(fusion)
     encoder, key = make_encoder(fusion, info, resolve_max_length(settings.max_length, info))
@@ -87,11 +95,24 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
         found = read(eval_files, domains=domains)
         # The same rows whatever the run's seed: runs with several seeds are compared on them.
         eval_rows = {name: select(found, [name], settings.eval_limit, seed=0) for name in domains}
+    _check_keys(domains, fusion.specialist_names)
     rows = select(rows, domains, settings.limit, settings.seed)
     return RunInputs(settings, loaded, fusion, info, rows, domains, eval_rows, cache_dir)
 
 
-def _choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
+def _check_keys(domains: Sequence[str], specialists: Sequence[str]) -> None:
+    """The log has one key for the weights of each specialist on each domain, made of both names."""
+    pairs: dict[str, tuple[str, str]] = {}
+    for pair in product(domains, specialists):
+        before = pairs.setdefault("_".join(pair), pair)
+        if before != pair:
+            raise TrainError(
+                f"domain {pair[0]!r}: with specialist {pair[1]!r} it has the name of {before[0]!r} with specialist"
+                f" {before[1]!r} in the log; rename one of them"
+            )
+
+
+def choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     """The specialists that take part, with a gate file that exists, or a fresh gate."""
     if settings.specialist is not None:
         chosen = [item for item in loaded.specialists if item.name == settings.specialist]

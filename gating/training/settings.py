@@ -3,7 +3,9 @@
 Knows names, types, texts and what excludes what. Imports no torch, so that `--help` answers at once.
 """
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,11 +16,15 @@ from ultrafuser.gating.commands.fields import (
     CommandSettings,
     Count,
     NotNegative,
-    Positive,
     Precision,
+    Seed,
 )
 from ultrafuser.gating.commands.flags import parse_command
 from ultrafuser.gating.errors import TrainError
+
+Rate = Annotated[float, Field(gt=0, le=1000)]
+Rows = Annotated[int, Field(ge=1, le=2**20)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
 
 # The paper's, for three 13B models on 16 GPUs: steps and rows per domain of each stage.
 PAPER_STEPS = {1: 400, 2: 5000}
@@ -58,7 +64,7 @@ class TrainSettings(CommandSettings):
     steps: Count | None = None
     """Optimizer steps; default: the paper's (400 in stage 1, 5000 in stage 2)."""
 
-    rows_per_domain: Count | None = None
+    rows_per_domain: Rows | None = None
     """Rows of every domain in one optimizer step, over all devices; default: the paper's (64, 32)."""
 
     sampling: Literal["balanced", "proportional"] = "balanced"
@@ -67,10 +73,10 @@ class TrainSettings(CommandSettings):
     micro_rows_per_domain: Count | None = None
     """Rows of every domain in one forward pass of one device; default: all at once. Lower it to save memory."""
 
-    learning_rate: Positive = 2e-5
+    learning_rate: Rate = 2e-5
     """Highest learning rate, from which a cosine falls to zero. The default is the paper's, for 13B models."""
 
-    gate_learning_rate: Positive | None = None
+    gate_learning_rate: Rate | None = None
     """The gate's own learning rate in stage 2; default: the same."""
 
     warmup_steps: NotNegative = 0
@@ -82,7 +88,7 @@ class TrainSettings(CommandSettings):
     max_grad_norm: Amount = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
 
-    lora_rank: Count = 8
+    lora_rank: Rank = 8
     """Rank of new adapters; one that the fusion already names keeps its own."""
 
     lora_alpha: Count | None = None
@@ -118,7 +124,7 @@ class TrainSettings(CommandSettings):
     chunk_size: Count = 256
     """Response tokens whose logits exist at the same time in the loss."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Shuffles, initialises, drops out."""
 
     save_every: Count | None = None
@@ -147,6 +153,11 @@ class TrainSettings(CommandSettings):
         if self.specialist is not None and self.learn == "full":
             raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
         return self
+
+    @property
+    def output_folder(self) -> Path:
+        """Of the trained fusion."""
+        return Path(os.path.expanduser(self.output))
 
     @property
     def num_steps(self) -> int:

@@ -21,12 +21,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
-from ultrafuser.gating.files import put_in_place, write_json
+from ultrafuser.gating.files import note_contents, put_in_place, write_json
+from ultrafuser.gating.training.checkpoints import CHECKPOINT_PREFIX, CONTENTS_FILE, TRAINED_FILE
 from ultrafuser.gating.training.learner import FusedLearner, Learner, trainable_parameters
 from ultrafuser.gating.training.sampler import BalancedBatches
 from ultrafuser.gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
 
-TRAINED_FILE = "trained.safetensors"
 _STAGING = ".partial"
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
@@ -193,7 +193,8 @@ class FusedTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
+            name = f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+            note_contents(folder / _STAGING / name, folder / _STAGING / name / CONTENTS_FILE)
             put_in_place(folder / _STAGING / name, folder / name)
             shutil.rmtree(folder / _STAGING)
             rotate_checkpoints(str(folder), self.args.save_total_limit)

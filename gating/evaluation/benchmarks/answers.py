@@ -10,11 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from pydantic import TypeAdapter, ValidationError
+
 from ultrafuser.gating.commands.run_folder import append_line, whole_lines
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.evaluation.benchmarks.items import Answer, Item, Request
+from ultrafuser.gating.json_text import JsonError, parse_json
 
 ANSWERS_FILE = "answers.jsonl"
+_ANSWER = TypeAdapter(Answer)
 
 
 class AnswersFile:
@@ -52,11 +56,10 @@ class AnswersFile:
 
 def _parse(path: Path, number: int, line: bytes) -> Answer:
     try:
-        content = json.loads(line)
-        for name in ("texts", "finish_reasons"):
-            content[name] = tuple(content[name])
-        if content["top_logprobs"] is not None:
-            content["top_logprobs"] = tuple((token, logprob) for token, logprob in content["top_logprobs"])
-        return Answer(**content)
-    except (ValueError, LookupError, TypeError) as error:
-        raise CommandError(f"{path}:{number}: not an answer ({error}); delete the line to ask again") from error
+        return _ANSWER.validate_python(parse_json(line))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']}"
+    except JsonError as error:
+        reason = str(error)
+    raise CommandError(f"{path}:{number}: not an answer ({reason}); delete the line to ask again")

@@ -6,7 +6,6 @@ benchmarks themselves are in their own modules. A run that was ended, by whateve
 
 import asyncio
 import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from ultrafuser.gating.commands.endpoint import ENDPOINT_FIELDS, run_together
 from ultrafuser.gating.commands.run_folder import keep_settings, sole_run
-from ultrafuser.gating.errors import CommandError, DataError
+from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.evaluation.benchmarks.answers import ANSWERS_FILE, AnswersFile
 from ultrafuser.gating.evaluation.benchmarks.code_problems import HUMANEVAL, MBPP
 from ultrafuser.gating.evaluation.benchmarks.generation import ChatClient
@@ -34,7 +33,7 @@ from ultrafuser.gating.evaluation.benchmarks.sources import data_identity, draw_
 from ultrafuser.gating.evaluation.benchmarks.truthfulqa import TRUTHFULQA
 from ultrafuser.gating.evaluation.benchmarks.word_problems import GSM8K, SVAMP
 from ultrafuser.gating.evaluation.settings import EvalSettings
-from ultrafuser.gating.files import write_json
+from ultrafuser.gating.files import input_file, read_json, write_json
 from ultrafuser.gating.progress_bar import counting_bar
 
 RESULTS_FILE = "results.json"
@@ -62,16 +61,14 @@ class BenchmarkFile:
         """`NAME=FILE`, or `NAME`.
 
         Raises:
-            CommandError: no such benchmark, or (DataError) no such file.
+            CommandError: no such benchmark, or (DataError) a file that cannot be read.
         """
         name, equals, path = argument.partition("=")
         if name not in BENCHMARKS:
             raise CommandError(f"{name}: no such benchmark; known are {', '.join(BENCHMARKS)}")
         if not equals:
             return cls(name, None)
-        if not Path(path).expanduser().is_file():
-            raise DataError(f"{path}: no such file; give {name}=FILE with JSON lines")
-        return cls(name, Path(path).expanduser().resolve())
+        return cls(name, input_file(path, f"give {name}=FILE with JSON lines").resolve())
 
 
 async def run_benchmarks(options: EvalSettings) -> dict[str, Any]:
@@ -96,6 +93,7 @@ async def run_benchmarks(options: EvalSettings) -> dict[str, Any]:
             model = options.model or await client.first_model()
             shared = {"model": model, **options.model_dump(include=_SHARED)}
             keep_settings(output, shared)
+            before = _results_before(output)
             for file in files:
                 keep_settings(output / file.name, _own_settings(file))
             answered = {
@@ -105,7 +103,7 @@ async def run_benchmarks(options: EvalSettings) -> dict[str, Any]:
         for file in files:
             scores = await asyncio.to_thread(_score, BENCHMARKS[file.name], answered[file.name], model, options)
             results[file.name] = {**scores, **_own_settings(file)}
-        return _report(output, shared, results)
+        return _report(output, shared, {**before, **results}, results)
 
 
 def prompt_version(benchmark: Benchmark) -> str:
@@ -156,10 +154,22 @@ def _score(benchmark: Benchmark, answered: Answered, model: str, options: EvalSe
     return summarize(benchmark, verdicts, options.seed)
 
 
-def _report(output: Path, shared: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+def _results_before(output: Path) -> dict[str, Any]:
+    """Of earlier calls in the same folder."""
+    path, way_out = output / RESULTS_FILE, "delete the file, scores are made anew from the answers"
+    if not path.exists():
+        return {}
+    results = read_json(path, way_out).get("benchmarks")
+    if not isinstance(results, dict):
+        raise CommandError(f"{path}: benchmarks: missing; {way_out}")
+    return results
+
+
+def _report(
+    output: Path, shared: Mapping[str, Any], results: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
     path = output / RESULTS_FILE
-    before = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else {}
-    report = {**shared, "benchmarks": {**before, **results}}
+    report = {**shared, "benchmarks": results}
     write_json(path, report)
-    print(f"{format_table(results)}\nresults: {path}", file=sys.stderr, flush=True)
+    print(f"{format_table(own)}\nresults: {path}", file=sys.stderr, flush=True)
     return report

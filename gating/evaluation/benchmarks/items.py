@@ -3,12 +3,16 @@
 Knows no benchmark, no server and no score.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from ultrafuser.gating.errors import DataError
+
+NUMBER = re.compile(r"[-+]?([0-9]{1,300}(\.[0-9]{0,300})?|\.[0-9]{1,300})([eE][-+]?[0-9]{1,2})?")
+"""What a number may look like in a file: small enough to be computed with exactly."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,17 @@ class Row:
         return tuple(value)
 
     def number_text(self, name: str) -> str:
-        """A field that is a number, or a text with a number in it; as text."""
+        """A field that is a number, or a text with a number in it; as text that is a fraction's."""
         value = self._field(name)
-        try:
-            float(value)
-        except (TypeError, ValueError) as error:
-            raise self._error(name, f"must be a number, is {value!r:.60}") from error
-        return str(value).strip()
+        text = str(value).strip()
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not NUMBER.fullmatch(text):
+            raise self._error(name, f"must be a number, is {value!r:.60}")
+        return text
 
     def truths(self, name: str) -> dict[str, bool]:
         """A field that maps texts to 0 or 1, with at least one of each."""
         value = self._field(name)
-        if not isinstance(value, Mapping) or {0, 1} != set(value.values()):
+        if not isinstance(value, Mapping) or not _are_truths(list(value.values())):
             raise self._error(name, "must map answers to 1 (true) or 0 (false), with both kinds")
         return {text: bool(truth) for text, truth in value.items()}
 
@@ -71,6 +74,10 @@ class Row:
 
     def _error(self, name: str, reason: str) -> DataError:
         return DataError(f"{self.source}:{self.number}: {name}: {reason}; correct the file")
+
+
+def _are_truths(values: Sequence[object]) -> bool:
+    return all(isinstance(value, int | float) for value in values) and set(values) == {0, 1}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """GSM8K (Cobbe et al. 2021) and SVAMP (Patel et al. 2021): word problems whose answer is a number. Accuracy."""
 
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import partial
 
 from ultrafuser.gating.errors import DataError
-from ultrafuser.gating.evaluation.benchmarks.items import Answer, Benchmark, HubSource, Item, Row, Verdict
+from ultrafuser.gating.evaluation.benchmarks.items import NUMBER, Answer, Benchmark, HubSource, Item, Row, Verdict
 from ultrafuser.gating.evaluation.benchmarks.parsing import final_number, same_number
 
 CHAIN_OF_THOUGHT = "\nLet's think step by step."
@@ -22,11 +21,8 @@ def _item(id: str, question: str, answer: str, chain_of_thought: bool) -> Item:
 def _read_gsm8k(row: Row, chain_of_thought: bool) -> Item:
     question, solution = row.text("question"), row.text("answer")
     answer = solution.rpartition("####")[2].strip().replace(",", "")
-    try:
-        Fraction(answer)
-    except ValueError as error:
-        message = f"{row.source}:{row.number}: answer: must end in '#### NUMBER'; correct the file"
-        raise DataError(message) from error
+    if not NUMBER.fullmatch(answer):
+        raise DataError(f"{row.source}:{row.number}: answer: must end in '#### NUMBER'; correct the file")
     return _item(str(row.number), question, answer, chain_of_thought)
 
 

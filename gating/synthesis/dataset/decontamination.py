@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.gating.errors import DataError
-from ultrafuser.gating.files import read_json_lines, split_name
+from ultrafuser.gating.files import input_file, read_json_lines, split_name
 
 RUN = 13
 LEAST = 6
@@ -35,11 +35,10 @@ class TestSet:
         """`NAME=FILE`, or `FILE`, which names it.
 
         Raises:
-            DataError: there is no such file.
+            DataError: the file cannot be read.
         """
         name, path = split_name(argument)
-        if not path.is_file():
-            raise DataError(f"test_set: {argument}: no such file; give NAME=FILE, JSON lines")
+        path = input_file(path, "give NAME=FILE with JSON lines as --test-set")
         return cls(name or path.name.partition(".")[0], path)
 
 

@@ -13,17 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE, collect_provenance
 from ultrafuser.gating.commands.run_folder import SETTINGS_FILE, sole_run
 from ultrafuser.gating.errors import CommandError
-from ultrafuser.gating.files import file_digest, replacing, write_file, write_json
+from ultrafuser.gating.files import file_digest, read_json, replacing, write_file, write_json
 from ultrafuser.gating.progress_bar import counting_bar
 from ultrafuser.gating.synthesis.dataset.card import render_card
 from ultrafuser.gating.synthesis.dataset.decontamination import Hit, Index, TestSet
 from ultrafuser.gating.synthesis.dataset.duplicates import find_duplicates
 from ultrafuser.gating.synthesis.dataset.statistics import Statistics, load_counter
 from ultrafuser.gating.synthesis.dataset.training_rows import Row, conversations
-from ultrafuser.gating.synthesis.settings import ExportSettings
+from ultrafuser.gating.synthesis.settings import ExportSettings, Turns
 from ultrafuser.gating.synthesis.stages.records import draw, identify
 from ultrafuser.gating.synthesis.stages.store import Store
 
@@ -31,6 +34,16 @@ DATASET_FOLDER = "dataset"
 TRAIN, VALIDATION = "train", "validation"
 DECONTAMINATION_FILE = "decontamination.json"
 STATISTICS_FILE = "statistics.json"
+
+
+class _Plan(BaseModel):
+    """What is needed of a run's settings, whatever else they are."""
+
+    domains: tuple[str, ...]
+    turns: Turns
+    strong: int
+    weak: int
+    complex_share: float
 
 
 @dataclass
@@ -60,9 +73,10 @@ def export(settings: ExportSettings) -> Path:
     """
     folder = Path(settings.output).expanduser()
     structure = _structure(folder)
-    index = Index([TestSet.parse(text) for text in settings.test_set])
+    target = output_folder(folder / DATASET_FOLDER, "output")
+    index = Index(_test_sets(settings))
+    _check_structure(folder, structure)
     count = load_counter(settings.tokenizer)
-    target = folder / DATASET_FOLDER
     paths = {split: target / "data" / f"{split}.jsonl.gz" for split in (TRAIN, VALIDATION)}
     left = Left()
     statistics = {split: Statistics(count) for split in paths}
@@ -105,8 +119,26 @@ def _structure(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise CommandError(f"{folder}: no folder of `ultrafuser data make`; name the one it wrote")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return read_json(path, "name the folder of another run")
+
+
+def _test_sets(settings: ExportSettings) -> list[TestSet]:
+    """Reports have a key for each, beside those of the data set's own files."""
+    test_sets = [TestSet.parse(text) for text in settings.test_set]
+    names = [own.name for own in test_sets] + [f"{split}.jsonl.gz" for split in (TRAIN, VALIDATION)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise CommandError(f"--test-set: {twice[0]!r} is the name of two files; give each its own, NAME=FILE")
+    return test_sets
+
+
+def _check_structure(folder: Path, structure: dict[str, Any]) -> None:
+    try:
+        _Plan.model_validate(structure)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CommandError(f"{folder / SETTINGS_FILE}: {reason}; name the folder of another run") from error
 
 
 def _duplicates(store: Store, num_turns: int, threshold: float) -> dict[str, str]:
@@ -129,7 +161,7 @@ def _write_reports(
     left: Left,
     statistics: dict[str, Statistics],
 ) -> None:
-    test_sets = [TestSet.parse(text) for text in settings.test_set]
+    test_sets = _test_sets(settings)
     digests = {test_set.name: file_digest(test_set.path) for test_set in test_sets}
     files = {path.name: file_digest(path) for path in sorted((target / "data").glob("*.jsonl.gz"))}
     dropped = {domain: dict(reasons) for domain, reasons in sorted(left.dropped.items())}

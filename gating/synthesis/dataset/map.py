@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from ultrafuser.gating.analysis.pictures import png
 from ultrafuser.gating.analysis.styles import MARKERS, style_of
+from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.data.conversations import DataFile
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
@@ -46,6 +47,8 @@ def draw_map(settings: MapSettings) -> Path:
     path = folder / "data" / f"{TRAIN}.jsonl.gz"
     if not path.is_file():
         raise CommandError(f"{path}: no data set; run `ultrafuser data export {settings.output}` first")
+    output_folder(folder, "output")
+    output_folder(cache_folder(settings.cache), "--cache")
     place = _place(settings)
     options = ReadingOptions(
         cache_folder(settings.cache), settings.limit, settings.seed, settings.max_length, settings.precision

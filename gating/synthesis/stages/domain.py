@@ -4,15 +4,17 @@ Shipped ones are found by name. Knows no prompts and no calls.
 """
 
 import hashlib
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from pydantic import Field, ValidationError
 
 from ultrafuser.gating.commands.fields import Count
-from ultrafuser.gating.errors import DomainError
+from ultrafuser.gating.data.conversations import check_domain
+from ultrafuser.gating.errors import DataError, DomainError
 from ultrafuser.gating.synthesis.stages.records import Frozen
+from ultrafuser.gating.yaml_text import YamlError, parse_yaml
 
 _FOLDER = Path(__file__).parents[1] / "domains"
 Text = Annotated[str, Field(min_length=1)]
@@ -95,14 +97,21 @@ def load_domain(name_or_path: str) -> Domain:
     Raises:
         DomainError: there is none, or a key does not fit.
     """
-    path = _FOLDER / f"{name_or_path}.yaml" if name_or_path in domain_names() else Path(name_or_path).expanduser()
-    if not path.is_file():
+    path = (
+        _FOLDER / f"{name_or_path}.yaml" if name_or_path in domain_names() else Path(os.path.expanduser(name_or_path))
+    )
+    if not os.path.isfile(path):
         raise DomainError(f"{name_or_path}: no such domain; give a YAML file, or one of {', '.join(domain_names())}")
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Domain.model_validate(content)
-    except yaml.YAMLError as error:
-        raise DomainError(f"{name_or_path}: not YAML ({str(error).splitlines()[0]}); correct the file") from error
+        domain = Domain.model_validate(parse_yaml(path.read_bytes()))
+        check_domain(domain.name)
+        return domain
+    except YamlError as error:
+        raise DomainError(f"{name_or_path}: not YAML ({error}); correct the file") from error
+    except OSError as error:
+        raise DomainError(f"{name_or_path}: cannot be read ({error.strerror}); name another file") from error
+    except DataError as error:
+        raise DomainError(f"{name_or_path}: {str(error).replace('domain', 'name', 1)}") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "file"

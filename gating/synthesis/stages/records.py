@@ -7,9 +7,11 @@ no files and no prompts.
 
 import hashlib
 import json
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+NumTokens = Annotated[int, Field(ge=0, lt=2**53)]
 UNPARSABLE, REFUSED_BY_SERVER, FAILED = "unparsable", "refused_by_server", "failed"
 
 
@@ -85,8 +87,8 @@ class Record(Frozen):
     items: tuple[Item, ...]
     """What came of it; a list that was too short is filled with rejected items."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: NumTokens
+    completion_tokens: NumTokens
 
     time: float
     """When it came, in seconds since 1970."""
@@ -108,8 +110,8 @@ class Miss(Frozen):
     is_final: bool
     """Whether the answer was rejected; else the same call may succeed, and the next run makes it."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: NumTokens
+    completion_tokens: NumTokens
     time: float
 
 

@@ -4,13 +4,13 @@ The schema is strict (exact counts and lengths), for servers that hold to it. Re
 the object, or an entry too many, do no harm; lengths are for the checks. Knows no prompts and no calls.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ultrafuser.gating.json_text import JsonError, parse_json
 from ultrafuser.gating.synthesis.stages.domain import Limits
 
 MISSING = "missing"
@@ -56,11 +56,11 @@ class ResponseSchema:
         if start < 0 or end < start:
             raise UnusableError("it is no JSON object")
         try:
-            entries = self._read(json.loads(text[start : end + 1], strict=False))
+            entries = self._read(parse_json(text[start : end + 1], allows_line_breaks=True))
         except ValidationError as error:
             first = error.errors()[0]
             raise UnusableError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        except (ValueError, RecursionError) as error:
+        except JsonError as error:
             raise UnusableError(f"it is not valid JSON ({error})") from error
         lacking = sum(entry.reject == MISSING for entry in entries)
         if lacking and not (may_lack and lacking < len(entries)):

@@ -5,7 +5,6 @@ killed loses the calls in flight and no other; lines reach the disk itself withi
 line without its end is cut off. An id is there once. Knows files and records, not what they are for.
 """
 
-import json
 import os
 import threading
 from collections import Counter
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 
 from ultrafuser.gating.commands.run_folder import append_line, whole_lines
 from ultrafuser.gating.errors import StoreError
-from ultrafuser.gating.files import file_digest, write_json
+from ultrafuser.gating.files import file_digest, read_json, write_json
 from ultrafuser.gating.synthesis.stages.records import Miss, Record
 
 MANIFEST_FILE = "manifest.json"
@@ -157,12 +156,17 @@ class Store:
             self._misses[miss.id] = miss
 
     def _read_manifest(self) -> dict[str, dict[str, Any]]:
-        path = self._folder / MANIFEST_FILE
-        return json.loads(path.read_text(encoding="utf-8"))["closed"] if path.exists() else {}
+        path, way_out = self._folder / MANIFEST_FILE, "put the original back, or name another folder"
+        if not path.exists():
+            return {}
+        closed = read_json(path, way_out).get("closed")
+        if not isinstance(closed, dict) or not all(isinstance(own, dict) for own in closed.values()):
+            raise StoreError(f"{path}: closed: missing, or another form; {way_out}")
+        return closed
 
     def _check_closed(self, path: Path) -> None:
         known: Mapping[str, Any] | None = self._closed.get(path.relative_to(self._folder).as_posix())
-        if known is not None and file_digest(path) != known["sha256"]:
+        if known is not None and file_digest(path) != known.get("sha256"):
             raise StoreError(f"{path}: was changed after it was closed; put the original back")
 
     def _write_manifest(self) -> None:
@@ -191,4 +195,6 @@ def _parse(kind: type[Line], path: Path, number: int, line: bytes) -> Line:
     try:
         return kind.model_validate_json(line)
     except ValidationError as error:
-        raise StoreError(f"{path}:{number}: {error.errors()[0]['msg']}; delete the line to make it again") from error
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+        raise StoreError(f"{path}:{number}: {field}{first['msg']}; delete the line to make it again") from error
