@@ -37,7 +37,8 @@ class EngineOptions(EngineSettings):
     """What logprobs are: of the fused logits as they are (raw) or after penalties and masks (processed)."""
 
     structured_outputs_config: dict[str, Any] | None = None
-    """Settings of structured output as JSON, e.g. '{"backend": "xgrammar"}'."""
+    """Settings of structured output as JSON: '{"max_whitespace_cnt": null}' lets any white space stand between tokens
+    of JSON, a number at most so many characters (2 by default), '{"disable_any_whitespace": true}' none."""
 
     prefix_caching_hash_algo: Literal["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"] | None = None
     """How blocks of the prefix cache are hashed."""

@@ -3,6 +3,7 @@
 xgrammar compiles in the engine's own process, where nothing can stop it: a schema of a few words can keep it busy for
 ever, and an ambiguous grammar makes every step of every request wait for its mask. So each new constraint is compiled
 and walked some tokens far in a process of its own (`grammar_worker.py`), which is ended when it takes too long.
+Whatever goes wrong there is told to the client: a constraint that has not passed never reaches the engine.
 Knows constraints and that process, neither requests nor the engine.
 """
 
@@ -29,10 +30,13 @@ class Constraint:
     """What a response has to follow."""
 
     kind: str
-    """JSON (a schema), REGEX, GRAMMAR (in EBNF), LARK or STRUCTURAL_TAG."""
+    """As `server/grammar/compiling.py` knows them."""
 
     text: str
     """The schema, expression, grammar or tag."""
+
+    field: str
+    """Where it stands in the request."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,14 @@ class Vocabulary:
     vocab_size: int
     """Width of the leader's logits."""
 
-    any_whitespace: bool
-    """Whether JSON may have any white space between its tokens."""
+    num_shared_ids: int
+    """Ids below this can be drawn."""
+
+    stop_token_ids: tuple[int, ...]
+    """Ids that end a response."""
+
+    max_whitespace: int | None
+    """Most characters of white space between tokens of JSON; None: any number."""
 
 
 class GrammarCheck:
@@ -62,23 +72,25 @@ class GrammarCheck:
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._passed: OrderedDict[bytes, None] = OrderedDict()
-        self._trials: set[asyncio.Task[None]] = set()
+        self._trials: set[asyncio.Task[str | None]] = set()
 
     async def check(self, constraint: Constraint | None) -> None:
-        """Let a constraint pass, or not; what the process does not understand is left to vLLM.
+        """Let a constraint pass, or not.
 
         Raises:
-            InvalidRequest: it takes too long to compile or to apply, or more memory than it may.
+            InvalidRequest: it cannot be compiled, kept or fulfilled, takes too long, or more memory than it may; names
+                its field.
         """
         if constraint is None:
             return
-        line = json.dumps(asdict(constraint)).encode() + b"\n"
-        digest = sha256(line).digest()
+        line = json.dumps({"kind": constraint.kind, "text": constraint.text}).encode() + b"\n"
         # A client that leaves meanwhile does not end the process, which others wait for.
-        trial = asyncio.ensure_future(self._check(line, digest))
+        trial = asyncio.ensure_future(self._check(line, sha256(line).digest()))
         self._trials.add(trial)
         trial.add_done_callback(self._forget)
-        await asyncio.shield(trial)
+        reason = await asyncio.shield(trial)
+        if reason is not None:
+            raise InvalidRequest(f"{constraint.field}: {reason}", constraint.field)
 
     async def close(self) -> None:
         """End the process; the next constraint starts another."""
@@ -88,34 +100,37 @@ class GrammarCheck:
                 process.kill()
             await process.wait()
 
-    async def _check(self, line: bytes, digest: bytes) -> None:
+    async def _check(self, line: bytes, digest: bytes) -> str | None:
         async with self._lock:
-            if digest not in self._passed:
-                await self._try(line)
+            reason = None if digest in self._passed else await self._try(line)
+            if reason is not None:
+                return reason
             self._passed[digest] = None
             self._passed.move_to_end(digest)
             if len(self._passed) > MAX_REMEMBERED:
                 self._passed.popitem(last=False)
+        return None
 
-    def _forget(self, trial: "asyncio.Task[None]") -> None:
+    def _forget(self, trial: "asyncio.Task[str | None]") -> None:
         self._trials.discard(trial)
         if not trial.cancelled():
             trial.exception()  # looked at, also when nobody waits for it any more
 
-    async def _try(self, line: bytes) -> None:
+    async def _try(self, line: bytes) -> str | None:
+        """What is wrong with a constraint."""
         if self._process is not None and self._process.returncode is not None:
             await self.close()  # it was ended by somebody else
         process = self._process or await self._start()
         try:
             verdict = await self._ask(process, line, self._seconds)
         except TimeoutError:
-            raise _refused(f"takes more than {self._seconds:g} s to compile") from None
+            return f"it takes more than {self._seconds:g} s to compile; simplify it"
         except ConnectionError:
             verdict = b""
-        if verdict in (b"", b"large"):
-            raise _refused("needs too much memory")
-        if verdict == b"slow":
-            raise _refused("is too ambiguous to be applied to every token")
+        if not verdict:
+            return "it ended the process that tried it out: it may need too much memory; simplify it"
+        reason: str | None = json.loads(verdict)
+        return reason
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
@@ -143,7 +158,3 @@ class GrammarCheck:
             if not answer:
                 await self.close()
         return answer.strip()
-
-
-def _refused(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"structured_outputs: the constraint {reason}; simplify it.", "structured_outputs")

@@ -32,7 +32,14 @@ from ultrafuser.server.requests.context import cut_to_room
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.requests.limits import RequestBounds
 from ultrafuser.server.requests.weights_field import is_asked
-from ultrafuser.server.serving.constraints import constraint_of, leading_vocabulary
+from ultrafuser.server.serving.constraints import (
+    constraint_in,
+    constraint_of,
+    constraints_of_tools,
+    demands_call,
+    held_to_tools,
+    leading_vocabulary,
+)
 from ultrafuser.server.serving.fingerprint import fingerprint
 from ultrafuser.server.serving.gate_weights import WeightsInEvents, add_to_choices
 from ultrafuser.server.serving.rendering import FusedRenderer
@@ -73,12 +80,16 @@ class FusedServingChat(_Fused, OpenAIServingChat):
     """vLLM's chat completions, with the gate's weights for those who ask."""
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
+        # A call that is demanded takes the place of every other form.
+        own = None if demands_call(request) else constraint_in(request)
+        for constraint in (own, *constraints_of_tools(request)):
+            await self.grammars.check(constraint)
         rendered = await super().render_chat_request(request)
         if isinstance(rendered, ErrorResponse):
             return rendered
         self._fit(request, rendered[1])
-        # Only now: rendering turns a demand for a tool into a constraint.
-        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
+        # Rendering has turned tools into a constraint; a part of it that has passed is not tried again.
+        await self.grammars.check(constraint_of(request.extract_structured_outputs(), "tools"))
         return rendered
 
     async def create_chat_completion(
@@ -120,11 +131,10 @@ class FusedServingCompletion(_Fused, OpenAIServingCompletion):
     """vLLM's completions, with the gate's weights for those who ask."""
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
+        await self.grammars.check(constraint_in(request))
         rendered = await super().render_completion_request(request)
-        if isinstance(rendered, ErrorResponse):
-            return rendered
-        self._fit(request, rendered)
-        await self.grammars.check(constraint_of(request.extract_structured_outputs()))
+        if not isinstance(rendered, ErrorResponse):
+            self._fit(request, rendered)
         return rendered
 
     async def create_completion(
@@ -185,6 +195,8 @@ def build_serving(
     config = engine.vllm_config
     fused_renderer = FusedRenderer(config, fusion, info)
     renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
+    if renderer.parser is not None:
+        renderer.parser = held_to_tools(renderer.parser)
     shared: dict[str, Any] = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
     chat = FusedServingChat(engine, models, "assistant", **shared, **template, **tools)
     completion = FusedServingCompletion(engine, models, request_logger=None, **shared)

@@ -28,13 +28,14 @@ class FusedAsyncLLM(AsyncLLM):
 
     `generate` is vLLM's; its `prompt` may be an engine input that carries `specialist_prompts`: n lists of
     token ids, the longest of which is the `prompt_token_ids`. Without the key every specialist reads the same.
+    Constraints of structured outputs are not looked at: the server has tried them out (`server/requests/grammars.py`).
     """
 
     input_processor: InputProcessor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.input_processor = FusedInputProcessor(self.input_processor)
+        self.input_processor = FusedInputProcessor(self.input_processor, constraints_are_tried=True)
         stream_weights(self.output_processor)
         self.steps = StepFeed(self.output_processor, EngineSpec.from_vllm_config(self.vllm_config).names)
 

@@ -9,12 +9,15 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from ultrafuser.server.engine.shared.constraint_kind import kind_and_text
 from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS, SPECIALIST_PROMPTS, forced_token_ids
 from ultrafuser.server.engine.shared.spec import EngineSpec
+from ultrafuser.server.grammar.compiling import checked_grammar
+from ultrafuser.server.grammar.errors import ConstraintError
 
 UNSUPPORTED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
 """Sampling parameters that read logits outside the fused decode step."""
@@ -23,9 +26,13 @@ UNSUPPORTED_PARAMS = ("prompt_logprob_token_ids", "trace_decode_token_ids")
 class FusedInputProcessor(InputProcessor):
     """vLLM's input processor for a fused model."""
 
-    def __init__(self, base: InputProcessor) -> None:
-        """Take over from `base`, which the engine has made for the leader."""
+    def __init__(self, base: InputProcessor, *, constraints_are_tried: bool = False) -> None:
+        """Take over from `base`, which the engine has made for the leader.
+
+        `constraints_are_tried`: those of structured outputs have passed elsewhere, where they could be stopped.
+        """
         super().__init__(base.vllm_config, base.renderer)
+        self._constraints_are_tried = constraints_are_tried
         self._spec = EngineSpec.from_vllm_config(base.vllm_config)
         eos = self._spec.eos_token_ids
         # vLLM reads both when it completes sampling parameters: the file decides, not the leader's files.
@@ -57,6 +64,24 @@ class FusedInputProcessor(InputProcessor):
             extra_args = dict(request.sampling_params.extra_args or {})
             request.sampling_params.extra_args = extra_args | {SPECIALIST_PROMPTS: own_prompts}
         return request
+
+    def _validate_params(self, params: SamplingParams | PoolingParams, *args: Any) -> bool | None:
+        # vLLM refuses what its way of compiling would not keep, and rewrites the caller's constraint.
+        assert isinstance(params, SamplingParams)
+        constraint, params.structured_outputs = params.structured_outputs, None
+        try:
+            if constraint is not None and not self._constraints_are_tried:
+                self._check_constraint(constraint)
+            return super()._validate_params(params, *args)
+        finally:
+            params.structured_outputs = constraint
+
+    def _check_constraint(self, params: StructuredOutputsParams) -> None:
+        try:
+            checked_grammar(*kind_and_text(params), self._spec.max_whitespace)
+        except (ConstraintError, MemoryError) as error:
+            reason = str(error) or "the constraint needs too much memory"
+            raise VLLMValidationError(f"structured_outputs: {reason}", parameter="structured_outputs") from None
 
     def _validate_model_input(self, prompt_input: Any, prompt_type: Any) -> None:
         # Only the length: vLLM would hold the canonical prompt, whoever's it is, against the leader's vocabulary.

@@ -22,6 +22,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from ultrafuser.server.engine.core.grammar_backend import use_one_backend
 from ultrafuser.server.engine.core.hashing import fused_block_hasher, lag
 from ultrafuser.server.engine.core.outputs import add_report, add_weights, nonfinite_end
 from ultrafuser.server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_weights
@@ -33,6 +34,7 @@ class FusedSchedulerMixin(Scheduler):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
+        use_one_backend(self.structured_output_manager, vllm_config)
         self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()

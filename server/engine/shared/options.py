@@ -5,7 +5,7 @@ on the list stops the start by name: an untested option could break lockstep wit
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -16,6 +16,7 @@ from ultrafuser.gating.model.fusion import EngineSettings, FusedModelInfo, Fusio
 from ultrafuser.server.engine.shared.dtype import resolve_dtype
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
+from ultrafuser.server.grammar.compiling import BOUNDED_WHITESPACE
 
 _ENGINE = __name__.removesuffix(".shared.options")
 SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"
@@ -29,6 +30,13 @@ before it ends the engine."""
 
 OPTIONS_OF_MODELS = frozenset({"max_model_len", "tensor_parallel_size"})
 """Options that must fit every specialist: the fusion is inspected again with them."""
+
+
+BACKEND = "xgrammar"
+"""The one library that keeps constraints."""
+
+MAX_WHITESPACE = "max_whitespace_cnt"
+"""Our setting among vLLM's of structured output, under the library's name."""
 
 
 class EngineOptionError(UserError):
@@ -54,12 +62,14 @@ def engine_arguments(
         inspect_fusion(fusion)
     settings = fusion.engine.model_dump(exclude_none=True) | options
     settings.pop("dtype", None)
-    spec = engine_spec(fusion, info, resolve_dtype(fusion))
+    structured_outputs = settings.pop("structured_outputs_config", None)
+    spec = engine_spec(fusion, info, resolve_dtype(fusion), max_whitespace_of(structured_outputs))
     return {
         "max_model_len": info.max_model_len,
         **settings,
         **spec.specialists[0].engine_arguments(),
         "served_model_name": [fusion.name],
+        "structured_outputs_config": _of_one_backend(structured_outputs),
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "scheduler_cls": SCHEDULER,
         "additional_config": spec.to_additional_config(),
@@ -81,6 +91,7 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
     Raises:
         EngineOptionError: naming the option, and the way out.
     """
+    max_whitespace_of(options.get("structured_outputs_config"))
     if options.get("otlp_traces_endpoint") and options.get("disable_log_stats"):
         raise EngineOptionError("otlp_traces_endpoint: traces are made of vLLM's statistics; omit disable_log_stats")
     for name in options:
@@ -97,7 +108,39 @@ def refusal(name: str) -> str:
     return "vLLM has no such engine option; see `ultrafuser serve --help`"
 
 
-def engine_spec(fusion: FusionConfig, info: FusedModelInfo, default_dtype: str) -> EngineSpec:
+def max_whitespace_of(structured_outputs: Any) -> int | None:
+    """How much white space settings of structured output allow between tokens of JSON; None: any number.
+
+    Raises:
+        EngineOptionError: a setting cannot be kept.
+    """
+    own = _as_mapping(structured_outputs)
+    if own.get("backend", "auto") not in ("auto", BACKEND):
+        raise EngineOptionError(f"structured_outputs_config: constraints are kept by {BACKEND} only; omit backend")
+    if own.get("disable_any_whitespace"):
+        return 0
+    bound = own.get(MAX_WHITESPACE, BOUNDED_WHITESPACE)
+    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 0):
+        raise EngineOptionError(f"structured_outputs_config: {MAX_WHITESPACE} must be a number from 0, or null")
+    return bound
+
+
+def _of_one_backend(structured_outputs: Any) -> dict[str, Any]:
+    """vLLM's settings, without ours."""
+    own = {name: value for name, value in _as_mapping(structured_outputs).items() if name != MAX_WHITESPACE}
+    return own | {"backend": BACKEND}
+
+
+def _as_mapping(structured_outputs: Any) -> Mapping[str, Any]:
+    """Settings as they are given: as JSON, as vLLM's object, or not at all."""
+    if structured_outputs is None:
+        return {}
+    return structured_outputs if isinstance(structured_outputs, Mapping) else asdict(structured_outputs)
+
+
+def engine_spec(
+    fusion: FusionConfig, info: FusedModelInfo, default_dtype: str, max_whitespace: int | None
+) -> EngineSpec:
     """What the workers are told of the fused model."""
     return EngineSpec(
         specialists=tuple(
@@ -112,6 +155,7 @@ def engine_spec(fusion: FusionConfig, info: FusedModelInfo, default_dtype: str) 
         vocab_sizes=info.vocab_sizes,
         num_shared_ids=info.num_shared_ids,
         eos_token_ids=fusion.eos_token_ids,
+        max_whitespace=max_whitespace,
     )
 
 

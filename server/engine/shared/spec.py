@@ -50,6 +50,8 @@ class EngineSpec(BaseModel):
     """Token ids below this number mean the same to all specialists; only they can be sampled."""
     eos_token_ids: tuple[int, ...]
     """Ids that end a response; the first is the one EOS of the fused model."""
+    max_whitespace: int | None
+    """Most characters of white space between tokens of JSON in a structured output; None: any number."""
 
     @property
     def names(self) -> list[str]:

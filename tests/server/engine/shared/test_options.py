@@ -1,9 +1,11 @@
 """What is not fused is refused by name, before it can break lockstep without a sound."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
@@ -23,6 +25,7 @@ from ultrafuser.server.engine.shared.options import (
     check_engine_options,
     engine_arguments,
 )
+from ultrafuser.server.engine.shared.spec import EngineSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS
 
 PROMPTS = random_prompts((5, 6, 7), seed=0)
@@ -95,6 +98,40 @@ def test_engine_options_override_the_fusion_file(tiny_fusion: Path) -> None:
     fusion = load_fusion(tiny_fusion)
     args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), {"block_size": 64, "seed": 9}))
     assert (args.block_size, args.seed, args.enforce_eager) == (64, 9, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "bound"),
+    [
+        (None, 2),
+        ({"backend": "auto"}, 2),
+        ({"max_whitespace_cnt": None}, None),
+        ({"max_whitespace_cnt": 7, "backend": "xgrammar"}, 7),
+        ({"disable_any_whitespace": True}, 0),
+        (StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True), 0),
+    ],
+)
+def test_white_space_in_json_is_bounded_unless_somebody_says_otherwise(
+    tiny_fusion: Path, given: Any, bound: int | None
+) -> None:
+    fusion = load_fusion(tiny_fusion)
+    options = {} if given is None else {"structured_outputs_config": given}
+    config = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), options)).create_engine_config()
+    assert EngineSpec.from_vllm_config(config).max_whitespace == bound
+    assert config.structured_outputs_config.backend == "xgrammar"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"backend": "guidance"}, "backend"),
+        ({"max_whitespace_cnt": -1}, "max_whitespace_cnt"),
+        ({"max_whitespace_cnt": True}, "max_whitespace_cnt"),
+    ],
+)
+def test_settings_of_structured_output_that_cannot_be_kept_stop_the_start(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(EngineOptionError, match=f"structured_outputs_config: .*{named}"):
+        check_engine_options({"structured_outputs_config": given})
 
 
 def test_scheduler_and_worker_are_found_by_their_names(tiny_fusion: Path) -> None:
