@@ -176,4 +176,4 @@ async def test_a_null_within_a_schema_stays(client: httpx.AsyncClient, engine: S
     schema = {"enum": [None, "a"], "default": None}
     shape = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
     assert (await client.post(CHAT, json={"messages": [USER], "response_format": shape})).status_code == 200
-    assert engine.params[0].structured_outputs.json == schema  # type: ignore[union-attr]
+    assert engine.params[0].structured_outputs.json == schema
