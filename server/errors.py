@@ -86,7 +86,7 @@ class ApiError(Exception):
 
     def last_events(self) -> str:
         """The server-sent events that end a stream which has already begun: this error, and that there is no more."""
-        return f"data: {json.dumps(self.body(), ensure_ascii=False)}\n\ndata: [DONE]\n\n"
+        return f"data: {json.dumps(self.body())}\n\ndata: [DONE]\n\n"
 
 
 class InvalidRequest(ApiError, ValueError):
