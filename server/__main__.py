@@ -6,28 +6,30 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from importlib import import_module
-from types import FrameType
 
-from ultrafuser import __version__
-from ultrafuser.gating.errors import UserError
-from ultrafuser.gating.model.fusion import load_fusion
-from ultrafuser.server.access.keys import with_all_keys
-from ultrafuser.server.cli import OFFLINE_COMMANDS, OPTION_NAMES, ServeCommand, parse_command
-from ultrafuser.server.log import LogStream, configure_logging
-from ultrafuser.server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
-from ultrafuser.server.start.listener import listen_on
-from ultrafuser.server.start.progress import StartupProgress
+from ultrafuser.server.start.signals import (
+    EXIT_INTERRUPTED,
+    LAST_LINE,
+    STOP_SIGNALS,
+    Interrupted,
+    ending_at_once,
+    interrupt,
+)
+
+with ending_at_once():  # they take a second
+    from ultrafuser import __version__
+    from ultrafuser.gating.errors import UserError
+    from ultrafuser.gating.model.fusion import load_fusion
+    from ultrafuser.server.access.keys import with_all_keys
+    from ultrafuser.server.cli import OFFLINE_COMMANDS, OPTION_NAMES, parse_command
+    from ultrafuser.server.log import LogStream, configure_logging
+    from ultrafuser.server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
+    from ultrafuser.server.start.listener import listen_on
+    from ultrafuser.server.start.progress import StartupProgress
 
 NUM_STEPS = 4
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
-EXIT_INTERRUPTED = 130
-
-
-class Interrupted(BaseException):
-    """A signal came before the server listened.
-
-    Not KeyboardInterrupt: vLLM swallows that while it waits for its engine, and then waits for ever."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,20 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] and arguments[0] in OFFLINE_COMMANDS:
             return _offline(arguments[0], arguments[1:])
-        return _serve(parse_command(arguments, os.environ))
+        return _serve(arguments)
     except (Interrupted, KeyboardInterrupt):
-        print("\nultrafuser: interrupted before it was ready", file=sys.stderr)
+        print(LAST_LINE, end="", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (UserError, EngineStartError) as error:  # of any other error the traceback has to be seen
         print(f"ultrafuser: {error}", file=sys.stderr)
         return EXIT_FAILED if isinstance(error, EngineStartError) else EXIT_WRONG_INPUT
 
 
-def _serve(command: ServeCommand) -> int:
+def _serve(arguments: Sequence[str]) -> int:
     """What is cheap to check comes first: the fusion file and the port, then seconds of imports, weights last."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, interrupt)
+    command = parse_command(arguments, os.environ)
     settings = with_all_keys(command.settings)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     # One process serves; of a left-over folder it would show old series.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     os.environ.update(vllm_environment(os.environ, settings.log_level))
@@ -58,7 +61,7 @@ def _serve(command: ServeCommand) -> int:
     with closing(listen_on(settings.host, settings.port)) as listener:
         progress = StartupProgress(NUM_STEPS, LogStream() if settings.log_format == "json" else None)
         progress.say(f"ultrafuser {__version__}: {fusion.name}, fused from {', '.join(fusion.specialist_names)}")
-        with progress.step("import vLLM"):
+        with progress.step("import vLLM"), ending_at_once():
             serve = _import_serve()
         return serve(settings, command.engine_options, fusion, listener, progress)
 
@@ -79,16 +82,13 @@ def _import_serve() -> Callable[..., int]:
 def _offline(command: str, arguments: Sequence[str]) -> int:
     """The commands of `gating` have settings of their own; of the server's they share the cache folder."""
     cache = read_environment(os.environ, OPTION_NAMES).get("cache")
-    module = import_module(OFFLINE_COMMANDS[command].module)
+    with ending_at_once():
+        module = import_module(OFFLINE_COMMANDS[command].module)
     try:
         return int(module.run(arguments, cache))
     except KeyboardInterrupt:
         print(f"\nultrafuser: interrupted; {OFFLINE_COMMANDS[command].way_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise Interrupted
 
 
 if __name__ == "__main__":

@@ -8,7 +8,15 @@ from starlette.middleware.cors import CORSMiddleware
 from ultrafuser import __version__
 from ultrafuser.server.access.admission import Admission, AdmissionControl
 from ultrafuser.server.access.keys import KeyRing
-from ultrafuser.server.access.middleware import PROBE_PATHS, ApiKeys, HeaderCount, RequestLog, TrustedHosts
+from ultrafuser.server.access.middleware import (
+    PROBE_PATHS,
+    ApiKeys,
+    Head,
+    HeaderCount,
+    HostHeader,
+    RequestLog,
+    TrustedHosts,
+)
 from ultrafuser.server.access.quotas import Quota
 from ultrafuser.server.api import analyze, chat, completions, models, probes, tokenize
 from ultrafuser.server.api.playground import FILES, playground_router
@@ -55,8 +63,9 @@ def create_app(
 
 
 def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission) -> None:
-    """From the inside out: admission, keys, request counts (of refused ones, too), hosts, headers, CORS (whose
+    """From the inside out: HEAD, admission, keys, request counts (of refused ones, too), hosts, headers, CORS (whose
     preflights carry no key), log."""
+    app.add_middleware(Head)
     public: dict[str, Any] = {"public_paths": PUBLIC_PATHS}
     app.add_middleware(AdmissionControl, admission=admission, timeout_seconds=settings.request_timeout, **public)
     if settings.api_key:
@@ -66,6 +75,7 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, admission: Admission
     count_http_requests(app)
     if settings.allowed_host:
         app.add_middleware(TrustedHosts, hosts=settings.allowed_host, **public)
+    app.add_middleware(HostHeader)
     app.add_middleware(HeaderCount)
     if settings.allowed_origin:
         app.add_middleware(

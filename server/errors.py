@@ -9,6 +9,7 @@
     │   └── UnsupportedMediaType 415 invalid_request_error  code unsupported_media_type
     ├── Rejection               the request may be fine, but not now or not from this client
     │   ├── InvalidApiKey       401  invalid_request_error  code invalid_api_key
+    │   ├── InvalidHost         400  invalid_request_error  code invalid_host
     │   ├── UntrustedHost       400  invalid_request_error  code untrusted_host
     │   ├── RateLimited         429  requests               code rate_limit_exceeded
     │   ├── Overloaded          503  server_error           code server_overloaded
@@ -85,7 +86,7 @@ class ApiError(Exception):
 
     def last_events(self) -> str:
         """The server-sent events that end a stream which has already begun: this error, and that there is no more."""
-        return f"data: {json.dumps(self.body(), ensure_ascii=False)}\n\ndata: [DONE]\n\n"
+        return f"data: {json.dumps(self.body())}\n\ndata: [DONE]\n\n"
 
 
 class InvalidRequest(ApiError, ValueError):
@@ -145,6 +146,15 @@ class InvalidApiKey(Rejection):
     code = "invalid_api_key"
     headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
     reason = "auth"
+
+
+class InvalidHost(Rejection):
+    """HTTP/1.1 without a Host header, any request with two, or one that cannot be a host's name."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "invalid_host"
+    headers: Mapping[str, str] = {"Connection": "close"}
+    reason = "host"
 
 
 class UntrustedHost(Rejection):

@@ -1,7 +1,9 @@
 """One HTTP connection: uvicorn's protocol with limits for clients that send or read too slowly, or too long headers.
 
 Without them a client that sends half a request, or stops reading its response, would hold its connection, and what was
-made for it, for ever. Knows bytes and time, no requests.
+made for it, for ever. And what uvicorn leaves out of HTTP: an offer of another protocol is passed over, an answer to
+HTTP/1.0 comes without chunks, and a body that breaks off in nonsense ends its request. Knows bytes and time, no
+requests.
 """
 
 import asyncio
@@ -11,7 +13,8 @@ from functools import partial
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ultrafuser.server.errors import InvalidRequest
 
@@ -21,8 +24,11 @@ MAX_HEADER_BYTES = 65536
 logger = logging.getLogger(__name__)
 
 
+_INVALID = "Invalid HTTP request received."
+
+
 class GuardedProtocol(HttpToolsProtocol):
-    """Closes connections of clients that do not keep up."""
+    """Closes connections of clients that do not keep up; speaks HTTP/1.0 and 1.1, whatever else is offered."""
 
     def __init__(self, *args: Any, read_seconds: float, write_seconds: float, **kwargs: Any) -> None:
         """`read_seconds`: for a whole request; `write_seconds`: how long a full write buffer may stay full."""
@@ -40,11 +46,36 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; headers that do not end are refused."""
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response(_INVALID)
         if self._is_in_headers:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
                 self.send_400_response(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
+
+    def _parse(self, data: bytes) -> None:
+        """As if nobody offered another protocol: the parser takes what follows an offer for that protocol, so the head
+        is read again without it, then the rest."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            (num_read,) = offer.args
+            head = self._head_without_offer()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self._parse(head + data[num_read:])
+
+    def _head_without_offer(self) -> bytes:
+        request_line = b"%s %s HTTP/%s" % (
+            self.parser.get_method(),
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
+        headers = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([request_line, *headers, b"", b""])
 
     def on_message_begin(self) -> None:
         """The time for a further request on the same connection begins.
@@ -59,15 +90,32 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_in_headers = True
         self._reading.start()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; those behind the body come too late to say anything about the request."""
+        if self._is_in_headers:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        """From here on the body is read."""
-        super().on_headers_complete()
+        """From here on the body is read.
+
+        Raises:
+            HttpParserError: the client takes the server for a proxy.
+        """
+        if self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserError("nobody is connected to elsewhere")
+        if not self.parser.should_upgrade():  # else this head will be read again
+            super().on_headers_complete()
         self._is_in_headers = False
         self._num_header_bytes = 0
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._reading.stop()
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+            self._reading.stop()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        is_old = cycle.scope["http_version"] != "1.1"
+        super()._start_asgi_task(cycle, _without_chunks(cycle, app) if is_old else app)  # type: ignore[arg-type]
 
     def pause_writing(self) -> None:
         """The client does not read: its time begins."""
@@ -85,10 +133,16 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """As uvicorn's, with OpenAI's error object; not amid an answer, after which the connection will end."""
+        """As uvicorn's, with OpenAI's error object; not amid an answer, after which the connection will end.
+
+        A request whose body is wrong, and which nothing was answered yet, ends as if its client had left.
+        """
         if self._is_answering:
-            self.cycle.keep_alive = False
-            return
+            if self.cycle.response_started or not self.cycle.more_body:
+                self.cycle.keep_alive = False
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = json.dumps(InvalidRequest(msg).body()).encode()
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
@@ -109,6 +163,22 @@ class GuardedProtocol(HttpToolsProtocol):
 def guarded_protocol(read_seconds: float, write_seconds: float) -> Any:
     """What uvicorn's `http` option takes."""
     return partial(GuardedProtocol, read_seconds=read_seconds, write_seconds=write_seconds)
+
+
+def _without_chunks(cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
+    """An application whose answers HTTP/1.0 can read: no interim ones, no chunks; the connection ends with the body."""
+    cycle.keep_alive = cycle.waiting_for_100_continue = False
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_plain(message: Message) -> None:
+            cycle.chunked_encoding = False
+            # Where there are no chunks uvicorn holds a body to its length; here whatever comes is right.
+            cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return answer
 
 
 class _Timer:

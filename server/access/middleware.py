@@ -1,5 +1,5 @@
-"""What every request passes before a route sees it: an id and a log line, the number of its headers, its host's name,
-its key. Reads no bodies."""
+"""What every request passes before a route sees it: an id and a log line, its headers' number, its host's name, its
+key; and HEAD, which is answered like GET. Reads no bodies."""
 
 import logging
 import re
@@ -18,6 +18,7 @@ from ultrafuser.server.errors import (
     UNFORESEEN,
     ApiError,
     InvalidApiKey,
+    InvalidHost,
     RateLimited,
     Rejection,
     TooManyHeaders,
@@ -32,6 +33,9 @@ PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
 MAX_HEADERS = 200
 """Most header lines of a request; no client has a tenth of them. Their length is the connection's affair."""
 
+_HOST = re.compile(
+    rb"(\[[0-9A-Fa-fv:.!$&'()*+,;=_~-]+\]|([A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?"  # RFC 3986
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLIENT_LEFT = 499
 
@@ -153,6 +157,22 @@ class HeaderCount:
             await self.app(scope, receive, send)
 
 
+class HostHeader:
+    """Answers 400 where it is not said once, and in letters a host can have, which host is asked: then the server and a
+    proxy before it may take one request for two different ones. HTTP/1.0 may leave it out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        is_missing = not hosts and scope["http_version"] >= "1.1"
+        if is_missing or len(hosts) > 1 or not all(map(_HOST.fullmatch, hosts)):
+            await refuse(InvalidHost("The request needs one valid Host header."), scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
 class TrustedHosts:
     """Starlette's check of the Host header, with our error; probes and metrics pass under every name."""
 
@@ -171,6 +191,22 @@ class TrustedHosts:
             await self._check(scope, receive, note)
         if verdict:
             await refuse(UntrustedHost("The Host header is not one of this server's names."), scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+class Head:
+    """Answers HEAD as GET, without the body, for whatever is behind it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, send_head)
         else:
             await self.app(scope, receive, send)
 

@@ -17,6 +17,7 @@ from ultrafuser.server.requests.checks import check_request
 from ultrafuser.server.requests.limits import RequestBounds
 from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 from ultrafuser.server.serving.serving import Serving
+from ultrafuser.server.serving.text_tokens import TextToken, tokens_of
 from ultrafuser.server.serving.translation import error_in
 
 router = APIRouter(route_class=CheckedRoute)
@@ -58,60 +59,59 @@ async def analyze(request: GateAnalysisRequest, raw_request: Request) -> JSONRes
 
 async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     """The first token is the prompt: nothing predicts it."""
-    first, *rest = await _token_ids(serving, request.text or "", "text", add_special_tokens=True)
+    first, *rest = await _read(serving, request.text or "", "text", add_special_tokens=True)
     if not rest:
         raise InvalidRequest("text: has one token only, which nothing predicts; send more.", "text")
-    own: dict[str, Any] = {"prompt": [first], "logprobs": 0}
+    own: dict[str, Any] = {"prompt": [first.token_id], "logprobs": 0}
     asked = CompletionRequest(**_common(request, rest), **own)
     response = await _answered(serving, serving.completion.create_completion(asked, raw_request), rest, "text")
-    tokens = _tokens(serving, response, response.choices[0].logprobs.token_logprobs)
-    start = {"token": serving.tokenizer.decode([first]), "token_id": first, "logprob": None, GATE_WEIGHTS: None}
-    return _body(serving, response, [start, *tokens])
+    tokens = _weighed(response, rest, response.choices[0].logprobs.token_logprobs)
+    return _body(serving, response, [_shown(first, None, None), *tokens])
 
 
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
-    answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
+    answer = await _read(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
     response = await _answered(serving, serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
     logprobs = [entry.logprob for entry in response.choices[0].logprobs.content]
-    return _body(serving, response, _tokens(serving, response, logprobs))
+    return _body(serving, response, _weighed(response, answer, logprobs))
 
 
-async def _answered(serving: Serving, asking: Awaitable[Any], given: list[int], param: str) -> Any:
+async def _answered(serving: Serving, asking: Awaitable[Any], given: list[TextToken], param: str) -> Any:
     """What the serving class gave; a text that was cut, since it does not fit beside its prompt, is refused."""
     response = await asking
     if (told := error_in(response)) is not None:
         raise told
     (choice,) = response.choices
-    if list(choice.token_ids) != given:
+    if list(choice.token_ids) != _ids(given):
         found = f"has {len(given)} tokens beside {response.usage.prompt_tokens} of the prompt"
         raise _too_long(serving, param, found)
     return response
 
 
-def _common(request: GateAnalysisRequest, given: list[int]) -> dict[str, Any]:
+def _common(request: GateAnalysisRequest, given: list[TextToken]) -> dict[str, Any]:
     return {
         "model": request.model,
         "max_tokens": len(given),
         "temperature": 0.0,
         "ignore_eos": True,
         "return_token_ids": True,
-        "vllm_xargs": {"forced_token_ids": given, GATE_WEIGHTS: True},
+        "vllm_xargs": {"forced_token_ids": _ids(given), GATE_WEIGHTS: True},
         GATE_WEIGHTS: True,
     }
 
 
-async def _token_ids(serving: Serving, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+async def _read(serving: Serving, text: str, param: str, *, add_special_tokens: bool) -> list[TextToken]:
     limit = serving.bounds.context_length
     if len(text) > limit * serving.tokenizer.max_chars_per_token:
         raise _too_long(serving, param, f"has {len(text)} characters, more than so many tokens can hold")
-    ids: list[int] = await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens=add_special_tokens)
-    if len(ids) > limit:
-        raise _too_long(serving, param, f"has {len(ids)} tokens")
-    foreign = next((token_id for token_id in ids if token_id >= serving.bounds.num_shared_ids), None)
+    tokens = await asyncio.to_thread(tokens_of, serving.tokenizer, text, add_special_tokens=add_special_tokens)
+    if len(tokens) > limit:
+        raise _too_long(serving, param, f"has {len(tokens)} tokens")
+    foreign = next((token_id for token_id in _ids(tokens) if token_id >= serving.bounds.num_shared_ids), None)
     if foreign is not None:
         raise InvalidRequest(f"{param}: token id {foreign} is not shared by all specialists; change the text.", param)
-    return ids
+    return tokens
 
 
 def _too_long(serving: Serving, param: str, found: str) -> ContextTooLong:
@@ -119,13 +119,23 @@ def _too_long(serving: Serving, param: str, found: str) -> ContextTooLong:
     return ContextTooLong(f"{limit}. However, {param} {found}. Please reduce the length.", param)
 
 
-def _tokens(serving: Serving, response: Any, logprobs: list[float | None]) -> list[dict[str, Any]]:
-    (choice,) = response.choices
-    rows = zip(choice.token_ids, logprobs, choice.gate_weights["content"], strict=True)
-    return [
-        {"token": serving.tokenizer.decode([token_id]), "token_id": token_id, "logprob": logprob, GATE_WEIGHTS: weights}
-        for token_id, logprob, weights in rows
-    ]
+def _ids(tokens: list[TextToken]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+def _weighed(response: Any, tokens: list[TextToken], logprobs: list[float | None]) -> list[dict[str, Any]]:
+    rows = zip(tokens, logprobs, response.choices[0].gate_weights["content"], strict=True)
+    return [_shown(token, logprob, weights) for token, logprob, weights in rows]
+
+
+def _shown(token: TextToken, logprob: float | None, weights: list[float] | None) -> dict[str, Any]:
+    return {
+        "token": token.text,
+        "bytes": list(token.own_bytes),
+        "token_id": token.token_id,
+        "logprob": logprob,
+        GATE_WEIGHTS: weights,
+    }
 
 
 def _body(serving: Serving, response: Any, tokens: list[dict[str, Any]]) -> JSONResponse:

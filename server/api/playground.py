@@ -43,7 +43,7 @@ def playground_router() -> APIRouter:
     """The routes of the page and its files; not in the API's schema."""
     router = APIRouter()
     for path, name in FILES.items():
-        router.add_route(path, _answering(FOLDER / name), methods=["GET", "HEAD"], include_in_schema=False)
+        router.add_route(path, _answering(FOLDER / name), methods=["GET"], include_in_schema=False)
     return router
 
 

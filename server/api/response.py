@@ -25,6 +25,10 @@ the client gets the right status instead of a stream that begins with an error."
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _COMMENT = b": keep-alive\n\n"
 
+# An event's data ends with its line. JSON escapes what ends one in ASCII; these three it may write as they are, and
+# clients that split where Unicode (Python's `splitlines`) ends a line would cut the event there.
+_LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029"})
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +47,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and told.status in (404, 405):
         hint = "" if told.status == 405 else "; to generate, POST to /v1/chat/completions or /v1/completions"
         told.message = f"{request.method} {request.scope['path'][:200]}: {error.detail.lower()}{hint}"
+        if told.headers.get("Allow") == "GET":  # a route of FastAPI's does not know that HEAD is answered before it
+            told.headers = {**told.headers, "Allow": "GET, HEAD"}
     if isinstance(told, Rejection):
         REJECTIONS.labels(told.reason).inc()
     elif told.status >= 500 or isinstance(error, TypeError):
@@ -114,15 +120,20 @@ class _KeptAlive:
 async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     async with aclosing(events):
         try:
-            yield await first
+            yield _on_one_line(await first)
             async for event in events:
-                yield event
+                yield _on_one_line(event)
         # The response has begun: an error can only be told as its last event.
         except Exception as error:
             told = as_api_error(error)
             if told.status >= 500:
                 _log_failure("a stream ended early", told, error)
             yield told.last_events()
+
+
+def _on_one_line(event: str) -> str:
+    """The event, whose JSON says the same, with no end of a line but its own, whoever reads it."""
+    return event if event.isascii() else event.translate(_LINE_ENDS)
 
 
 def _log_failure(what: str, told: ApiError, error: Exception) -> None:

@@ -37,6 +37,7 @@ from ultrafuser.server.settings import EngineStartError, ServerSettings, Setting
 from ultrafuser.server.start.children import tied_children
 from ultrafuser.server.start.listener import base_url
 from ultrafuser.server.start.progress import StartupProgress
+from ultrafuser.server.start.signals import STOP_SIGNALS
 
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""
@@ -49,9 +50,6 @@ LAST_WORDS_SECONDS = 3
 
 ENGINE_STOP_SECONDS = 8.0
 """How long the engine's processes may take to end by themselves; then they are killed."""
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, an orchestrator's wish, a closed terminal."""
 
 logger = logging.getLogger(__name__)
 

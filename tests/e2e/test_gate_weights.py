@@ -237,6 +237,38 @@ def test_a_text_is_analyzed_from_its_second_token_on(server: ServerProcess, tiny
     check_tokens(rest, *read_by_the_reference(tiny_fusion, [[first["token_id"]]] * 3, given))
 
 
+CUT = "ok \U0001f600\U0001f99c \xe9\u6f22"
+"""Every letter that is not ASCII is several tokens."""
+
+
+def test_parts_of_characters_have_bytes_and_no_text_of_their_own(server: ServerProcess) -> None:
+    """They were decoded one by one, to replacement characters."""
+    conversation = [{"role": "user", "content": QUESTION}]
+    for body in ({"text": CUT}, {"messages": conversation, "answer": CUT}):
+        tokens = analyze(server, **body).json()["tokens"]
+        assert len(tokens) == len(CUT.encode()) > len(CUT)
+        assert "".join(token["token"] for token in tokens) == CUT
+        assert b"".join(bytes(token["bytes"]) for token in tokens) == CUT.encode()
+        assert all(len(token["bytes"]) == 1 for token in tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cut_characters_are_whole_in_log_probabilities_too(server: ServerProcess, stream: bool) -> None:
+    """In a response's own and in those of an echoed prompt."""
+    wish = {"structured_outputs": {"choice": [CUT]}, "max_tokens": 40, "logprobs": True, "return_token_ids": True}
+    parts = events(server, {**CHAT, **wish}) if stream else [ask(server, {**CHAT, **wish})]
+    choices = [choice for part in parts for choice in part["choices"]]
+    entries = [entry for choice in choices for entry in (choice["logprobs"] or {}).get("content") or []]
+    ids = [token_id for choice in choices for token_id in choice.get("token_ids") or []]
+    assert len(entries) == len(ids) > len(CUT.encode())  # and the end
+    assert "".join(entry["token"] for entry in entries[: len(CUT.encode())]) == CUT
+    assert b"".join(bytes(entry["bytes"]) for entry in entries[: len(CUT.encode())]) == CUT.encode()
+    echo = {"model": MODEL, "prompt": CUT, "echo": True, "logprobs": 1, "max_tokens": 0}
+    parts = events(server, echo, "completions") if stream else [ask(server, echo, "completions")]
+    tokens = [token for part in parts for choice in part["choices"] for token in choice["logprobs"]["tokens"]]
+    assert "".join(tokens) == CUT
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

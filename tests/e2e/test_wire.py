@@ -48,6 +48,24 @@ def count_arrivals(server: ServerProcess) -> int:
     return len({round(moment, 2) for moment, _ in arrivals})
 
 
+def test_arguments_and_tokens_in_events_are_whole_for_clients_that_split_at_unicodes_line_ends(
+    server: ServerProcess,
+) -> None:
+    said = "red\u2028\u2029\x85 sea"
+    call = f'<tool_call>\n{{"name": "paint", "arguments": {{"colour": "{said}"}}}}\n</tool_call>'
+    tool = {"type": "function", "function": {"name": "paint", "parameters": {"type": "object"}}}
+    wish = {"structured_outputs": {"choice": [call]}, "tools": [tool], "logprobs": True, "top_logprobs": 1}
+    body = LONG | wish | {"stream": True, "ignore_eos": False}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    choices = [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
+    calls = [call["function"] for choice in choices for call in choice["delta"].get("tool_calls") or []]
+    assert json.loads("".join(call.get("arguments") or "" for call in calls)) == {"colour": said}
+    entries = [entry for choice in choices for entry in (choice.get("logprobs") or {}).get("content") or []]
+    assert call in b"".join(bytes(entry["bytes"]) for entry in entries).decode()
+
+
 def leave_stream(server: ServerProcess) -> None:
     """Read one event of a stream and close the connection."""
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=LONG | {"stream": True}) as response:

@@ -2,19 +2,18 @@
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import httpx
 import pytest
-import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ultrafuser.server.access.connections import MAX_HEADER_BYTES, GuardedProtocol, guarded_protocol
+from tests.server.listening import listening
+from ultrafuser.server.access.connections import MAX_HEADER_BYTES, GuardedProtocol
 
 LIMIT_SECONDS = 1.0
 HUGE_BYTES = 64 << 20
@@ -55,17 +54,8 @@ def app() -> App:
 @pytest.fixture
 async def port(app: App) -> AsyncIterator[int]:
     """Where the app is served, with short limits."""
-    config = uvicorn.Config(
-        app, http=guarded_protocol(LIMIT_SECONDS, LIMIT_SECONDS), ws="none", lifespan="off", log_config=None
-    )
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        task = asyncio.create_task(server._serve([listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield int(listener.getsockname()[1])
-        server.should_exit = server.force_exit = True
-        await task
+    async with listening(app, LIMIT_SECONDS) as port:
+        yield port
 
 
 async def is_cut_off(port: int, sent: bytes) -> float:

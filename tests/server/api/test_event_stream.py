@@ -1,16 +1,24 @@
-"""A silent stream gets comments between its events, and what makes the events ends with the client."""
+"""A silent stream gets comments between its events, and what makes the events ends with the client; every event is one
+line, however lines are counted."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.types import Message
+from vllm.exceptions import VLLMValidationError
 
+from tests.server.scripted import ScriptedEngine
 from ultrafuser.server.api.response import EventStream
+from ultrafuser.server.errors import ShuttingDown
 
 INTERVAL_SECONDS = 0.05
 SILENCE_SECONDS = 20 * INTERVAL_SECONDS
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 EVENTS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 
 
@@ -73,3 +81,47 @@ async def test_a_client_that_leaves_closes_the_stream() -> None:
     bodies = await running
     assert stream.is_closed
     assert EVENTS[1] not in bodies
+
+
+TEXT = f"a{LINE_ENDS}b"
+CHAT_ECHO: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": TEXT}],
+    "echo": True,
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+}
+ECHOES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", CHAT_ECHO),
+    ("/v1/chat/completions", CHAT_ECHO | {"gate_weights": True}),
+    ("/v1/completions", {"prompt": TEXT, "echo": True}),
+    ("/v1/completions", {"prompt": TEXT, "echo": True, "gate_weights": True}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("path", "body"), ECHOES)
+async def test_no_event_is_cut_where_unicode_ends_a_line(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    """Clients that split at all ends of lines that Unicode knows got broken JSON."""
+    whole = (await client.post(path, json=body)).json()["choices"][0]
+    wanted = whole["text"] if "text" in whole else whole["message"]["content"]
+    assert TEXT in wanted
+    async with client.stream("POST", path, json=body | {"stream": True}) as response:
+        lines = [line async for line in response.aiter_lines()]
+    *events, last = [line.removeprefix("data: ") for line in lines if line]
+    assert last == "[DONE]"
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    assert "".join(
+        choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices
+    ) == (wanted)
+
+
+@pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
+async def test_an_error_is_not_cut_there_either(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.failure, engine.fails_at = VLLMValidationError(TEXT), 2
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    text = (await client.post("/v1/chat/completions", json=body)).text
+    *_, error, last = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert (json.loads(error)["error"]["message"], last) == (TEXT, "[DONE]")
+    assert ShuttingDown().last_events().isascii()

@@ -20,6 +20,7 @@ from ultrafuser.server.settings import ServerSettings
 from ultrafuser.server.start import launch
 from ultrafuser.server.start.listener import listen_on
 from ultrafuser.server.start.progress import StartupProgress
+from ultrafuser.server.start.signals import STOP_SIGNALS
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
@@ -84,7 +85,7 @@ def start(
     monkeypatch.setattr(launch, "_start_engine", lambda *_: engine)
     monkeypatch.setattr(launch, "_loop_factory", lambda: request.param)
     monkeypatch.setattr(launch, "adopt_vllm_logging", lambda: None)
-    handlers = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     start = Start(engine, fusion)
     monkeypatch.setattr(GrammarCheck, "close", lambda _: start.close_grammars())
     yield start
