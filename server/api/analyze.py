@@ -15,7 +15,7 @@ from ultrafuser.server.errors import ContextTooLong, InvalidRequest
 from ultrafuser.server.requests.checked_route import CheckedRoute
 from ultrafuser.server.requests.checks import check_request
 from ultrafuser.server.requests.limits import RequestBounds
-from ultrafuser.server.requests.unsupported import refuse_media
+from ultrafuser.server.requests.unsupported import refuse_calls, refuse_media
 from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 from ultrafuser.server.serving.serving import Serving
 from ultrafuser.server.serving.translation import TRANSLATED_ERRORS, as_api_error, error_in
@@ -73,7 +73,9 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     answer = await _token_ids(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
-    refuse_media(asked.messages)  # of the model made of them, which may leave parts that can be read only once
+    # Those of the model made of them, which may leave parts and calls that can be read only once.
+    refuse_media(asked.messages)
+    refuse_calls(asked.messages)
     response = await _answered(serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
     logprobs = [entry.logprob for entry in response.choices[0].logprobs.content]
     return _body(serving, response, _tokens(serving, response, logprobs))

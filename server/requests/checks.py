@@ -18,6 +18,7 @@ from ultrafuser.server.requests.unsupported import (
     TOKENIZE_REFUSALS,
     notice_unknown_fields,
     refuse,
+    refuse_calls,
     refuse_media,
 )
 from ultrafuser.server.requests.weights_field import ask_for_weights
@@ -42,6 +43,7 @@ def is_checked(kind: type) -> bool:
 def _check_chat(request: ChatCompletionRequest, bounds: RequestBounds) -> None:
     refuse(CHAT_REFUSALS, request)
     refuse_media(request.messages)
+    refuse_calls(request.messages)
     # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
     request.include_reasoning = True
     if request.echo:
@@ -66,6 +68,7 @@ def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds
 def _check_tokenize_chat(request: TokenizeChatRequest, _bounds: RequestBounds) -> None:
     refuse(TOKENIZE_REFUSALS, request)
     refuse_media(request.messages)
+    refuse_calls(request.messages)
 
 
 @check_request.register(TokenizeCompletionRequest)
