@@ -6,6 +6,8 @@ text, so that nothing is lost:
   - tools are shown wholly (list, calls and results) or not at all. If not, the list follows the system text in the
     first user turn, calls become text in the assistant's turn and results become a user turn, in the Hermes notation
     <tool_call>...</tool_call>, <tool_response>...</tool_response>.
+  - arguments that are no JSON object (a call that was cut off, say) have no place in any template: all calls of their
+    turn, and its results, become text in the same notation, the arguments as they stand.
 Content is always one string, and user turns that only folding has put side by side become one, so that a template
 which insists on alternating turns still works.
 
@@ -15,6 +17,8 @@ Serving and training both use it. It does not know tokens, specialists or HTTP.
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jiter
 
 from ultrafuser.gating.templates.content import text_of_message
 from ultrafuser.gating.templates.load import TemplateError
@@ -51,10 +55,10 @@ def fold_messages(
     can_show = capabilities(chat_template)
     original = _merge_leading_system([_plain(message) for message in messages])
     kept, texts = _take_system(original, can_show)
-    if not can_show.tools:
-        kept = [(index, _tools_to_text(turn)) for index, turn in kept]
-        if tools:
-            texts.append(_describe(tools))
+    without_form = _with_malformed_calls(original) if can_show.tools else range(len(original))
+    kept = [(index, _tools_to_text(turn) if index in without_form else turn) for index, turn in kept]
+    if tools and not can_show.tools:
+        texts.append(_describe(tools))
     turns = _prepend(_join_user_turns(kept, original), "\n\n".join(texts))
     return turns, [dict(tool) for tool in tools] if tools and can_show.tools else None
 
@@ -65,23 +69,39 @@ def _plain(message: Mapping[str, Any]) -> Message:
     if role not in ("system", "user", "assistant", "tool"):
         raise TemplateError(f"messages: unknown role {role!r}; use system, developer, user, assistant or tool")
     plain: Message = {"role": role, "content": text_of_message(message)}
-    if message.get("tool_calls"):
+    if role == "assistant" and message.get("tool_calls"):
         plain["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
     return plain | {key: message[key] for key in ("name", "tool_call_id") if message.get(key) is not None}
 
 
 def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(call.get("function"), Mapping):
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         kind = call.get("type")
         raise TemplateError(f"messages: a tool call of type {kind!r} has no function; send calls of type 'function'")
-    function = dict(call["function"])
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
-            raise TemplateError(f"messages: tool call arguments are not JSON ({error}); send a JSON object") from error
-    return {**call, "function": function}
+    return {**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(arguments: Any) -> Any:
+    """The object that a call's arguments are; a text that is none by the rules of a request's body stays as it is."""
+    if not isinstance(arguments, str):
+        return arguments or {}
+    try:
+        value = jiter.from_json((arguments or "{}").encode(), allow_inf_nan=False, catch_duplicate_keys=True)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _with_malformed_calls(turns: Sequence[Message]) -> set[int]:
+    """Indices of the turns with a call whose arguments are no object, and of the results that follow them."""
+    found: set[int] = set()
+    for index, turn in enumerate(turns):
+        is_result = turn["role"] == "tool" and index - 1 in found
+        if is_result or any(isinstance(call["function"]["arguments"], str) for call in turn.get("tool_calls", ())):
+            found.add(index)
+    return found
 
 
 def _merge_leading_system(turns: list[Message]) -> list[Message]:
@@ -110,7 +130,7 @@ def _tools_to_text(turn: Message) -> Message:
     if turn["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
     if turn.get("tool_calls"):
-        calls = [f"<tool_call>\n{_json(_call_of(call))}\n</tool_call>" for call in turn["tool_calls"]]
+        calls = [f"<tool_call>\n{_call_text(call['function'])}\n</tool_call>" for call in turn["tool_calls"]]
         return {"role": turn["role"], "content": "\n".join(filter(None, [turn["content"], *calls]))}
     return turn
 
@@ -129,8 +149,10 @@ def _join_user_turns(numbered: list[tuple[int, Message]], original: list[Message
     return joined
 
 
-def _call_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": call["function"]["name"], "arguments": call["function"].get("arguments") or {}}
+def _call_text(function: Mapping[str, Any]) -> str:
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else _json(arguments)
+    return f'{{"name": {_json(function["name"])}, "arguments": {text}}}'
 
 
 def _describe(tools: Sequence[Mapping[str, Any]]) -> str:

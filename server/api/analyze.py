@@ -15,6 +15,7 @@ from ultrafuser.server.errors import ContextTooLong, InvalidRequest
 from ultrafuser.server.requests.checked_route import CheckedRoute
 from ultrafuser.server.requests.checks import check_request
 from ultrafuser.server.requests.limits import RequestBounds
+from ultrafuser.server.requests.unsupported import refuse_calls
 from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 from ultrafuser.server.serving.serving import Serving
 from ultrafuser.server.serving.text_tokens import TextToken, tokens_of
@@ -72,6 +73,7 @@ async def _analyze_text(serving: Serving, request: GateAnalysisRequest, raw_requ
 async def _analyze_answer(serving: Serving, request: GateAnalysisRequest, raw_request: Request) -> JSONResponse:
     answer = await _read(serving, request.answer or "", "answer", add_special_tokens=False)
     asked = ChatCompletionRequest(messages=request.messages, logprobs=True, top_logprobs=0, **_common(request, answer))
+    refuse_calls(asked.messages)  # those of the model made of them, which may leave calls that can be read only once
     response = await _answered(serving, serving.chat.create_chat_completion(asked, raw_request), answer, "answer")
     logprobs = [entry.logprob for entry in response.choices[0].logprobs.content]
     return _body(serving, response, _weighed(response, answer, logprobs))

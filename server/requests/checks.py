@@ -19,6 +19,7 @@ from ultrafuser.server.requests.unsupported import (
     TOKENIZE_REFUSALS,
     notice_unknown_fields,
     refuse,
+    refuse_calls,
 )
 from ultrafuser.server.requests.weights_field import ask_for_weights
 
@@ -41,6 +42,7 @@ def is_checked(kind: type) -> bool:
 @check_request.register(ChatCompletionRequest)
 def _check_chat(request: ChatCompletionRequest, bounds: RequestBounds) -> None:
     refuse(CHAT_REFUSALS, request)
+    refuse_calls(request.messages)
     # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
     request.include_reasoning = True
     if request.echo:
@@ -65,6 +67,7 @@ def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds
 @check_request.register(TokenizeChatRequest)
 def _check_tokenize_chat(request: TokenizeChatRequest, _bounds: RequestBounds) -> None:
     refuse(TOKENIZE_REFUSALS, request)
+    refuse_calls(request.messages)
 
 
 @check_request.register(TokenizeCompletionRequest)

@@ -157,6 +157,25 @@ def refuse(refusals: Iterable[Refusal], request: BaseModel) -> None:
             raise refused(refusal.param, f"{refusal.param} is not supported by a fused model: {refusal.instead}.")
 
 
+def refuse_calls(messages: Iterable[Any]) -> None:
+    """Check the tool calls of messages, which become plain lists.
+
+    Raises:
+        UnsupportedParameter: a call of a custom tool.
+    """
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        # As with content: one that can be read only once would be there for the first specialist alone.
+        message["tool_calls"] = list(message.get("tool_calls") or ())
+        for position, call in enumerate(message["tool_calls"]):
+            if call["type"] != "function":
+                param = f"messages.{index}.tool_calls.{position}"
+                raise refused(
+                    param, f"{param}: {call['type']!r} is not supported; send calls of functions.", "messages"
+                )
+
+
 def notice_unknown_fields(request: BaseModel) -> None:
     """Log, once per name, fields that the API does not know: they are accepted and have no effect."""
     for name in (request.model_extra or {}).keys() - {GATE_WEIGHTS} - _noticed:

@@ -1,7 +1,8 @@
 """vLLM's serving classes, wired for a fused model: our renderer, our errors, our names. Knows no routes.
 
-They are used as they are, but for three things: they put their own error object into a stream, where ours must be, they
-do not know the gate's weights, and they would give the engine constraints that hold it up.
+They are used as they are, but for four things: they put their own error object into a stream, where ours must be, they
+do not know the gate's weights, they would give the engine constraints that hold it up, and they read a tool call out of
+a stream and out of a whole answer in two ways.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -43,6 +44,7 @@ from ultrafuser.server.serving.constraints import (
 from ultrafuser.server.serving.fingerprint import fingerprint
 from ultrafuser.server.serving.gate_weights import WeightsInEvents, add_to_choices
 from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.tool_calls import finish_reason, read_alike
 from ultrafuser.server.serving.translation import as_api_error, error_in
 from ultrafuser.server.settings import ServerSettings
 
@@ -111,9 +113,6 @@ class FusedServingChat(_Fused, OpenAIServingChat):
     async def chat_completion_full_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
     ) -> ErrorResponse | ChatCompletionResponse:
-        base = super().chat_completion_full_generator
-        if not is_asked(request):
-            return await base(request, result_generator, *args, **kwargs)
         last: list[RequestOutput] = []
 
         async def watched() -> AsyncGenerator[RequestOutput, None]:
@@ -121,9 +120,12 @@ class FusedServingChat(_Fused, OpenAIServingChat):
                 last[:] = [output]
                 yield output
 
-        response = await base(request, watched(), *args, **kwargs)
+        response = await super().chat_completion_full_generator(request, watched(), *args, **kwargs)
         if isinstance(response, ChatCompletionResponse):
-            add_to_choices(response, self.specialists, last[0].outputs)
+            for choice, output in zip(response.choices, last[0].outputs, strict=True):
+                choice.finish_reason = finish_reason(request, choice, output)
+            if is_asked(request):
+                add_to_choices(response, self.specialists, last[0].outputs)
         return response
 
 
@@ -201,6 +203,8 @@ def build_serving(
     chat = FusedServingChat(engine, models, "assistant", **shared, **template, **tools)
     completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
     grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
+    if chat.parser_cls is not None:
+        chat.parser_cls = read_alike(chat.parser_cls, fused_renderer.tokenizer)
     dtypes = [specialist.dtype for specialist in EngineSpec.from_vllm_config(config).specialists]
     for serving in (chat, completion):
         serving.grammars = grammars

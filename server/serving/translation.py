@@ -120,7 +120,9 @@ def _most_telling(errors: Sequence[Any]) -> Any:
 def _field(error: Any) -> str | None:
     """The field of the body, without the classes of a union's branches: a client knows fields only."""
     loc = [part for part in error["loc"][1:] if not re.match(r"[A-Z]", str(part))]
-    return clean_loc_for_param(tuple(loc)) or None
+    field = clean_loc_for_param(tuple(loc))
+    # vLLM takes the arguments of a tool call for one of pydantic's own words, too.
+    return (f"{field}.arguments" if loc[-2:] == ["function", "arguments"] else field) or None
 
 
 def _named_field(message: str) -> str | None:

@@ -33,6 +33,7 @@ from ultrafuser.server.metrics import describe_build
 from ultrafuser.server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
 from ultrafuser.server.serving.serving import Serving, build_serving, warm_up
 from ultrafuser.server.serving.step_metrics import StepMetrics
+from ultrafuser.server.serving.tool_calls import TOOL_PARSERS
 from ultrafuser.server.settings import EngineStartError, ServerSettings, SettingsError
 from ultrafuser.server.start.children import tied_children
 from ultrafuser.server.start.listener import base_url
@@ -235,6 +236,11 @@ def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
     parsers = tool_parsers()
     if name is not None and name not in parsers:
         raise SettingsError(f"tool_call_parser: vLLM has no parser {name!r}; it has {', '.join(parsers)}")
+    if name is not None and name not in TOOL_PARSERS:
+        known = ", ".join(TOOL_PARSERS)
+        raise SettingsError(
+            f"tool_call_parser: {name!r} is not supported, its answers could differ in a stream; choose one of {known}"
+        )
     if enable_auto and name is None:
         raise SettingsError("--enable-auto-tool-choice: there is no parser; name one with --tool-call-parser")
 

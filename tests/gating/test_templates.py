@@ -37,6 +37,21 @@ FULL_TEMPLATE = (
     "[call {{ call.function.name }} {{ call.function.arguments | tojson }}]"
     "{% endfor %}{% endfor %}"
 )
+# As `FULL_TEMPLATE`, but an argument at a time: it fails on arguments that are no object.
+ITEMS_TEMPLATE = FULL_TEMPLATE.replace(
+    "{{ call.function.arguments | tojson }}",
+    "{% for key, value in call.function.arguments | items %}{{ key }}={{ value | tojson }}{% endfor %}",
+)
+# Insists on a call before its results, and on user and assistant in turn elsewhere.
+STRICT_TOOLS_TEMPLATE = (
+    "{% set ns = namespace(turn=0, called=false) %}{% for message in messages %}"
+    "{% if message.role == 'tool' %}{% if not ns.called %}{{ raise_exception('no call') }}{% endif %}"
+    "{% elif not message.tool_calls %}"
+    "{% if (message.role == 'user') != (ns.turn % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+    "{% set ns.turn = ns.turn + 1 %}"
+    "{% endif %}{% set ns.called = message.tool_calls or message.role == 'tool' %}{% endfor %}"
+) + FULL_TEMPLATE
+TEMPLATES_WITH_TOOLS = (FULL_TEMPLATE, ITEMS_TEMPLATE, STRICT_TOOLS_TEMPLATE)
 # Insists on user and assistant in turn, as many published templates do.
 STRICT_TEMPLATE = (
     "{% for message in messages %}"
@@ -195,6 +210,70 @@ def test_calls_and_results_become_plain_turns_a_strict_template_accepts():
     assert render_jinja_template([messages], chat_template=STRICT_TEMPLATE)
 
 
+NO_OBJECTS = [
+    '{"colour": "re',
+    '{"a": "He said "x""}',
+    "not json",
+    '{"a": 1}{"a": 1}',
+    "{'a': 1}",
+    "   ",
+    "[1]",
+    "3",
+    "null",
+    '"x"',
+    '{"a": NaN}',
+    '{"a": 1e999}',
+    '{"a": 1, "a": 2}',
+    '{"a": "\\ud83d"}',
+    '{"a": "two\nlines"}',
+    '{"a": ' + "1" * 5000 + "}",
+    "[" * 100_000,
+    '{"a":' * 300 + "1" + "}" * 300,
+]
+
+
+def with_arguments(*arguments: Any) -> dict[str, Any]:
+    """A turn that calls `add` once with each of these arguments."""
+    calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": own}} for own in arguments]
+    return {"role": "assistant", "content": "I add.", "tool_calls": calls}
+
+
+@pytest.mark.parametrize("arguments", NO_OBJECTS, ids=lambda arguments: repr(arguments[:20]))
+def test_arguments_that_are_no_object_are_shown_as_they_stand_by_every_template(arguments):
+    """The conversation was refused, now and at every later turn, though the server itself had cut the call off."""
+    call = f'<tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call>'
+    for template in (*TEMPLATES_WITH_TOOLS, STRICT_TEMPLATE, *map(load_template, template_names())):
+        messages, tools = fold_messages([USER, with_arguments(arguments), RESULT, AGAIN], [TOOL], template)
+        assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+        assert messages[1]["content"] == f"I add.\n{call}"
+        assert messages[2]["content"] == "<tool_response>\nfive\n</tool_response>\n\nThanks!"
+        special: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "tools": tools}
+        rendered = render_jinja_template([messages], chat_template=template, **special)[0][0]
+        assert rendered.count(call) == rendered.count("five") == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES_WITH_TOOLS)
+def test_only_the_turn_with_such_arguments_becomes_text(template):
+    conversation = [USER, with_arguments('{"a": 1}', "{", "{}"), RESULT, RESULT, REPLY, AGAIN, CALL, RESULT]
+    messages, _ = fold_messages(conversation, [TOOL], template)
+    roles = [message["role"] for message in messages]
+    assert roles == ["user", "assistant", "user", "assistant", "user", "assistant", "tool"]
+    calls = [f'<tool_call>\n{{"name": "add", "arguments": {own}}}\n</tool_call>' for own in ('{"a": 1}', "{", "{}")]
+    assert messages[1]["content"] == "\n".join(["I add.", *calls])
+    assert messages[5]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
+
+
+@pytest.mark.parametrize("arguments", ["", "{}", " {} \n", None, {}])
+def test_no_arguments_are_an_empty_object(arguments):
+    messages, _ = fold_messages([USER, with_arguments(arguments), RESULT], [TOOL], FULL_TEMPLATE)
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_only_an_assistant_calls_tools():
+    messages, _ = fold_messages([{**USER, "tool_calls": "x"}, CALL, {**RESULT, "tool_calls": [3]}], None, FULL_TEMPLATE)
+    assert messages == [USER, *fold_messages([CALL, RESULT], None, FULL_TEMPLATE)[0]]
+
+
 def test_two_user_messages_in_a_row_stay_as_they_were_sent():
     assert fold_messages([USER, AGAIN], None, STRICT_TEMPLATE)[0] == [USER, AGAIN]
     assert fold_messages([USER, AGAIN], [TOOL], STRICT_TEMPLATE)[0][1] == AGAIN
@@ -234,8 +313,8 @@ def test_text_parts_are_joined_and_other_parts_refused():
     [
         ([], "messages: empty"),
         ([{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
-        ([{**CALL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "arguments are not JSON"),
         ([{**CALL, "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": "x"}}]}], "has no function"),
+        ([{**CALL, "tool_calls": [{"type": "function", "function": {"arguments": "{}"}}]}], "has no function"),
     ],
 )
 def test_messages_no_template_could_show_are_refused(messages, complaint):

@@ -17,7 +17,7 @@ SCRIPT = "Yes, it is."
 
 
 class ScriptedEngine:
-    """Answers `SCRIPT`, token by token.
+    """Answers `script`, token by token.
 
     `failure` is raised instead of token number `fails_at`; `errored` is what a dead engine reports; `prompts` are the
     engine inputs it has received, `num_aborted` counts the requests whose consumer left before the end;
@@ -26,6 +26,7 @@ class ScriptedEngine:
 
     def __init__(self, vllm_config: Any) -> None:
         self.vllm_config = vllm_config
+        self.script = SCRIPT
         self.model_config = vllm_config.model_config
         self.input_processor = FusedInputProcessor(InputProcessor(vllm_config))
         self.renderer = self.input_processor.renderer
@@ -61,24 +62,26 @@ class ScriptedEngine:
         self.input_processor.process_inputs(request_id, prompt, sampling_params, ("generate",))
         tokenizer = self.renderer.get_tokenizer()
         forced = forced_token_ids(sampling_params)
-        script = (forced or tokenizer.encode(SCRIPT, add_special_tokens=False))[: sampling_params.max_tokens]
+        complete = forced or tokenizer.encode(self.script, add_special_tokens=False)
+        script = complete[: sampling_params.max_tokens]
+        reason = "length" if len(script) < len(complete) else "stop"
         try:
             for step in range(len(script)):
                 if self.failure is not None and step == self.fails_at:
                     raise self.failure
                 if sampling_params.output_kind == RequestOutputKind.DELTA:
-                    yield self._output(request_id, prompt, sampling_params, [script[step]], step + 1 == len(script))
+                    is_last = step + 1 == len(script)
+                    yield self._output(request_id, prompt, sampling_params, [script[step]], reason if is_last else None)
             if sampling_params.output_kind != RequestOutputKind.DELTA:
-                yield self._output(request_id, prompt, sampling_params, script, True)
+                yield self._output(request_id, prompt, sampling_params, script, reason)
         except GeneratorExit:
             self.num_aborted += 1
             raise
 
     def _output(
-        self, request_id: str, prompt: Any, params: SamplingParams, token_ids: list[int], is_last: bool
+        self, request_id: str, prompt: Any, params: SamplingParams, token_ids: list[int], reason: str | None
     ) -> RequestOutput:
         text = self.renderer.get_tokenizer().decode(token_ids)
-        reason = "stop" if is_last else None
         certain = [{token_id: Logprob(0.0, 1, "x")} for token_id in token_ids]
         logprobs: Any = None if params.num_logprobs is None else certain
         outputs = [
@@ -86,4 +89,6 @@ class ScriptedEngine:
         ]
         for output in outputs if (params.extra_args or {}).get("gate_weights") else ():
             output.gate_weights = np.full((len(token_ids), 3), 1 / 3)
-        return RequestOutput(request_id, prompt.get("prompt"), prompt["prompt_token_ids"], None, outputs, is_last)
+        return RequestOutput(
+            request_id, prompt.get("prompt"), prompt["prompt_token_ids"], None, outputs, reason is not None
+        )

@@ -202,7 +202,11 @@ def test_a_missing_or_wrong_vllm_is_one_line_and_status_2(
 
 @pytest.mark.parametrize(
     ("parser", "auto", "message"),
-    [("hermess", None, "vLLM has no parser 'hermess'; it has"), (None, True, "there is no parser; name one")],
+    [
+        ("hermess", None, "vLLM has no parser 'hermess'; it has"),
+        ("mistral", None, "'mistral' is not supported, .* choose one of apertus, .*, hermes, .*"),
+        (None, True, "there is no parser; name one"),
+    ],
 )
 def test_tool_parsers_are_checked_before_weights_are_loaded(
     parser: str | None, auto: bool | None, message: str

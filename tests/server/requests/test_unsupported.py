@@ -21,6 +21,16 @@ def part(kind: str, **content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": parts}]}
 
 
+def after(**answer: Any) -> dict[str, Any]:
+    """A conversation that goes on after this answer."""
+    return {"messages": [*CHAT["messages"], {"role": "assistant", "content": None, **answer}, *CHAT["messages"]]}
+
+
+CUSTOM_CALL = {"id": "a", "type": "custom", "custom": {"name": "f", "input": "x"}}
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+CUSTOM_TOOL = {"type": "custom", "custom": {"name": "f"}}
+
+
 EVERYWHERE: list[tuple[str, dict[str, Any]]] = [
     ("use_beam_search", {"use_beam_search": True, "n": 2}),
     ("best_of", {"best_of": 2}),
@@ -72,6 +82,30 @@ CHAT_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("messages.0.content.1", part("video_url", video_url={"url": "http://example.org/a.mp4"})),
     ("messages.0.content.1", part("file", file={"file_id": "f"})),
     ("messages.0.content.1", part("prompt_embeds", data="AAAA")),
+    ("messages.1.tool_calls.0", after(tool_calls=[CUSTOM_CALL])),
+    ("messages.1.function_call", after(function_call={"name": "f", "arguments": "{}"})),
+]
+UNKNOWN_TOOLS: list[tuple[str, dict[str, Any]]] = [
+    ("messages.1.tool_calls.0.type", after(tool_calls=[{"id": "a", "type": "wizard", "wizard": {}}])),
+    ("messages.1.tool_calls.0.type", after(tool_calls=[{"id": "a", "custom": {"name": "f", "input": "x"}}])),
+    ("messages.1.tool_calls.0.function", after(tool_calls=[{"id": "a", "type": "function", "function": None}])),
+    (
+        "messages.1.tool_calls.0.function.arguments",
+        after(tool_calls=[{"id": "a", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]),
+    ),
+    (
+        "messages.1.tool_calls.0.function.arguments",
+        after(tool_calls=[{"id": "a", "type": "function", "function": {"name": "f"}}]),
+    ),
+    ("messages", {"messages": [{"role": "function", "name": "f", "content": "x"}]}),
+    ("tools.0.type", {"tools": [CUSTOM_TOOL]}),
+    ("tools.1.type", {"tools": [FUNCTION, CUSTOM_TOOL]}),
+    ("tools.0.type", {"tools": [{"type": "web_search"}]}),
+    ("tool_choice.function", {"tools": [FUNCTION], "tool_choice": CUSTOM_TOOL}),
+    (
+        "tool_choice.function",
+        {"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+    ),
 ]
 COMPLETION_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("prompt_embeds", {"prompt_embeds": "AAAA"}),
@@ -97,7 +131,7 @@ async def check(client: httpx.AsyncClient, engine: ScriptedEngine, url: str, bod
     assert engine.prompts == []
 
 
-@named(EVERYWHERE + CHAT_ONLY)
+@named(EVERYWHERE + CHAT_ONLY + UNKNOWN_TOOLS)
 async def test_a_chat_request_is_refused(
     client: httpx.AsyncClient, engine: ScriptedEngine, param: str, extra: dict[str, Any]
 ) -> None:
@@ -120,6 +154,29 @@ async def test_tokenizing_messages_refuses_what_chat_refuses(
     response = await client.post("/tokenize", json=CHAT | extra)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(("url", "more"), [("/tokenize", {}), ("/v1/gate/analyze", {"answer": "Yes"})])
+@named([case for case in CHAT_ONLY + UNKNOWN_TOOLS if case[0].startswith("messages.1.") or case[0] == "messages"])
+async def test_calls_and_results_of_other_kinds_are_refused_by_every_route(
+    client: httpx.AsyncClient, engine: ScriptedEngine, url: str, more: dict[str, Any], param: str, extra: dict[str, Any]
+) -> None:
+    response = await client.post(url, json=extra | more)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert engine.prompts == []
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "tool", "tool_call_id": "a"}], ids=["user", "tool"])
+@pytest.mark.parametrize("calls", ["x", [3], [CUSTOM_CALL]], ids=repr)
+async def test_only_an_assistants_turn_has_calls(
+    client: httpx.AsyncClient, engine: ScriptedEngine, message: dict[str, Any], calls: Any
+) -> None:
+    """In another turn the field is an unknown one; the server failed on it."""
+    for own in (message, message | {"tool_calls": calls}):
+        response = await client.post("/v1/chat/completions", json={"messages": [own | {"content": "Hi"}]})
+        assert response.status_code == 200, response.text
+    assert engine.prompts[0]["specialist_prompts"] == engine.prompts[1]["specialist_prompts"]
 
 
 async def test_only_shared_ids_become_text(client: httpx.AsyncClient) -> None:

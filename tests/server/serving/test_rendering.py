@@ -97,6 +97,22 @@ def test_tools_calls_and_results_reach_every_specialist(renderer: FusedRenderer)
         assert "minus five" in rendered
 
 
+def test_arguments_that_are_no_object_reach_every_specialist_as_they_stand(renderer: FusedRenderer) -> None:
+    """vLLM would show an empty object in their place, and the template of a model would fail on a text."""
+    own = '{"city": "Os<|im_end|>'
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": own}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "minus five"},
+        {"role": "user", "content": "Thanks"},
+    ]
+    eos = renderer.get_tokenizer().convert_ids_to_tokens(EOS_ID)
+    for rendered in texts(renderer, messages, params(tools=[WEATHER])):
+        assert f'<tool_call>\n{{"name": "get_weather", "arguments": {own}}}\n</tool_call>{eos}' in rendered
+        assert rendered.count("<tool_response>\nminus five\n</tool_response>\n\nThanks") == 1
+
+
 def test_earlier_responses_are_closed_by_the_one_eos_for_all(renderer: FusedRenderer) -> None:
     eos = renderer.get_tokenizer().convert_ids_to_tokens(EOS_ID)
     for rendered in texts(renderer, CONVERSATION):
