@@ -26,6 +26,12 @@ ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_time
 """What a fused model may be started with. The last one is no flag: the server has its own, as it waits for requests
 before it ends the engine."""
 
+OWN_OPTIONS = frozenset({"max_step_seconds"})
+"""Options that vLLM has not; the engine's spec carries them."""
+
+DEFAULT_MAX_STEP_SECONDS = 1.0
+"""On a CPU, where a long prompt in one piece would hold all others up for minutes."""
+
 OPTIONS_OF_MODELS = frozenset({"max_model_len", "tensor_parallel_size"})
 """Options that must fit every specialist: the fusion is inspected again with them."""
 
@@ -40,19 +46,20 @@ def engine_arguments(
     """Engine arguments of a fused model whose specialists are plain model folders (materialized).
 
     Their names, and those of `engine_options`, which override the fusion file's `engine` section, are those of vLLM's
-    `EngineArgs`.
+    `EngineArgs`, and ours.
 
     Raises:
         EngineOptionError: an option is not on the allow-list.
         FusionError: an option does not fit the models.
     """
     options = dict(engine_options or {})
-    check_engine_options(options)
+    settings = fusion.engine.model_dump(exclude_none=True) | options
+    check_engine_options(settings)
     changes = {name: value for name, value in options.items() if name in OPTIONS_OF_MODELS}
     if changes:
         inspect_fusion(fusion.model_copy(update={"engine": fusion.engine.model_copy(update=changes)}))
-    settings = fusion.engine.model_dump(exclude_none=True) | options
-    spec = engine_spec(fusion, info, settings.pop("dtype", "auto"))
+    spec = engine_spec(fusion, info, settings.pop("dtype", "auto"), _max_step_seconds(settings))
+    settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
     return {
         "max_model_len": info.max_model_len,
         **settings,
@@ -68,13 +75,17 @@ def engine_arguments(
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:
-    """Refuse what is not on the allow-list, and what vLLM would only fail at when the first request ends.
+    """Refuse what is not on the allow-list, and what would only fail when requests come.
 
     Raises:
         EngineOptionError: naming the option, and the way out.
     """
     if options.get("otlp_traces_endpoint") and options.get("disable_log_stats"):
         raise EngineOptionError("otlp_traces_endpoint: traces are made of vLLM's statistics; omit disable_log_stats")
+    if options.get("max_step_seconds") and options.get("enable_chunked_prefill") is False:
+        raise EngineOptionError(
+            "max_step_seconds: needs prompts that are read in pieces; leave enable_chunked_prefill on, or set 0"
+        )
     for name in options:
         if name not in ALLOWED_ENGINE_OPTIONS:
             raise EngineOptionError(f"{name}: {refusal(name)}")
@@ -89,8 +100,8 @@ def refusal(name: str) -> str:
     return "vLLM has no such engine option; see `ultrafuser serve --help`"
 
 
-def engine_spec(fusion: FusionConfig, info: FusedModelInfo, default_dtype: str) -> EngineSpec:
-    """What the workers are told of the fused model."""
+def engine_spec(fusion: FusionConfig, info: FusedModelInfo, default_dtype: str, max_step_seconds: float) -> EngineSpec:
+    """What workers and scheduler are told of the fused model."""
     return EngineSpec(
         specialists=tuple(
             SpecialistSpec(
@@ -104,7 +115,16 @@ def engine_spec(fusion: FusionConfig, info: FusedModelInfo, default_dtype: str) 
         vocab_sizes=info.vocab_sizes,
         num_shared_ids=info.num_shared_ids,
         eos_token_ids=fusion.eos_token_ids,
+        max_step_seconds=max_step_seconds,
     )
+
+
+def _max_step_seconds(settings: Mapping[str, Any]) -> float:
+    """The bound that was asked for, or the device's default."""
+    asked: float | None = settings.get("max_step_seconds")
+    if asked is None:
+        return DEFAULT_MAX_STEP_SECONDS if current_platform.is_cpu() else 0
+    return asked
 
 
 def _sampling_defaults(fusion: FusionConfig) -> dict[str, Any]:

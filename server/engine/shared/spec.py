@@ -1,4 +1,4 @@
-"""What the workers must know of a fused model, as plain JSON inside vLLM's `additional_config`.
+"""What workers and scheduler must know of a fused model, as plain JSON inside vLLM's `additional_config`.
 
 Knows names, paths and numbers; opens no file.
 """
@@ -34,7 +34,7 @@ class SpecialistSpec(BaseModel):
 
 
 class EngineSpec(BaseModel):
-    """The fused model as the workers need it. The first specialist is the leader: its runner samples."""
+    """The fused model as workers and scheduler need it. The first specialist is the leader: its runner samples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,6 +50,8 @@ class EngineSpec(BaseModel):
     """Token ids below this number mean the same to all specialists; only they can be sampled."""
     eos_token_ids: tuple[int, ...]
     """Ids that end a response; the first is the one EOS of the fused model."""
+    max_step_seconds: float
+    """Longest time of a step that reads a prompt; 0: no bound."""
 
     @property
     def names(self) -> list[str]:
