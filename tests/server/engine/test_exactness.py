@@ -121,8 +121,13 @@ def test_a_follow_up_turn_equals_the_reference(engine: InProcessEngine, judge: J
 @pytest.mark.parametrize(
     "options",
     [
-        {"enable_prefix_caching": False, "enable_chunked_prefill": False},
-        {"block_size": 96, "prefix_caching_hash_algo": "sha256_cbor", "scheduling_policy": "priority"},
+        {"enable_prefix_caching": False, "enable_chunked_prefill": False, "max_step_seconds": None},
+        {
+            "block_size": 96,
+            "prefix_caching_hash_algo": "sha256_cbor",
+            "scheduling_policy": "priority",
+            "max_step_seconds": 1e-3,
+        },
         {"block_size": 64, "max_num_seqs": 2, "disable_log_stats": True, "logprobs_mode": "processed_logprobs"},
         {"kv_cache_memory_bytes": None, "gpu_memory_utilization": None, "seed": 7, "max_logprobs": -1},
     ],

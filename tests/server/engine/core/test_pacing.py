@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,7 +182,8 @@ def test_the_limit_of_a_prompt_leaves_a_decode_its_drafts() -> None:
     assert limits.num_tokens >= 11 + 11
 
 
-@pytest.mark.parametrize("options", [{"max_step_seconds": 0}, {"enable_chunked_prefill": False}])
-def test_no_bound_and_no_pieces_leave_the_schedule_to_vllm(tiny_fusion: Path, options: dict[str, Any]) -> None:
-    with InProcessEngine(tiny_fusion, **options) as engine:
-        assert engine.scheduler._pace is None
+def test_without_a_bound_a_prompt_is_read_in_one_piece(engine: InProcessEngine) -> None:
+    assert engine.llm.reset_prefix_cache()
+    engine.reports.clear()
+    engine.generate([long_prompt(900, seed=99, max_tokens=1)])
+    assert len(engine.reports) == 1
