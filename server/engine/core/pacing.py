@@ -37,10 +37,17 @@ class _Step(NamedTuple):
 class Pace:
     """Measures steps from their schedule to their result, and sets the limits of the next."""
 
-    def __init__(self, bound_seconds: float, max_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`max_tokens` is the scheduler's own limit, which holds as well."""
+    def __init__(
+        self,
+        bound_seconds: float,
+        max_tokens: int,
+        num_drafts: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`max_tokens` is the scheduler's own limit, which holds as well; `num_drafts` those of a decode at most."""
         self._bound_seconds = bound_seconds
         self._max_tokens = max_tokens
+        self._least_tokens = 1 + num_drafts
         self._clock = clock
         self._cost = StepCost()
         self._decoding: set[str] = set()
@@ -58,10 +65,10 @@ class Pace:
         work = sum((Work.span(request.num_computed_tokens, _num_needed(request)) for request in decodes), Work())
         # Where one begins that was not admitted is known when the cache was asked; its last token costs most.
         start = max((request.num_computed_tokens for request in prompts), default=in_line[0].num_tokens)
-        chunk = self._cost.chunk(self._bound_seconds, work, start)
+        chunk = max(self._cost.chunk(self._bound_seconds, work, start), self._least_tokens)
         num_before_decodes = _num_prompts_before_the_last_decode(running)
-        least = max(map(_num_needed, decodes), default=1)  # the limit of a prompt is that of a decode with drafts, too
-        share = max(least, min(chunk // max(1, num_before_decodes), _share_of_the_first(chunk, in_line)))
+        # The limit of a prompt is that of a decode, too.
+        share = max(self._least_tokens, min(chunk // max(1, num_before_decodes), _share_of_the_first(chunk, in_line)))
         num_tokens = work.num_tokens + max(chunk, num_before_decodes * share)
         return Limits(min(num_tokens, self._max_tokens), share)
 
@@ -100,4 +107,4 @@ def _num_prompts_before_the_last_decode(running: Sequence[Request]) -> int:
 def _share_of_the_first(chunk: int, in_line: Sequence[Request]) -> int:
     """All, or three quarters if a shorter prompt comes behind: a question must not wait for a book to be read."""
     first, *others = (request.num_tokens - request.num_computed_tokens for request in in_line)
-    return chunk - chunk // 4 if any(other < first for other in others) else chunk
+    return chunk - max(chunk // 4, 1) if any(other < first for other in others) else chunk

@@ -44,7 +44,7 @@ class FusedSchedulerMixin(Scheduler):
         self._soiled_block_ids: set[int] = set()
         bound = EngineSpec.from_vllm_config(vllm_config).max_step_seconds
         is_bounded = bound > 0 and self.scheduler_config.enable_chunked_prefill
-        self._pace = Pace(bound, self.max_num_scheduled_tokens) if is_bounded else None
+        self._pace = Pace(bound, self.max_num_scheduled_tokens, self.num_spec_tokens) if is_bounded else None
         coordinator = self.kv_cache_manager.coordinator
         announce = coordinator.cache_blocks
         coordinator.cache_blocks = lambda request, num_computed_tokens: announce(

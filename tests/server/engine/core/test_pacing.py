@@ -177,7 +177,7 @@ def test_the_limit_of_a_prompt_leaves_a_decode_its_drafts() -> None:
     decoding.append_output_token_ids(7)
     decoding.spec_token_ids = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     reading.is_prefill_chunk = True
-    limits = Pace(BOUND, MAX_TOKENS).limits([reading, decoding], None)
+    limits = Pace(BOUND, MAX_TOKENS, num_drafts=10).limits([reading, decoding], None)
     assert limits.num_prompt_tokens == 11
     assert limits.num_tokens >= 11 + 11
 
