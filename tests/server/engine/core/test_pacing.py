@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
 from tests.server.engine.judge import Judge
 from ultrafuser.server.engine.core.pacing import Pace
-from ultrafuser.server.engine.core.step_cost import FIRST_CHUNK, Work
+from ultrafuser.server.engine.core.step_cost import FIRST_CHUNK, StepCost, Work
 
 Engines = Callable[[str], InProcessEngine]
 BOUND = 1.0
@@ -187,3 +188,18 @@ def test_without_a_bound_a_prompt_is_read_in_one_piece(engine: InProcessEngine) 
     engine.reports.clear()
     engine.generate([long_prompt(900, seed=99, max_tokens=1)])
     assert len(engine.reports) == 1
+
+
+def test_a_step_that_was_scheduled_ahead_does_not_count_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[float] = []
+    monkeypatch.setattr(StepCost, "learn", lambda _, work, num_prompt_tokens, seconds: learned.append(seconds))
+    times = iter([0.0, 0.0, 0.0, 1.0, 3.0])  # when it is made, two schedules, two results
+    pace = Pace(BOUND, MAX_TOKENS, clock=lambda: next(times))
+    request = Request("reading", list(range(40)), greedy(9), None, arrival_time=0.0)
+    output = SchedulerOutput.make_empty()
+    output.num_scheduled_tokens, output.total_num_scheduled_tokens = {"reading": 8}, 8
+    pace.begin(output, {"reading": request})
+    pace.begin(output, {"reading": request})
+    pace.end(output)
+    pace.end(output)
+    assert learned == [1.0, 2.0]
