@@ -21,6 +21,7 @@ from benchmarks.workload import Prompts, Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 from ultrafuser.server.engine.shared.dtype import resolve_dtype
 from ultrafuser.server.engine.shared.extra_args import fused_input
+from ultrafuser.server.engine.shared.options import OWN_OPTIONS
 from ultrafuser.server.llm import FusedLLM
 
 
@@ -129,7 +130,7 @@ def plain_engine(fusion: FusionConfig, info: FusedModelInfo) -> StepEngine:
 def plain_engine_options(fusion: FusionConfig, info: FusedModelInfo, index: int) -> dict[str, Any]:
     """vLLM's engine options for one specialist alone, as the fusion file sets them for all."""
     specialist = fusion.specialists[index]
-    settings = fusion.engine.model_dump(exclude_none=True)
+    settings = fusion.engine.model_dump(exclude_none=True, exclude=set(OWN_OPTIONS))
     return {
         "max_model_len": info.max_model_len,
         **settings,

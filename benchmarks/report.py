@@ -17,7 +17,16 @@ from benchmarks.soak import NAME as SOAK
 from benchmarks.soak import Soak
 from benchmarks.soak import describe as describe_soak
 
-NAMES = ("decode_step", "metrics_cost", "serve_overhead", "peers", "batch_invariance", "data_throughput", "gpu_check")
+NAMES = (
+    "decode_step",
+    "metrics_cost",
+    "prefill",
+    "serve_overhead",
+    "peers",
+    "batch_invariance",
+    "data_throughput",
+    "gpu_check",
+)
 """The benchmarks in the order of the page."""
 
 PAGE = REPOSITORY / "docs" / "results.md"

@@ -1,7 +1,7 @@
 """The engine's options: those that a fused model may be started with, and those that people will try.
 
 The only list: command line, environment and the engine's allow-list are made of it. Names are those of vLLM's
-`EngineArgs`. Knows no vLLM, so that a command line can be laid out at once.
+`EngineArgs`, but for our own. Knows no vLLM, so that a command line can be laid out at once.
 """
 
 from collections.abc import Mapping

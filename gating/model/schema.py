@@ -71,7 +71,7 @@ class SamplingDefaults(_Section):
 
 
 class EngineSettings(_Section):
-    """Settings of the one engine that runs all specialists. Null: vLLM's default."""
+    """Settings of the one engine that runs all specialists. Null: the default, which is vLLM's where none is named."""
 
     dtype: EngineDtype | None = None
     """Type of the weights and of the KV cache, unless a specialist says otherwise. `fastest`: on a CPU float32 where
@@ -100,6 +100,9 @@ class EngineSettings(_Section):
 
     max_num_batched_tokens: Count | None = None
     """Most tokens in one step; longer prompts are computed in chunks of this size."""
+
+    max_step_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Longest time of a step: long prompts are read in pieces that fit; 0: no bound; default: 1 on a CPU, else 0."""
 
     enforce_eager: bool | None = None
     """Run without compilation and CUDA graphs: slower steps, quicker start."""

@@ -72,7 +72,7 @@ def serve(
     python = platform.python_version()
     progress.say(f"vLLM {VLLM_VERSION}, torch {torch.__version__}, Python {python}, device {device_name()}")
     allow_many_connections()
-    check_engine_options(engine_options)
+    check_engine_options(fusion.engine.model_dump(exclude_none=True) | dict(engine_options))
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
     fusion = override_engine(fusion, engine_options)
     with progress.step("prepare weights"):

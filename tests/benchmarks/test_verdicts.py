@@ -2,7 +2,15 @@
 
 import pytest
 
-from benchmarks import batch_invariance, decode_step, metrics_cost, peers_servers, peers_transformers, serve_overhead
+from benchmarks import (
+    batch_invariance,
+    decode_step,
+    metrics_cost,
+    peers_servers,
+    peers_transformers,
+    prefill,
+    serve_overhead,
+)
 from benchmarks.stepping import Round
 from benchmarks.workload import conversations, random_requests
 from ultrafuser.gating.model.fusion import FusedModelInfo
@@ -103,3 +111,22 @@ def test_a_share_of_nothing_equal_gives_no_ratio() -> None:
     assert first.ratio is None
     assert first.fused is not None
     assert first.fused.value == 1.0
+
+
+def test_a_long_prompt_may_come_fifteen_hundredths_later_and_gaps_are_not_judged() -> None:
+    bounded = prefill.Turns(gaps=[0.9, 1.0, 0.8], longest=[1.0], first_tokens=[[22.0]])
+    whole = prefill.Turns(gaps=[20.0], longest=[20.0], first_tokens=[[20.0]])
+    case = prefill.Case("beside 4 streams", num_streams=4, num_prompts=1)
+    gap, longest, first = prefill.compare(case, bounded, whole)
+    assert (gap.ratio, longest.ratio, first.ratio) == pytest.approx((0.9 / 20, 1 / 20, 1.1))
+    assert (gap.is_met, longest.is_met, first.is_met) == (None, None, True)
+    late = prefill.Turns(gaps=[1.0], longest=[1.0], first_tokens=[[23.5]])
+    assert prefill.compare(case, late, whole)[-1].is_met is False
+
+
+def test_prompts_without_streams_have_first_tokens_only() -> None:
+    turns = prefill.Turns(gaps=[1.0, 1.0], longest=[1.0], first_tokens=[[1.0, 2.0]])
+    first, second = prefill.compare(prefill.Case("two", 0, 2), turns, prefill.Turns())
+    assert first.fused is not None
+    assert second.fused is not None
+    assert (first.fused.value, second.fused.value, first.ratio) == (1.0, 2.0, None)

@@ -123,6 +123,7 @@ def test_json_becomes_an_object() -> None:
     ("argv", "message"),
     [
         (["serve", "--max-num-seqs", "0"], "--max-num-seqs: .*'0'"),
+        (["serve", "--max-step-seconds", "inf"], "--max-step-seconds: .*'inf'"),
         (["serve", "--scheduling-policy", "lifo"], "--scheduling-policy: .*'lifo'"),
         (["serve", "--structured-outputs-config", "{"], "--structured-outputs-config: "),
         (["serve", "--max-model-length", "9"], "did you mean --max-model-len?"),

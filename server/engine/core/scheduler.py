@@ -1,4 +1,4 @@
-"""vLLM's scheduler with exact prefix caching for n specialists.
+"""vLLM's scheduler with exact prefix caching for n specialists, and with steps of bounded time.
 
 A block may be shared only if every specialist has the same tokens in it, and may be announced as cached
 only when every specialist has computed it. The rest of the schedule is vLLM's: it sees one canonical
@@ -25,12 +25,17 @@ from vllm.v1.request import Request, RequestStatus
 from ultrafuser.server.engine.core.grammar_backend import use_one_backend
 from ultrafuser.server.engine.core.hashing import fused_block_hasher, lag
 from ultrafuser.server.engine.core.outputs import add_report, add_weights, nonfinite_end
+from ultrafuser.server.engine.core.pacing import Pace
 from ultrafuser.server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_weights
+from ultrafuser.server.engine.shared.spec import EngineSpec
 from ultrafuser.server.engine.shared.step import StepRecord
 
 
 class FusedSchedulerMixin(Scheduler):
-    """Replaces how block hashes are made and when blocks are announced as cached; ends requests that went wrong."""
+    """Replaces how block hashes are made and when blocks are announced as cached; ends requests that went wrong; reads
+    long prompts in pieces that fit into a bound of a step's time."""
+
+    max_num_scheduled_tokens: int
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -39,6 +44,9 @@ class FusedSchedulerMixin(Scheduler):
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()
         self._soiled_block_ids: set[int] = set()
+        bound = EngineSpec.from_vllm_config(vllm_config).max_step_seconds
+        is_bounded = bound > 0 and self.scheduler_config.enable_chunked_prefill
+        self._pace = Pace(bound, self.max_num_scheduled_tokens, self.num_spec_tokens) if is_bounded else None
         coordinator = self.kv_cache_manager.coordinator
         announce = coordinator.cache_blocks
         coordinator.cache_blocks = lambda request, num_computed_tokens: announce(
@@ -61,10 +69,24 @@ class FusedSchedulerMixin(Scheduler):
             self._wanting.add(request.request_id)
         super().add_request(request)
 
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """As vLLM's, within limits that are set for each step."""
+        if self._pace is None:
+            return super().schedule(throttle_prefills)
+        can_admit = bool(self.waiting) and len(self.running) < self.max_num_active_reqs
+        limits = self._pace.limits(self.running, self.waiting.peek_request() if can_admit else None)
+        self.max_num_scheduled_tokens = limits.num_tokens
+        self.scheduler_config.long_prefill_token_threshold = limits.num_prompt_tokens
+        output = super().schedule(throttle_prefills)
+        self._pace.begin(output, self.requests)
+        return output
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """As vLLM's; requests that asked get the gate's weights, requests that went wrong end, the step is reported."""
+        if self._pace is not None:
+            self._pace.end(scheduler_output)
         step: StepRecord | None = getattr(model_runner_output, "step", None)
         if step is None:
             return super().update_from_output(scheduler_output, model_runner_output)

@@ -28,6 +28,12 @@ ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_time
 """What a fused model may be started with. The last one is no flag: the server has its own, as it waits for requests
 before it ends the engine."""
 
+OWN_OPTIONS = frozenset({"max_step_seconds"})
+"""Options that vLLM has not; the engine's spec carries them."""
+
+DEFAULT_MAX_STEP_SECONDS = 1.0
+"""On a CPU, where a long prompt in one piece would hold all others up for minutes."""
+
 OPTIONS_OF_MODELS = frozenset({"max_model_len", "tensor_parallel_size"})
 """Options that must fit every specialist: the fusion is inspected again with them."""
 
@@ -49,21 +55,23 @@ def engine_arguments(
     """Engine arguments of a fused model whose specialists are plain model folders (materialized).
 
     Their names, and those of `engine_options`, which override the fusion file's `engine` section, are those of vLLM's
-    `EngineArgs`.
+    `EngineArgs`, and ours.
 
     Raises:
         EngineOptionError: an option is not on the allow-list.
         FusionError: an option does not fit the models.
     """
     options = dict(engine_options or {})
-    check_engine_options(options)
     fusion = override_engine(fusion, options)
+    settings = fusion.engine.model_dump(exclude_none=True) | options
+    check_engine_options(settings)
     if options.keys() & OPTIONS_OF_MODELS:
         inspect_fusion(fusion)
-    settings = fusion.engine.model_dump(exclude_none=True) | options
-    settings.pop("dtype", None)
     structured_outputs = settings.pop("structured_outputs_config", None)
-    spec = engine_spec(fusion, info, resolve_dtype(fusion), max_whitespace_of(structured_outputs))
+    spec = engine_spec(
+        fusion, info, resolve_dtype(fusion), max_whitespace_of(structured_outputs), _max_step_seconds(settings)
+    )
+    settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
     return {
         "max_model_len": info.max_model_len,
         **settings,
@@ -86,7 +94,7 @@ def override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> 
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:
-    """Refuse what is not on the allow-list, and what vLLM would only fail at when the first request ends.
+    """Refuse what is not on the allow-list, and what would only fail when requests come.
 
     Raises:
         EngineOptionError: naming the option, and the way out.
@@ -94,6 +102,10 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
     max_whitespace_of(options.get("structured_outputs_config"))
     if options.get("otlp_traces_endpoint") and options.get("disable_log_stats"):
         raise EngineOptionError("otlp_traces_endpoint: traces are made of vLLM's statistics; omit disable_log_stats")
+    if options.get("max_step_seconds") and options.get("enable_chunked_prefill") is False:
+        raise EngineOptionError(
+            "max_step_seconds: needs prompts that are read in pieces; leave enable_chunked_prefill on, or set 0"
+        )
     for name in options:
         if name not in ALLOWED_ENGINE_OPTIONS:
             raise EngineOptionError(f"{name}: {refusal(name)}")
@@ -139,9 +151,9 @@ def _as_mapping(structured_outputs: Any) -> Mapping[str, Any]:
 
 
 def engine_spec(
-    fusion: FusionConfig, info: FusedModelInfo, default_dtype: str, max_whitespace: int | None
+    fusion: FusionConfig, info: FusedModelInfo, default_dtype: str, max_whitespace: int | None, max_step_seconds: float
 ) -> EngineSpec:
-    """What the workers are told of the fused model."""
+    """What workers and scheduler are told of the fused model."""
     return EngineSpec(
         specialists=tuple(
             SpecialistSpec(
@@ -156,7 +168,16 @@ def engine_spec(
         num_shared_ids=info.num_shared_ids,
         eos_token_ids=fusion.eos_token_ids,
         max_whitespace=max_whitespace,
+        max_step_seconds=max_step_seconds,
     )
+
+
+def _max_step_seconds(settings: Mapping[str, Any]) -> float:
+    """The bound that was asked for, or the device's default."""
+    asked: float | None = settings.get("max_step_seconds")
+    if asked is None:
+        return DEFAULT_MAX_STEP_SECONDS if current_platform.is_cpu() else 0
+    return asked
 
 
 def _sampling_defaults(fusion: FusionConfig) -> dict[str, Any]:

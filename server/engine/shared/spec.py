@@ -1,4 +1,4 @@
-"""What the workers must know of a fused model, as plain JSON inside vLLM's `additional_config`.
+"""What workers and scheduler must know of a fused model, as plain JSON inside vLLM's `additional_config`.
 
 Knows names, paths and numbers; opens no file.
 """
@@ -34,7 +34,7 @@ class SpecialistSpec(BaseModel):
 
 
 class EngineSpec(BaseModel):
-    """The fused model as the workers need it. The first specialist is the leader: its runner samples."""
+    """The fused model as workers and scheduler need it. The first specialist is the leader: its runner samples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,6 +52,8 @@ class EngineSpec(BaseModel):
     """Ids that end a response; the first is the one EOS of the fused model."""
     max_whitespace: int | None
     """Most characters of white space between tokens of JSON in a structured output; None: any number."""
+    max_step_seconds: float
+    """Longest time of a step that reads a prompt; 0: no bound."""
 
     @property
     def names(self) -> list[str]:

@@ -20,6 +20,8 @@ BUDGET_16 = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
 """A prefill budget that cuts every prompt into chunks."""
 PRESSURE = {"num_gpu_blocks_override": 13, "max_model_len": 256}
 """13 blocks of 32 tokens: too few for the batches of these tests, so requests are preempted."""
+PACED = {"max_step_seconds": 1e-3}
+"""A bound that no step can keep: prompts are read in many small pieces, whose sizes depend on the machine."""
 
 GRAMMAR = {"structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)}
 """A random model that may put white space between JSON tokens never comes to an end."""
@@ -32,6 +34,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "sync-pressure": PRESSURE,
     "async-pressure": {"force_async": True, **PRESSURE},
     "async-pressure-budget-16": {"force_async": True, **PRESSURE, **BUDGET_16},
+    "sync-paced": PACED,
+    "async-pressure-paced": {"force_async": True, **PRESSURE, **PACED},
 }
 
 

@@ -48,6 +48,7 @@ class InProcessEngine:
 
     def __init__(self, fusion_path: Path, *, force_async: bool = False, **options: Any) -> None:
         fusion = load_fusion(fusion_path)
+        options = {"max_step_seconds": 0, **options}  # else the schedule would depend on how busy the machine is
         args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), options))
         if force_async:
             args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})

@@ -11,6 +11,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info
 from tests.server.engine.conftest import CONFIGURATIONS
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
 from tests.server.engine.judge import Judge
+from ultrafuser.server.engine.core.step_cost import StepCost
 
 Engines = Callable[[str], InProcessEngine]
 MAX_TOKENS = 20
@@ -47,6 +48,8 @@ def test_preempted_requests_resume_exactly(
     engine_of: Engines, judge: Judge, configuration: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(configuration)
+    if "paced" in configuration:  # a piece or two a step, as the machine has it, would leave too few decodes at a time
+        monkeypatch.setattr(StepCost, "chunk", lambda *_: 13)
     preempted: list[tuple[str, int]] = []
     preempt = engine.scheduler._preempt_request
 
@@ -121,8 +124,13 @@ def test_a_follow_up_turn_equals_the_reference(engine: InProcessEngine, judge: J
 @pytest.mark.parametrize(
     "options",
     [
-        {"enable_prefix_caching": False, "enable_chunked_prefill": False},
-        {"block_size": 96, "prefix_caching_hash_algo": "sha256_cbor", "scheduling_policy": "priority"},
+        {"enable_prefix_caching": False, "enable_chunked_prefill": False, "max_step_seconds": None},
+        {
+            "block_size": 96,
+            "prefix_caching_hash_algo": "sha256_cbor",
+            "scheduling_policy": "priority",
+            "max_step_seconds": 1e-3,
+        },
         {"block_size": 64, "max_num_seqs": 2, "disable_log_stats": True, "logprobs_mode": "processed_logprobs"},
         {"kv_cache_memory_bytes": None, "gpu_memory_utilization": None, "seed": 7, "max_logprobs": -1},
     ],

@@ -1,5 +1,6 @@
 """What is not fused is refused by name, before it can break lockstep without a sound."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.gpu_worker import Worker
 
 import ultrafuser.server.engine
+from tests.fakes import write_tiny_fusion
 from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
@@ -20,12 +23,13 @@ from ultrafuser.server.engine.core.scheduler import make_scheduler
 from ultrafuser.server.engine.shared.options import (
     ALLOWED_ENGINE_OPTIONS,
     GPU_WORKER,
+    OWN_OPTIONS,
     SCHEDULER,
     EngineOptionError,
     check_engine_options,
     engine_arguments,
 )
-from ultrafuser.server.engine.shared.spec import EngineSpec
+from ultrafuser.server.engine.shared.spec import ADDITIONAL_CONFIG_KEY, EngineSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS
 
 PROMPTS = random_prompts((5, 6, 7), seed=0)
@@ -78,7 +82,9 @@ def test_traces_without_the_statistics_they_are_made_of_stop_the_start() -> None
 def test_every_allowed_option_exists_in_vllm() -> None:
     from dataclasses import fields
 
-    assert {field.name for field in fields(AsyncEngineArgs)} >= ALLOWED_ENGINE_OPTIONS
+    theirs = {field.name for field in fields(AsyncEngineArgs)}
+    assert theirs >= ALLOWED_ENGINE_OPTIONS - OWN_OPTIONS
+    assert not theirs & OWN_OPTIONS
 
 
 def test_no_option_is_both_allowed_and_refused() -> None:
@@ -179,3 +185,42 @@ def test_the_longest_own_prompt_must_be_the_canonical_one(engine: InProcessEngin
     wrong = {**tokens_input([1, 2]), "specialist_prompts": PROMPTS}
     with pytest.raises(VLLMValidationError, match="longest specialist prompt must be the canonical one"):
         engine.llm.add_request("x", wrong, SamplingParams())
+
+
+@pytest.mark.parametrize(("is_cpu", "seconds"), [(True, 1.0), (False, 0)], ids=["cpu", "gpu"])
+def test_steps_are_bounded_on_a_cpu_unless_something_else_is_asked_for(
+    tiny_fusion: Path, is_cpu: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: is_cpu)
+    assert max_step_seconds(tiny_fusion) == seconds
+    assert max_step_seconds(tiny_fusion, enable_chunked_prefill=False, max_step_seconds=0) == 0
+    assert max_step_seconds(tiny_fusion, max_step_seconds=2.5) == 2.5
+
+
+def test_the_fusion_file_bounds_steps_unless_the_flag_does(tmp_path: Path) -> None:
+    fusion = write_tiny_fusion(tmp_path, engine={"max_step_seconds": 0.25})
+    assert max_step_seconds(fusion) == 0.25
+    assert max_step_seconds(fusion, max_step_seconds=0) == 0
+
+
+def test_a_bound_without_pieces_stops_the_start(tmp_path: Path, tiny_fusion: Path) -> None:
+    """A prompt that does not fit into the bound would never be read."""
+    in_file = write_tiny_fusion(tmp_path, engine={"max_step_seconds": 0.25})
+    for fusion, options in ((tiny_fusion, {"max_step_seconds": 2}), (in_file, {})):
+        with pytest.raises(EngineOptionError, match=r"^max_step_seconds: .* leave enable_chunked_prefill on, or set 0"):
+            max_step_seconds(fusion, enable_chunked_prefill=False, **options)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "soon"])
+def test_a_bound_that_is_no_time_is_refused(tmp_path: Path, value: float | str) -> None:
+    fusion = write_tiny_fusion(tmp_path, engine={"max_step_seconds": value})
+    with pytest.raises(FusionError, match=r"engine\.max_step_seconds"):
+        load_fusion(fusion)
+
+
+def max_step_seconds(fusion_path: Path, **options: Any) -> Any:
+    """The bound that the engine would be started with."""
+    fusion = load_fusion(fusion_path)
+    arguments = engine_arguments(fusion, inspect_fusion(fusion), options)
+    assert "max_step_seconds" not in arguments
+    return arguments["additional_config"][ADDITIONAL_CONFIG_KEY]["max_step_seconds"]
