@@ -111,7 +111,8 @@ async def test_what_the_client_got_it_may_send_back(client: httpx.AsyncClient, e
 
 async def test_a_turn_without_content_is_empty(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     wanted = await prompts(client, engine, {"role": "assistant", "content": ""})
-    for content in ({"content": []}, {"content": None}, {}):
+    contents: tuple[dict[str, Any], ...] = ({"content": []}, {"content": None}, {})
+    for content in contents:
         assert await prompts(client, engine, {"role": "assistant", **content}) == wanted
     for role in ("system", "developer", "user", "tool"):
         more = {"tool_call_id": "1"} if role == "tool" else {}
