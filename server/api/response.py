@@ -47,7 +47,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and told.status in (404, 405):
         hint = "" if told.status == 405 else "; to generate, POST to /v1/chat/completions or /v1/completions"
         told.message = f"{request.method} {request.scope['path'][:200]}: {error.detail.lower()}{hint}"
-        if told.headers.get("Allow") == "GET":  # a route of FastAPI's does not know that HEAD is answered before it
+        if "GET" in told.headers.get("Allow", ""):  # not every route knows that HEAD is answered before it
             told.headers = {**told.headers, "Allow": "GET, HEAD"}
     if isinstance(told, Rejection):
         REJECTIONS.labels(told.reason).inc()

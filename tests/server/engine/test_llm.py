@@ -10,6 +10,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 from transformers import AutoTokenizer
+from vllm.exceptions import VLLMValidationError
 
 from tests.fakes import MAX_POSITIONS
 from tests.server.engine.harness import greedy, random_prompts
@@ -66,7 +67,7 @@ def test_a_response_that_does_not_fit_is_cut_and_a_prompt_without_room_refused(l
     assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (room, "length")
     own = {"specialist_prompts": [[70] * 10, [70] * MAX_POSITIONS, [70] * 20]}
     for without_room in ({"prompt_token_ids": [70] * MAX_POSITIONS}, own):
-        with pytest.raises(ValueError, match=f"{MAX_POSITIONS}"):
+        with pytest.raises(VLLMValidationError, match=f"{MAX_POSITIONS}"):
             llm.generate([without_room], greedy(1), use_tqdm=False)
     with pytest.raises(ContextTooLong, match=f"{MAX_POSITIONS} tokens"):
         llm.chat([{"role": "user", "content": "q" * 1000}], greedy(1), use_tqdm=False)
