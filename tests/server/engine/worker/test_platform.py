@@ -37,7 +37,7 @@ def functions():
 
 
 vllm.platforms._current_platform = UnspecifiedPlatform()
-UnspecifiedPlatform.import_kernels = classmethod(lambda cls: None)  # those here may need AVX-512: an illegal instruction
+UnspecifiedPlatform.import_kernels = classmethod(lambda cls: None)  # they may need AVX-512
 before = functions()
 import ultrafuser.server.engine
 
