@@ -54,7 +54,7 @@ class EngineOptions(EngineSettings):
 
 
 REFUSED_OPTIONS: Mapping[str, str] = {
-    "speculative_config": "speculative decoding is not fused yet; start without it",
+    "speculative_config": "it is one model's own; use --speculation",
     "pipeline_parallel_size": "pipeline parallelism is not fused; use tensor_parallel_size",
     "data_parallel_size": "data parallelism is not fused; start replicas behind a load balancer",
     "prefill_context_parallel_size": "context parallelism is not fused; use tensor_parallel_size",

@@ -191,7 +191,7 @@ def _value(field: FieldInfo, text: Any) -> Any:
         return int(Fraction(number) * (1000 if unit.islower() else 1024) ** power)
     if get_origin(kind) is tuple:
         return tuple(part.strip() for part in text.split(","))
-    if get_origin(kind) is dict:
+    if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
         with suppress(JsonError):  # the model says that it is none
             return parse_json(text)
     return text

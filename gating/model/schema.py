@@ -70,6 +70,27 @@ class SamplingDefaults(_Section):
     """Most tokens of a response; null leaves only the room in the context."""
 
 
+class SpeculationSettings(_Section):
+    """Tokens are guessed ahead and verified by all specialists at once: the same text in fewer steps."""
+
+    drafter: Literal["leading", "ngram"] = "leading"
+    """Who guesses: the specialist with the largest weight, or what followed the same tokens before."""
+
+    max_tokens: Annotated[int, Field(ge=0, le=16)] = 0
+    """Most tokens guessed ahead for a request; 0 guesses none. How many it is, each step decides by what it costs."""
+
+    min_tokens: Annotated[int, Field(ge=0, le=16)] = 0
+    """Fewest tokens guessed ahead; as many as `max_tokens`: always so many."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SpeculationSettings":
+        if self.min_tokens > self.max_tokens:
+            raise FusionError(
+                f"engine.speculation.min_tokens: {self.min_tokens} is more than max_tokens, {self.max_tokens}; lower it"
+            )
+        return self
+
+
 class EngineSettings(_Section):
     """Settings of the one engine that runs all specialists. Null: the default, which is vLLM's where none is named."""
 
@@ -112,6 +133,9 @@ class EngineSettings(_Section):
 
     seed: Seed | None = None
     """Seed of the engine's own random numbers; a request may bring its own."""
+
+    speculation: SpeculationSettings | None = None
+    """Guess tokens ahead; null guesses none."""
 
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = None
     """How the devices' processes are started: on this machine (`mp`), by Ray, or in one process (`uni`)."""

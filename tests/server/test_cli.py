@@ -130,7 +130,7 @@ def test_json_becomes_an_object() -> None:
         (["serve", "--api-server-count", "2"], "--api-server-count: several frontend processes"),
         (["serve", "--pipeline-parallel-size", "2"], "--pipeline-parallel-size: pipeline parallelism is not fused"),
         (["serve", "--data-parallel-size=2"], "--data-parallel-size: data parallelism is not fused"),
-        (["serve", "--speculative-config", "{}"], "--speculative-config: speculative decoding is not fused"),
+        (["serve", "--speculative-config", "{}"], "--speculative-config: .*use --speculation"),
         (["serve", "--enable-lora"], "--enable-lora: LoRA requests are not fused"),
         (["serve", "--cpu-offload-gb", "4"], "--cpu-offload-gb: not tested with fused models"),
         (["serve", "--frobnicate"], "--frobnicate: vLLM has no such engine option"),

@@ -38,6 +38,8 @@ class FusedInputProcessor(InputProcessor):
         # vLLM reads both when it completes sampling parameters: the file decides, not the leader's files.
         self.generation_config_fields = {"eos_token_id": list(eos)}
         self.renderer.get_eos_token_id = lambda: eos[0]
+        # vLLM's own verification lacks min_p and logit_bias, so its checks refuse them where there are drafts.
+        self.speculative_config = None
 
     def process_inputs(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *args: Any, **kwargs: Any

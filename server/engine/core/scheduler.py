@@ -40,6 +40,11 @@ class FusedSchedulerMixin(Scheduler):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         use_one_backend(self.structured_output_manager, vllm_config)
+        if self.num_spec_tokens:
+            # As many drafts at any batch size; with such a table vLLM does not pad requests with drafts that are none.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+            # A specialist that runs ahead writes keys and values of drafts before they are scheduled.
+            self.num_lookahead_tokens = self.num_spec_tokens
         self._hash_fn = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from ultrafuser.gating.errors import UserError
 from ultrafuser.gating.model.fusion import EngineSettings, FusedModelInfo, FusionConfig, inspect_fusion
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.dtype import resolve_dtype
-from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
+from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec, SpeculationSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
 from ultrafuser.server.grammar.compiling import BOUNDED_WHITESPACE
 
@@ -22,13 +24,14 @@ _ENGINE = __name__.removesuffix(".shared.options")
 SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"
 CPU_WORKER = f"{_ENGINE}.worker.cpu_worker.FusedCPUWorker"
 GPU_WORKER = f"{_ENGINE}.worker.worker.FusedGPUWorker"
+NO_DRAFTS = f"{_ENGINE}.worker.drafting.NoDrafts"
 """Names, for vLLM to import in the process they are for: what is imported here is imported in the API process, too."""
 
 ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_timeout"}
 """What a fused model may be started with. The last one is no flag: the server has its own, as it waits for requests
 before it ends the engine."""
 
-OWN_OPTIONS = frozenset({"max_step_seconds"})
+OWN_OPTIONS = frozenset({"max_step_seconds", "speculation"})
 """Options that vLLM has not; the engine's spec carries them."""
 
 DEFAULT_MAX_STEP_SECONDS = 1.0
@@ -78,6 +81,7 @@ def engine_arguments(
         **spec.specialists[0].engine_arguments(),
         "served_model_name": [fusion.name],
         "structured_outputs_config": _of_one_backend(structured_outputs),
+        "speculative_config": speculative_config(spec.speculation),
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "scheduler_cls": SCHEDULER,
         "additional_config": spec.to_additional_config(),
@@ -87,10 +91,28 @@ def engine_arguments(
     }
 
 
+def speculative_config(speculation: SpeculationSpec | None) -> dict[str, Any] | None:
+    """vLLM's configuration of room for drafts, which the fused step makes itself; None without drafts."""
+    if speculation is None:
+        return None
+    return {"method": "custom_class", "model": NO_DRAFTS, "num_speculative_tokens": speculation.max_tokens}
+
+
 def override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusionConfig:
-    """The fusion with the options in place of its file's engine settings, so that they are checked like these."""
+    """The fusion with the options in place of its file's engine settings, so that they are checked like these.
+
+    Raises:
+        EngineOptionError: a value that the fusion file could not have either.
+    """
     known = {name: value for name, value in engine_options.items() if name in EngineSettings.model_fields}
-    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update=known)})
+    try:
+        engine = EngineSettings.model_validate(fusion.engine.model_dump() | known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EngineOptionError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
+        ) from error
+    return fusion.model_copy(update={"engine": engine})
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:
@@ -169,7 +191,12 @@ def engine_spec(
         eos_token_ids=fusion.eos_token_ids,
         max_whitespace=max_whitespace,
         max_step_seconds=max_step_seconds,
+        speculation=_speculation_spec(fusion.engine.speculation),
     )
+
+
+def _speculation_spec(settings: SpeculationSettings | None) -> SpeculationSpec | None:
+    return SpeculationSpec(**settings.model_dump()) if settings is not None and settings.max_tokens else None
 
 
 def _max_step_seconds(settings: Mapping[str, Any]) -> float:

@@ -37,12 +37,22 @@ class Forcing:
 
     def __init__(self, sampler: Sampler) -> None:
         self._sample = sampler.sample
+        self._given: Mapping[int, int] = {}
         self._tokens: Mapping[int, int] = {}
         sampler.sample = self._sample_or_force
 
     def set(self, tokens: Mapping[int, int]) -> None:
-        """What the next call gives: token by row of the logits; other rows are sampled."""
-        self._tokens = tokens
+        """What this step gives: token by row of the step's logits; other rows are sampled."""
+        self._given = self._tokens = tokens
+
+    def look_at(self, numbers: Sequence[int]) -> None:
+        """Which of the step's rows the sampler sees in its next call, where it does not see all of them."""
+        self._tokens = {index: self._given[number] for index, number in enumerate(numbers) if number in self._given}
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this step gives anything."""
+        return bool(self._given)
 
     def _sample_or_force(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         sampled_R, processed_RV = self._sample(*args, **kwargs)

@@ -4,6 +4,7 @@ Runner 0, the leader, draws with vLLM's own sampler; the others get its tokens. 
 has a module of its own. A vLLM worker holds the object here as its `model_runner`, and finds the specialists behind it.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ from ultrafuser.server.engine.worker.output import StepOnTheWay, completed
 from ultrafuser.server.engine.worker.prompt_logprobs import PromptLogprobs
 from ultrafuser.server.engine.worker.sampling import LeaderDraw, give, in_order_of
 from ultrafuser.server.engine.worker.specialists import Specialists, rows_of, unfinished_slots
+from ultrafuser.server.engine.worker.speculation import Speculation
 from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.verifying import verify_in
 from ultrafuser.server.engine.worker.view import SpecialistView, scheduled_requests
 from ultrafuser.server.engine.worker.warming import largest_step
 
@@ -28,13 +31,18 @@ from ultrafuser.server.engine.worker.warming import largest_step
 class FusedModelRunner:
     """n specialists behind the interface of one model runner; what is not a step's is asked of `Specialists`."""
 
-    def __init__(self, specialists: Specialists, load_mixer: Callable[[], Mixer]) -> None:
+    def __init__(
+        self, specialists: Specialists, load_mixer: Callable[[], Mixer], speculation: Speculation | None = None
+    ) -> None:
         """`load_mixer` is called once the weights are loaded."""
         self.specialists = specialists
+        self.speculation = speculation
         self._load_mixer = load_mixer
         self._views = [SpecialistView(index) for index in range(len(specialists.runners))]
         self._clock = StepClock(self.leader.device)
         self._forcing = Forcing(self.leader.sampler)
+        if speculation is not None:
+            verify_in(self.specialists.runners, self._forcing)
         self._drawn = LeaderDraw(self.leader)
         self._num_outputs: dict[str, int] | None = None
         """Output tokens so far of the requests whose step is between its two halves."""
@@ -54,7 +62,7 @@ class FusedModelRunner:
         with set_current_vllm_config(self.leader.vllm_config):
             rows = largest_step(self.runners)
             self._mixer.fuse_into_leader(rows, rows[0].rows, StepClock(self.leader.device))
-            self.leader._dummy_sampler_run(rows[0].hidden_RD)
+            self.leader._dummy_sampler_run(rows[0].hidden_RD[: self.leader.max_num_reqs])
             self.leader._sync_device()
 
     def execute_model(
@@ -64,6 +72,8 @@ class FusedModelRunner:
 
         Returns vLLM's empty output if nothing is scheduled, or else None.
         """
+        self._start = time.perf_counter()
+        self._num_tokens = scheduler_output.total_num_scheduled_tokens
         # One by one: a plan is made while the device runs the specialist before.
         plans = (view.translate(scheduler_output) for view in self._views)
         idle = self.specialists.forward(plans, self._clock)
@@ -83,6 +93,8 @@ class FusedModelRunner:
         step = StepOnTheWay(ending, marks_XB, self._clock)
         output = self._draw(rows_SR[0], unfinished, grammar_output)
         self._hand_out(rows_SR, ending)
+        if self.speculation is not None:
+            self.speculation.go_on(ending, marks_XB, self._seconds_if_only(len(ending)))
         return completed(output, list(num_outputs), step)
 
     def _mix(self, rows_SR: list[list[Row]], ending: list[Row]) -> Tensor:
@@ -118,4 +130,8 @@ class FusedModelRunner:
             if rows_R and ending:
                 give(follower, in_order_of(rows_R, self._drawn.token_ids_RK, ending))
             elif rows_R:
-                give(follower, torch.zeros(len(rows_R), 1, dtype=torch.int32, device=follower.device))
+                give(follower, torch.zeros(follower.input_batch.num_reqs, 1, dtype=torch.int32, device=follower.device))
+
+    def _seconds_if_only(self, num_rows: int) -> float | None:
+        """How long this step took so far; None if it computed more than so many rows, as where a prompt is read."""
+        return time.perf_counter() - self._start if self._num_tokens == num_rows else None

@@ -62,7 +62,9 @@ class Specialists:
         for name, runner, plan in zip(self.names, self.runners, plans, strict=True):
             # An empty plan is executed too: it carries the finished ids, and ends what async scheduling kept of the
             # runner's last step (vLLM drops it with every request that leaves the batch).
-            with clock.forward(name, plan.total_num_scheduled_tokens, len(plan.num_scheduled_tokens)):
+            num_drafts = sum(map(len, plan.scheduled_spec_decode_tokens.values()))
+            num_tokens = plan.total_num_scheduled_tokens - num_drafts
+            with clock.forward(name, num_tokens, len(plan.num_scheduled_tokens)):
                 idle = runner.execute_model(plan)
         return idle
 
@@ -139,8 +141,12 @@ def rows_of(runner: GPUModelRunner, num_outputs: Mapping[str, int]) -> list[Row]
     """
     if runner.execute_model_state is None:
         return []
-    requests = runner.input_batch.req_ids
-    return [Row(request, num_outputs[request], is_draft=False, slot=slot) for slot, request in enumerate(requests)]
+    drafts = runner.execute_model_state.spec_decode_metadata
+    return [
+        Row(request, num_outputs[request] + index, is_draft=index > 0, slot=slot)
+        for slot, request in enumerate(runner.input_batch.req_ids)
+        for index in range(1 if drafts is None else 1 + drafts.num_draft_tokens[slot])
+    ]
 
 
 def unfinished_slots(runner: GPUModelRunner) -> set[int]:

@@ -60,7 +60,10 @@ class StepClock:
         self._running.append((part, specialist, start, self._mark()))
 
     def forward(self, specialist: str, num_tokens: int, num_requests: int) -> AbstractContextManager[None]:
-        """Time a forward pass: a "prefill" if a prompt is in it, a "decode" if each request goes on by one token."""
+        """Time a forward pass: a "prefill" if a prompt is in it, a "decode" if each request goes on by one token.
+
+        Drafts that are verified do not count as tokens.
+        """
         if num_tokens == 0:
             return nullcontext()
         return self.measure("prefill" if num_tokens > num_requests else "decode", specialist)

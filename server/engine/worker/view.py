@@ -106,17 +106,21 @@ class SpecialistView:
         new_reqs: list[NewRequestData] = []
         cached = CachedRequestData.make_empty()
         num_scheduled: dict[str, int] = {}
+        own_drafts: dict[str, list[int]] = {}
         for req_id, start, num_outputs in scheduled_requests(output):
             request = self._requests[req_id]
+            drafts = output.scheduled_spec_decode_tokens.get(req_id, [])
             own_start, own_end = own_span(
                 start,
-                start + output.num_scheduled_tokens[req_id],
+                start + output.num_scheduled_tokens[req_id] - len(drafts),
                 request.num_canonical_prompt + num_outputs,
                 len(request.own_prompt) + num_outputs,
             )
             if own_start == own_end:
                 continue
-            num_scheduled[req_id] = own_end - own_start
+            if drafts:  # they follow the last token, which is in the span, for all alike
+                own_drafts[req_id] = list(drafts)
+            num_scheduled[req_id] = own_end + len(drafts) - own_start
             if request.announced:
                 self._continue(cached, req_id, request, own_start, num_outputs)
             else:
@@ -129,6 +133,7 @@ class SpecialistView:
             scheduled_new_reqs=new_reqs,
             scheduled_cached_reqs=cached,
             num_scheduled_tokens=num_scheduled,
+            scheduled_spec_decode_tokens=own_drafts,
             total_num_scheduled_tokens=sum(num_scheduled.values()),
             finished_req_ids=set(output.finished_req_ids),
         )

@@ -22,7 +22,7 @@ def largest_step(runners: Sequence[GPUModelRunner]) -> list[Rows]:
     rows = []
     for runner in runners:
         schedule, model = runner.scheduler_config, runner.model_config
-        num_rows = min(schedule.max_num_seqs, schedule.max_num_batched_tokens)
+        num_rows = min(schedule.max_num_seqs * (1 + runner.num_spec_tokens), schedule.max_num_batched_tokens)
         hidden_RD, logits_RV = (
             torch.rand(num_rows, width, dtype=model.dtype, device=runner.device)
             for width in (model.get_hidden_size(), model.get_vocab_size())

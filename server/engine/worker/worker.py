@@ -18,6 +18,7 @@ from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
 from ultrafuser.server.engine.worker.mixing import Mixer
 from ultrafuser.server.engine.worker.specialists import Specialists
+from ultrafuser.server.engine.worker.speculation import Speculation
 
 
 class FusedWorkerMixin(Worker):
@@ -35,7 +36,11 @@ class FusedWorkerMixin(Worker):
             config = follower_config(self.vllm_config, specialist)
             with set_current_vllm_config(config):
                 runners.append(type(runners[0])(config, self.device))
-        self.model_runner = FusedModelRunner(Specialists(runners, spec.names), lambda: self._load_mixer(spec))
+        specialists = Specialists(runners, spec.names)
+        speculation = None
+        if spec.speculation is not None:
+            speculation = Speculation(runners, spec.speculation, spec.num_shared_ids)
+        self.model_runner = FusedModelRunner(specialists, lambda: self._load_mixer(spec), speculation)
 
     def _load_mixer(self, spec: EngineSpec) -> Mixer:
         gate = load_gate(spec.gate, spec.names, spec.hidden_sizes).to(self.device).eval() if spec.gate else None
@@ -49,6 +54,14 @@ class FusedGPUWorker(FusedWorkerMixin, Worker):
         """As vLLM's; blocks must be zeroed when a request went wrong, which vLLM prepares for other caches only."""
         super().initialize_from_config(kv_cache_config)
         self.model_runner._init_kv_zero_meta()
+
+
+def _room_for_drafts(leader: VllmConfig) -> dict[str, Any] | None:
+    """The leader's speculative configuration as an engine argument: every runner computes a row behind each draft."""
+    speculative = leader.speculative_config
+    if speculative is None:
+        return None
+    return {name: getattr(speculative, name) for name in ("method", "model", "num_speculative_tokens")}
 
 
 def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfig:
@@ -69,6 +82,7 @@ def follower_config(leader: VllmConfig, specialist: SpecialistSpec) -> VllmConfi
         max_num_seqs=leader.scheduler_config.max_num_seqs,
         max_num_batched_tokens=leader.scheduler_config.max_num_batched_tokens,
         generation_config="vllm",
+        speculative_config=_room_for_drafts(leader),
     )
     config = args.create_engine_config()
     for shared in ("parallel_config", "cache_config", "scheduler_config", "device_config", "load_config"):

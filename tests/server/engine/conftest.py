@@ -11,7 +11,7 @@ import pytest
 from vllm.config import StructuredOutputsConfig
 
 from tests.fakes import write_tiny_fusion
-from tests.server.engine.harness import InProcessEngine
+from tests.server.engine.harness import InProcessEngine, Noisy
 from tests.server.engine.judge import Judge
 from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
@@ -26,6 +26,9 @@ PACED = {"max_step_seconds": 1e-3}
 GRAMMAR = {"structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)}
 """A random model that may put white space between JSON tokens never comes to an end."""
 
+DRAFTS: dict[str, Any] = {"speculation": {"drafter": "leading", "min_tokens": 4, "max_tokens": 4}}
+"""Up to four drafts a request in every step, some of them wrong."""
+
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "sync": {},
     "async": {"force_async": True},
@@ -36,6 +39,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "async-pressure-budget-16": {"force_async": True, **PRESSURE, **BUDGET_16},
     "sync-paced": PACED,
     "async-pressure-paced": {"force_async": True, **PRESSURE, **PACED},
+    "drafts": DRAFTS,
+    "drafts-budget-16": {**DRAFTS, **BUDGET_16},
+    "drafts-pressure": {**DRAFTS, **PRESSURE},
 }
 
 
@@ -69,13 +75,15 @@ def engine_of(tiny_fusion: Path, shared_groups: None) -> Iterator[Callable[[str]
         if configuration not in engines:
             engine = InProcessEngine(tiny_fusion, **CONFIGURATIONS[configuration], **GRAMMAR)
             engines[configuration] = stack.enter_context(engine)
+            if "speculation" in CONFIGURATIONS[configuration]:
+                engine.drafter = Noisy(engine.drafter)
         return engines[configuration]
 
     with ExitStack() as stack:
         yield get
 
 
-@pytest.fixture
-def engine(engine_of: Callable[[str], InProcessEngine]) -> InProcessEngine:
-    """The tiny fusion's engine as vLLM would run it here."""
-    return engine_of("sync")
+@pytest.fixture(params=["sync", "drafts"])
+def engine(request: pytest.FixtureRequest, engine_of: Callable[[str], InProcessEngine]) -> InProcessEngine:
+    """The tiny fusion's engine as vLLM would run it here, and with drafts."""
+    return engine_of(request.param)

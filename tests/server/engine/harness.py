@@ -21,7 +21,9 @@ from ultrafuser.server.engine.client.step_feed import StepFeed
 from ultrafuser.server.engine.shared.extra_args import fused_input
 from ultrafuser.server.engine.shared.options import engine_arguments
 from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.worker.drafting import Drafter
 from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
+from ultrafuser.server.engine.worker.lookahead import Ahead
 
 Prompts = list[list[int]]
 """A request's own prompts, one per specialist."""
@@ -38,6 +40,23 @@ class Arrival:
     """Engine steps after arrival at which the client leaves."""
     cache_salt: str | None = None
     """Separates this request's cached blocks from those of other salts."""
+
+
+class Noisy:
+    """Guesses of another drafter, some cut short or spoilt."""
+
+    def __init__(self, own: Drafter) -> None:
+        self._own, self._random = own, random.Random(1)
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """Sometimes what the other guesses."""
+        found = self._own.propose(plan)
+        for token_ids in found.values():
+            del token_ids[self._random.randrange(5) :]
+            for index in range(len(token_ids)):
+                if self._random.random() < 0.2:
+                    token_ids[index] = self._random.randrange(256)
+        return found
 
 
 class InProcessEngine:
@@ -77,6 +96,17 @@ class InProcessEngine:
     def runner(self) -> FusedModelRunner:
         """The fused model runner of the only worker."""
         return self.llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def drafter(self) -> Drafter:
+        """Who guesses the next tokens; a test may put another one there."""
+        assert self.runner.speculation is not None
+        return self.runner.speculation.drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter) -> None:
+        assert self.runner.speculation is not None
+        self.runner.speculation.drafter = drafter
 
     def generate(self, arrivals: Sequence[Arrival]) -> list[RequestOutput]:
         """Serve the requests, each arriving at its step; the last output of each, in the order given."""

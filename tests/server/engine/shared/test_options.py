@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 import ultrafuser.server.engine
 from tests.fakes import write_tiny_fusion
 from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
-from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.errors import FusionError, UserError
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.server.engine.core.scheduler import make_scheduler
 from ultrafuser.server.engine.shared.options import (
@@ -224,3 +224,26 @@ def max_step_seconds(fusion_path: Path, **options: Any) -> Any:
     arguments = engine_arguments(fusion, inspect_fusion(fusion), options)
     assert "max_step_seconds" not in arguments
     return arguments["additional_config"][ADDITIONAL_CONFIG_KEY]["max_step_seconds"]
+
+
+@pytest.mark.parametrize("given", [None, {"max_tokens": 0}])
+def test_without_drafts_vllm_is_told_of_none(tiny_fusion: Path, given: dict[str, int] | None) -> None:
+    fusion = load_fusion(tiny_fusion)
+    arguments = engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})
+    assert arguments["speculative_config"] is None
+    assert arguments["additional_config"][ADDITIONAL_CONFIG_KEY]["speculation"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_tokens": 17}, r"speculation.max_tokens: .*16, got 17"),
+        ({"max_tokens": 2, "min_tokens": 3}, r"engine.speculation.min_tokens: 3 is more than max_tokens, 2; lower it"),
+        ({"drafter": "oracle", "max_tokens": 2}, r"speculation.drafter: .*'oracle'"),
+        ({"tokens": 2}, r"speculation.tokens: "),
+    ],
+)
+def test_speculation_that_cannot_be_is_refused(tiny_fusion: Path, given: dict[str, Any], message: str) -> None:
+    fusion = load_fusion(tiny_fusion)
+    with pytest.raises(UserError, match=message):
+        engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})

@@ -27,7 +27,8 @@ def test_profiling_mixes_the_largest_step_and_leaves_the_engine_exact(
     stand_ins = [follower.sampler for follower in engine.runner.followers]
     with torch.inference_mode():
         engine.runner.profile_run()
-    assert mixed == [(3, engine.runner.scheduler_config.max_num_seqs)]
+    rows_a_request = 1 + engine.runner.leader.num_spec_tokens
+    assert mixed == [(3, rows_a_request * engine.runner.scheduler_config.max_num_seqs)]
     assert [follower.sampler for follower in engine.runner.followers] == stand_ins
     prompts = random_prompts((13, 16, 36), 0)
     assert engine.tokens([Arrival(prompts, greedy(8))]) == [judge.tokens(prompts, 8)]

@@ -1,0 +1,94 @@
+"""Who guesses the next tokens: the specialist that leads, or what followed the same words before.
+
+A guess may be anything: it costs time, never exactness. Knows runners and requests; neither who verifies nor how many
+guesses pay.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from ultrafuser.server.engine.worker.lookahead import Ahead, Cost
+from ultrafuser.server.engine.worker.running_ahead import run_ahead
+
+LONGEST_NGRAM = 5
+SHORTEST_NGRAM = 2
+"""How many last tokens are looked for in the text before."""
+
+
+class NoDrafts:
+    """What vLLM takes for each runner's drafter: the fused step drafts, once all specialists know the tokens."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """vLLM makes it."""
+
+    def propose(self, sampled_token_ids: list[list[int]], *_: object, **__: object) -> list[list[int]]:
+        """No draft for any request."""
+        return [[] for _ in sampled_token_ids]
+
+    def load_model(self, *_: object) -> None:
+        """There is none."""
+
+
+class Drafter(Protocol):
+    """Guesses what follows."""
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """At most so many tokens as planned, by request; only ids that all specialists share."""
+
+
+class LeadingDrafter:
+    """A specialist goes on alone: one pass a draft for all requests that it drafts for."""
+
+    def __init__(self, runners: Sequence[GPUModelRunner], num_shared_ids: int, cost: Cost) -> None:
+        """`cost` is told what a pass took."""
+        self._runners, self._num_shared_ids, self._cost = runners, num_shared_ids, cost
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """So many tokens as planned for every request."""
+        drafted: dict[int, list[str]] = defaultdict(list)
+        for request, ahead in plan.items():
+            if ahead.num_tokens:
+                drafted[ahead.drafter].append(request)
+        found: dict[str, list[int]] = {}
+        for drafter, requests in sorted(drafted.items()):
+            longest = max(plan[request].num_tokens for request in requests)
+            start = time.perf_counter()
+            drafts = run_ahead(self._runners[drafter], requests, longest, self._num_shared_ids)
+            self._cost.add(len(requests), (time.perf_counter() - start) / longest)
+            found |= {own: tokens[: plan[own].num_tokens] for own, tokens in zip(requests, drafts, strict=True)}
+        return found
+
+
+class NgramDrafter:
+    """What followed the last tokens where they were seen last, in the leader's prompt and the response."""
+
+    def __init__(self, leader: GPUModelRunner, num_shared_ids: int) -> None:
+        self._leader, self._num_shared_ids = leader, num_shared_ids
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """What was found; nothing where nothing was seen."""
+        batch = self._leader.input_batch
+        found = {}
+        for request, ahead in plan.items():
+            slot = batch.req_id_to_index[request]
+            followers = _what_followed(batch.token_ids_cpu[slot, : batch.num_tokens_no_spec[slot]])
+            drafts = [int(token_id) for token_id in followers[: ahead.num_tokens]]
+            foreign = [index for index, token_id in enumerate(drafts) if token_id >= self._num_shared_ids]
+            found[request] = drafts[: foreign[0]] if foreign else drafts
+        return found
+
+
+def _what_followed(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """What stands behind the last place where the text's end stands too; the longer the end, the better."""
+    for size in range(min(LONGEST_NGRAM, len(token_ids) - 1), SHORTEST_NGRAM - 1, -1):
+        windows = np.lib.stride_tricks.sliding_window_view(token_ids[:-1], size)
+        places = (windows == token_ids[-size:]).all(axis=1).nonzero()[0]
+        if len(places):
+            return token_ids[places[-1] + size :]
+    return token_ids[:0]

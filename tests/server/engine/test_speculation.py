@@ -1,0 +1,250 @@
+"""Drafts change nothing but the number of steps: right or wrong, the tokens are those of decoding without them."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+from torch import Tensor
+from vllm import SamplingParams
+
+from tests.reference import read
+from tests.server.engine.conftest import DRAFTS
+from tests.server.engine.harness import Arrival, InProcessEngine, Noisy, greedy, random_prompts
+from tests.server.engine.judge import Judge
+from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
+from ultrafuser.server.engine.worker import verifying
+from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
+from ultrafuser.server.engine.worker.lookahead import Ahead, Cost
+
+LENGTHS = [(13, 16, 36), (100, 20, 7), (50, 50, 50), (5, 90, 33), (64, 1, 2), (40, 33, 31)]
+BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+NUM_TOKENS = 40
+
+
+class Oracle:
+    """Knows the answers, by the leader's prompt, and spoils a share of its guesses."""
+
+    def __init__(self, engine: InProcessEngine, answers: dict[tuple[int, ...], list[int]], share_wrong: float) -> None:
+        self._requests = engine.runner.leader.requests
+        self._answers, self._share_wrong = answers, share_wrong
+        self._random = random.Random(0)
+        self.num_drafted = 0
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """The answers' next tokens."""
+        found = {}
+        for request, ahead in plan.items():
+            state = self._requests[request]
+            assert state.prompt_token_ids is not None
+            num_outputs = len(state.output_token_ids)
+            answer = self._answers[tuple(state.prompt_token_ids)]
+            assert list(state.output_token_ids) == answer[:num_outputs]
+            drafts = [self._spoilt(token) for token in answer[num_outputs : num_outputs + ahead.num_tokens]]
+            if self._share_wrong:  # drafts of unequal length, none among them
+                del drafts[self._random.randrange(ahead.num_tokens + 1) :]
+            found[request] = drafts
+            self.num_drafted += len(drafts)
+        return found
+
+    def _spoilt(self, token: int) -> int:
+        return self._random.randrange(256) if self._random.random() < self._share_wrong else token
+
+
+def serve(engine: InProcessEngine, drafter: Drafter, arrivals: Sequence[Arrival]) -> tuple[list[Any], int]:
+    """The outputs, and how many steps they took."""
+    num_before, usual = len(engine.reports), engine.drafter
+    engine.drafter = drafter
+    try:
+        return engine.generate(arrivals), len(engine.reports) - num_before
+    finally:
+        engine.drafter = usual
+
+
+@pytest.mark.parametrize("apart", [0, 1, 3])
+@pytest.mark.parametrize("share_wrong", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("configuration", ["drafts", "drafts-budget-16", "drafts-pressure"])
+def test_tokens_and_weights_are_the_references(
+    engine_of: Callable[[str], InProcessEngine], judge: Judge, configuration: str, share_wrong: float, apart: int
+) -> None:
+    engine = engine_of(configuration)
+    wanted = [judge.generation(prompts, NUM_TOKENS) for prompts in BATCH]
+    answers = {tuple(prompts[0]): list(own.token_ids) for prompts, own in zip(BATCH, wanted, strict=True)}
+    params = greedy(NUM_TOKENS, extra_args={GATE_WEIGHTS: True})
+    arrivals = [Arrival(prompts, params, step=index * apart) for index, prompts in enumerate(BATCH)]
+    oracle = Oracle(engine, answers, share_wrong)
+    outputs, num_steps = serve(engine, oracle, arrivals)
+    for output, own in zip(outputs, wanted, strict=True):
+        assert list(output.outputs[0].token_ids) == list(own.token_ids)
+        np.testing.assert_allclose(output.outputs[0].routed_experts, own.gate_weights.numpy(), atol=1e-4)
+    assert oracle.num_drafted > 100
+    if share_wrong == 0 and configuration == "drafts":
+        assert num_steps < NUM_TOKENS / 2 + len(BATCH) * apart
+
+
+@pytest.mark.parametrize("kind", [LeadingDrafter, NgramDrafter])
+@pytest.mark.parametrize("configuration", ["drafts", "drafts-budget-16", "drafts-pressure"])
+def test_each_drafter_leaves_the_tokens_as_they_are(
+    engine_of: Callable[[str], InProcessEngine], judge: Judge, configuration: str, kind: Any
+) -> None:
+    engine = engine_of(configuration)
+    runners = engine.runner.runners
+    drafter = LeadingDrafter(runners, 320, Cost()) if kind is LeadingDrafter else NgramDrafter(runners[0], 320)
+    arrivals = [Arrival(prompts, greedy(NUM_TOKENS), step=index) for index, prompts in enumerate(BATCH)]
+    outputs, _ = serve(engine, drafter, arrivals)
+    assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"seed": 3},
+    {"seed": 4, "top_p": 0.8},
+    {"seed": 5, "top_k": 5},
+    {"seed": 6, "min_p": 0.05},
+    {"seed": 7, "logit_bias": {65: 4.0, 70: -9.0}},
+    {"seed": 8, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2},
+    {"seed": 9, "n": 2},
+    {"seed": 10, "min_tokens": 9, "stop_token_ids": list(range(0, 256, 2))},
+    {"seed": 11, "bad_words": ["e", "th"]},
+    {"seed": 12, "allowed_token_ids": list(range(60, 120))},
+    {"temperature": 0.0, "logprobs": None},
+    {"temperature": 0.0, "min_tokens": 12, "ignore_eos": False, "stop_token_ids": list(range(0, 256, 3))},
+]
+
+
+def told(output: Any) -> list[Any]:
+    """Tokens and log probabilities of every response."""
+    return [
+        (
+            list(own.token_ids),
+            [{token: round(entry.logprob, 3) for token, entry in step.items()} for step in own.logprobs or ()],
+        )
+        for own in sorted(output.outputs, key=lambda own: own.index)
+    ]
+
+
+@pytest.mark.parametrize("configuration", ["drafts", "drafts-budget-16"])
+def test_seeded_tokens_and_logprobs_are_those_without_drafts(
+    engine_of: Callable[[str], InProcessEngine], configuration: str
+) -> None:
+    def params(variant: dict[str, Any]) -> SamplingParams:
+        return SamplingParams(**{"temperature": 1.0, "ignore_eos": True, "max_tokens": 24, "logprobs": 2, **variant})
+
+    prompts = [*BATCH, *BATCH]
+    arrivals = [
+        Arrival(own, params(variant), step=index)
+        for index, (own, variant) in enumerate(zip(prompts, VARIANTS, strict=True))
+    ]
+    wanted = [told(own) for own in engine_of("sync").generate(arrivals)]
+    engine = engine_of(configuration)
+    outputs, _ = serve(engine, Noisy(LeadingDrafter(engine.runner.runners, 320, Cost())), arrivals)
+    assert [told(own) for own in outputs] == wanted
+
+
+class SecondToken:
+    """Guesses what follows a first token: for some the likeliest second one, for others the third likeliest."""
+
+    def __init__(self, engine: InProcessEngine, likeliest: dict[int, list[int]]) -> None:
+        self._requests, self._likeliest = engine.runner.leader.requests, likeliest
+        self.num_drafted = 0
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """One guess a request, behind its first token."""
+        outputs = {request: self._requests[request].output_token_ids for request in plan}
+        firsts = {request: own[0] for request, own in outputs.items() if len(own) == 1}
+        self.num_drafted += len(firsts)
+        return {request: [self._likeliest[first][2 * (first % 2)]] for request, first in firsts.items()}
+
+
+def test_tokens_behind_drafts_follow_the_fused_distribution(
+    engine_of: Callable[[str], InProcessEngine], judge: Judge
+) -> None:
+    """Two tokens, each out of the four likeliest: sixteen answers, each drawn as often as the reference would."""
+    num_draws, prompts, engine = 4096, random_prompts((13, 16, 36), seed=6), engine_of("drafts")
+    first_V = judge.generation(prompts, 1).logprobs[0]
+    second_of = {int(first): read(judge.model, prompts, [int(first), 5])[0][1] for first in first_V.topk(4).indices}
+    likeliest = {first: logprobs_V.topk(4).indices.tolist() for first, logprobs_V in second_of.items()}
+    drafter = SecondToken(engine, likeliest)
+    params = SamplingParams(temperature=1.0, top_k=4, max_tokens=3, ignore_eos=True, n=num_draws, seed=77)
+    ((output,), _) = serve(engine, drafter, [Arrival(prompts, params)])
+    drawn = Counter(tuple(own.token_ids[:2]) for own in output.outputs)
+    share_of_first = first_V[list(second_of)].softmax(dim=0).tolist()
+    expected = {
+        (first, second): num_draws * share * own_share
+        for (first, seconds), share in zip(likeliest.items(), share_of_first, strict=True)
+        for second, own_share in zip(seconds, second_of[first][seconds].softmax(dim=0).tolist(), strict=True)
+    }
+    assert set(drawn) <= set(expected)
+    assert drafter.num_drafted == num_draws
+    num_right = sum(drawn[first, seconds[2 * (first % 2)]] for first, seconds in likeliest.items())
+    assert 0.2 * num_draws < num_right < 0.8 * num_draws, "some drafts hold, some do not"
+    assert chisquare([drawn[pair] for pair in expected], list(expected.values())).pvalue > 1e-3
+
+
+def accept_wrong_drafts(best_N: Tensor, drafted: list[list[int]]) -> Tensor:
+    """As if every draft held."""
+    rows = [sum(1 + len(own) for own in drafted[:slot]) + len(own) for slot, own in enumerate(drafted)]
+    return verifying._padded([[*own, int(best_N[row])] for own, row in zip(drafted, rows, strict=True)], best_N.device)
+
+
+def look_one_row_too_far(best_N: Tensor, drafted: list[list[int]]) -> Tensor:
+    """As if a row were behind the draft after its own."""
+    return agreed(best_N.roll(-1), drafted)
+
+
+def hand_out_the_refused_draft(best_N: Tensor, drafted: list[list[int]]) -> Tensor:
+    """As if a wrong draft counted, too, behind the token in its place."""
+    tokens = [[token for token in own if token >= 0] for own in agreed(best_N, drafted).tolist()]
+    longer = [[*own, *drafts[len(own) - 1 :][:1]] for own, drafts in zip(tokens, drafted, strict=True)]
+    return verifying._padded(longer, best_N.device)
+
+
+agreed = verifying._agreed
+
+
+@pytest.mark.parametrize("broken", [accept_wrong_drafts, look_one_row_too_far, hand_out_the_refused_draft])
+def test_a_broken_verification_is_noticed(
+    tiny_fusion: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Tensor]
+) -> None:
+    """The tests above can fail."""
+    wanted = [judge.tokens(prompts, NUM_TOKENS) for prompts in BATCH]
+    arrivals = [Arrival(prompts, greedy(NUM_TOKENS)) for prompts in BATCH]
+    with InProcessEngine(tiny_fusion, **DRAFTS) as engine:
+        engine.drafter = Noisy(engine.drafter)
+        assert engine.tokens(arrivals) == wanted
+        monkeypatch.setattr(verifying, "_agreed", broken)
+        assert engine.llm.reset_prefix_cache()
+        assert engine.tokens(arrivals) != wanted
+
+
+def test_limits_count_every_token_of_a_round(engine_of: Callable[[str], InProcessEngine], judge: Judge) -> None:
+    """A stop string, a stop token and the most tokens, each in the middle of what one step gives."""
+    engine = engine_of("drafts")
+    prompts = BATCH[0]
+    wanted = judge.tokens(prompts, NUM_TOKENS)
+    answers = {tuple(prompts[0]): wanted}
+    for number in range(1, 12):
+        last = wanted[number - 1]
+        oracle = Oracle(engine, answers, share_wrong=0.0)
+        limits: list[dict[str, Any]] = [{"max_tokens": number}, {"stop_token_ids": [last]}]
+        for limit in limits:
+            params = greedy(**{"max_tokens": NUM_TOKENS, "logprobs": 0, "extra_args": {GATE_WEIGHTS: True}, **limit})
+            ((output,), _) = serve(engine, oracle, [Arrival(prompts, params)])
+            (completion,) = output.outputs
+            end = number if "max_tokens" in limit else wanted.index(last) + 1
+            assert list(completion.token_ids) == wanted[:end]
+            assert len(completion.logprobs) == len(completion.routed_experts) == end
+            assert completion.finish_reason == ("length" if "max_tokens" in limit else "stop")
+
+
+def test_the_context_is_filled_to_its_last_token(engine_of: Callable[[str], InProcessEngine], judge: Judge) -> None:
+    engine = engine_of("drafts-pressure")  # whose context has 256 tokens
+    for longest in (200, 215, 216, 217, 218):
+        prompts = random_prompts((longest, 20, 30), seed=longest)
+        params = greedy(256 - longest)
+        answers = {tuple(prompts[0]): judge.tokens(prompts, 256 - longest)}
+        ((output,), _) = serve(engine, Oracle(engine, answers, share_wrong=0.1), [Arrival(prompts, params)])
+        assert list(output.outputs[0].token_ids) == answers[tuple(prompts[0])]
