@@ -79,6 +79,11 @@ class StepEngine:
         while self._engine.has_unfinished_requests():
             self._engine.step()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all requests have ended."""
+        return not self._engine.has_unfinished_requests()
+
     def forget_prefixes(self) -> None:
         """Empty the prefix cache, so that what was computed before cannot be reused."""
         self._llm.reset_prefix_cache()
@@ -86,7 +91,7 @@ class StepEngine:
     def finish(self, requests: Sequence[Request]) -> list[list[int]]:
         """The whole responses to requests that arrive at once."""
         self.start(requests)
-        while self._engine.has_unfinished_requests():
+        while not self.is_idle:
             self.step()
         return self.token_ids
 

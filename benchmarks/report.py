@@ -21,6 +21,7 @@ NAMES = (
     "decode_step",
     "metrics_cost",
     "prefill",
+    "speculation",
     "serve_overhead",
     "peers",
     "batch_invariance",

@@ -10,6 +10,7 @@ from benchmarks import (
     peers_transformers,
     prefill,
     serve_overhead,
+    speculation,
 )
 from benchmarks.stepping import Round
 from benchmarks.workload import conversations, random_requests
@@ -130,3 +131,15 @@ def test_prompts_without_streams_have_first_tokens_only() -> None:
     assert first.fused is not None
     assert second.fused is not None
     assert (first.fused.value, second.fused.value, first.ratio) == (1.0, 2.0, None)
+
+
+def test_drafts_are_judged_by_pairs_of_blocks_and_by_one_model() -> None:
+    def blocks(*seconds: float) -> list[speculation.Block]:
+        return [speculation.Block(num_tokens=30, num_steps=10, seconds=own) for own in seconds]
+
+    taken = {"drafts": blocks(1.0, 2.0, 1.0), "without": blocks(2.0, 4.0, 1.0), "one model": blocks(0.5, 1.0, 0.5)}
+    gain = speculation.compare_rates("text", taken, speculation.GAIN_OF_ONE)
+    assert (gain.ratio, gain.is_met, gain.note) == (2.0, True, "3.00 tokens a step with drafts")
+    against_one = speculation.compare_times("text", taken)
+    assert (against_one.ratio, against_one.is_met) == (2.0, True)
+    assert speculation.compare_rates("text", {"without": blocks(1.0)}, speculation.NO_LOSS).ratio is None
