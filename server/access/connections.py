@@ -37,6 +37,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reading = _Timer(partial(later, read_seconds, self._give_up, "sent no whole request in time"))
         self._writing = _Timer(partial(later, write_seconds, self._give_up, "does not read its response"))
         self._num_header_bytes = 0
+        """What the parser keeps at most, of a head or of headers behind a body that have not come to their end."""
+        self._has_come_on = False
         self._is_in_headers = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -51,10 +53,12 @@ class GuardedProtocol(HttpToolsProtocol):
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response(_INVALID)
-        if self._is_in_headers:
-            self._num_header_bytes += len(data)
-            if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.send_400_response(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
+        self._num_header_bytes += len(data)
+        if self._has_come_on:
+            self._num_header_bytes, self._has_come_on = 0, False
+        elif self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
+            self.transport.close()  # amid an answer, too: the parser would keep what comes
 
     def _parse(self, data: bytes) -> None:
         """As if nobody offered another protocol: the parser takes what follows an offer for that protocol, so the head
@@ -106,9 +110,15 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():  # else this head will be read again
             super().on_headers_complete()
         self._is_in_headers = False
-        self._num_header_bytes = 0
+        self._has_come_on = True
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._has_come_on = True
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._has_come_on = True
         if not self.parser.should_upgrade():
             super().on_message_complete()
             self._reading.stop()

@@ -71,7 +71,7 @@ class GrammarCheck:
         self._seconds = seconds
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
-        self._passed: OrderedDict[bytes, None] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         self._trials: set[asyncio.Task[str | None]] = set()
 
     async def check(self, constraint: Constraint | None) -> None:
@@ -84,11 +84,7 @@ class GrammarCheck:
         if constraint is None:
             return
         line = json.dumps({"kind": constraint.kind, "text": constraint.text}).encode() + b"\n"
-        # A client that leaves meanwhile does not end the process, which others wait for.
-        trial = asyncio.ensure_future(self._check(line, sha256(line).digest()))
-        self._trials.add(trial)
-        trial.add_done_callback(self._forget)
-        reason = await asyncio.shield(trial)
+        reason = await self._verdict(line, sha256(line).digest())
         if reason is not None:
             raise InvalidRequest(f"{constraint.field}: {reason}", constraint.field)
 
@@ -100,24 +96,33 @@ class GrammarCheck:
                 process.kill()
             await process.wait()
 
-    async def _check(self, line: bytes, digest: bytes) -> str | None:
-        async with self._lock:
-            reason = None if digest in self._passed else await self._try(line)
-            if reason is not None:
-                return reason
-            self._passed[digest] = None
-            self._passed.move_to_end(digest)
-            if len(self._passed) > MAX_REMEMBERED:
-                self._passed.popitem(last=False)
-        return None
+    async def _verdict(self, line: bytes, digest: bytes) -> str | None:
+        """What is wrong with a constraint; one that is known waits for no other."""
+        if digest not in self._verdicts:
+            await self._lock.acquire()  # a client that leaves while it waits has nothing tried
+            # One that leaves later does not end the process, which others wait for: the trial gives the lock back.
+            trial = asyncio.ensure_future(self._try_once(line, digest))
+            self._trials.add(trial)
+            trial.add_done_callback(self._forget)
+            return await asyncio.shield(trial)
+        self._verdicts.move_to_end(digest)
+        return self._verdicts[digest]
+
+    async def _try_once(self, line: bytes, digest: bytes) -> str | None:
+        try:
+            if digest not in self._verdicts:
+                return await self._try(line, digest)
+            return self._verdicts[digest]
+        finally:
+            self._lock.release()
 
     def _forget(self, trial: "asyncio.Task[str | None]") -> None:
         self._trials.discard(trial)
         if not trial.cancelled():
             trial.exception()  # looked at, also when nobody waits for it any more
 
-    async def _try(self, line: bytes) -> str | None:
-        """What is wrong with a constraint."""
+    async def _try(self, line: bytes, digest: bytes) -> str | None:
+        """What is wrong with a constraint, remembered if the process has said so."""
         if self._process is not None and self._process.returncode is not None:
             await self.close()  # it was ended by somebody else
         process = self._process or await self._start()
@@ -129,8 +134,10 @@ class GrammarCheck:
             verdict = b""
         if not verdict:
             return "it ended the process that tried it out: it may need too much memory; simplify it"
-        reason: str | None = json.loads(verdict)
-        return reason
+        self._verdicts[digest] = json.loads(verdict)
+        if len(self._verdicts) > MAX_REMEMBERED:
+            self._verdicts.popitem(last=False)
+        return self._verdicts[digest]
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE

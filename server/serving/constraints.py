@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -14,7 +15,7 @@ from vllm.v1.structured_output import backend_xgrammar
 from ultrafuser.server.engine.shared.constraint_kind import kind_and_text
 from ultrafuser.server.engine.shared.spec import EngineSpec
 from ultrafuser.server.grammar.rewriting import kept_schema
-from ultrafuser.server.requests.grammars import Constraint, Vocabulary
+from ultrafuser.server.requests.grammars import MAX_REMEMBERED, Constraint, Vocabulary
 
 # vLLM holds constraints against its own way of compiling them, in the event loop, which nothing can stop.
 backend_xgrammar.validate_xgrammar_grammar = lambda params: None
@@ -81,6 +82,22 @@ def constraints_of_tools(request: ChatCompletionRequest) -> Iterator[Constraint]
             yield Constraint("JSON", json.dumps(function.parameters), f"tools[{number}].function.parameters")
 
 
+def keep_parameters(request: ChatCompletionRequest) -> None:
+    """Rewrite the parameters that a call has to follow, which may take seconds: not to be done in the event loop, where
+    vLLM asks for them once they are remembered."""
+    for number, function in tools_held_to(request):
+        _kept_parameters(_written(function), number)
+
+
+@lru_cache(maxsize=MAX_REMEMBERED)
+def _kept_parameters(parameters: str, number: int) -> str:
+    return json.dumps(kept_schema(json.loads(parameters), f"t{number}_"))
+
+
+def _written(function: Any) -> str:
+    return json.dumps(function.parameters or NO_ARGUMENTS)
+
+
 def held_to_tools(parser: type) -> type:
     """One of vLLM's parsers, whose constraint for a call follows the parameters of the tools that are demanded.
 
@@ -94,7 +111,7 @@ def held_to_tools(parser: type) -> type:
                 request.tools = deepcopy(tools)
                 for number, function in list(tools_held_to(request)):
                     function.strict = True
-                    function.parameters = kept_schema(function.parameters or NO_ARGUMENTS, f"t{number}_")
+                    function.parameters = json.loads(_kept_parameters(_written(function), number))
             try:
                 return super().adjust_request(request)
             finally:

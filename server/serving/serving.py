@@ -5,6 +5,7 @@ do not know the gate's weights, they would give the engine constraints that hold
 a stream and out of a whole answer in two ways.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -39,6 +40,7 @@ from ultrafuser.server.serving.constraints import (
     constraints_of_tools,
     demands_call,
     held_to_tools,
+    keep_parameters,
     leading_vocabulary,
 )
 from ultrafuser.server.serving.fingerprint import fingerprint
@@ -86,6 +88,7 @@ class FusedServingChat(_Fused, OpenAIServingChat):
         own = None if demands_call(request) else constraint_in(request)
         for constraint in (own, *constraints_of_tools(request)):
             await self.grammars.check(constraint)
+        await asyncio.to_thread(keep_parameters, request)
         rendered = await super().render_chat_request(request)
         if isinstance(rendered, ErrorResponse):
             return rendered

@@ -30,6 +30,10 @@ _NAMES = """
 TOOL_PARSERS = tuple(_NAMES.split())
 """vLLM's parsers whose answers are shown to be equal; the rest ask more of a tokenizer than the tests' has."""
 
+MAX_READ_ALIKE = 8192
+"""Characters of an answer beyond which its parser reads it in its own two ways: parsers look through all of the text
+for each piece, and a whole answer is read in the event loop, where everybody waits."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -88,11 +92,13 @@ class _ReadAlike:
         self._text += delta_text
         self._token_ids += delta_token_ids
         self._unread += delta_text
-        pieces = list(self.spellings.split(self._unread, finished))
-        self._unread = self._unread[sum(map(len, pieces)) :]
-        deltas = [self._read(piece, request, finished=False) for piece in pieces]
+        if len(self._text) > MAX_READ_ALIKE:
+            deltas = [self._read(self._unread, delta_token_ids, request, finished=False)]
+            self._unread = ""
+        else:
+            deltas = [self._read(*piece, request, finished=False) for piece in self._pieces(finished)]
         if finished:
-            deltas.append(self._read("", request, finished=True))
+            deltas.append(self._read("", [], request, finished=True))
             deltas.append(self._told.take(self._missing(request)))
         delta = joined(deltas)
         return delta if delta.content or delta.reasoning or delta.tool_calls else None
@@ -107,6 +113,8 @@ class _ReadAlike:
         """What the client would have been told by a stream."""
         if self._is_plain(request):
             return None, model_output, []
+        if len(model_output) > MAX_READ_ALIKE:
+            return super().parse(model_output, request, enable_auto_tools, model_output_token_ids)  # type: ignore[misc]
         self.parse_delta(model_output, list(model_output_token_ids), request, finished=True)
         told = self._told
         calls = [FunctionCall(id=call.id, name=call.name, arguments=call.arguments) for call in told.calls]
@@ -120,8 +128,14 @@ class _ReadAlike:
         """Whether the answer is its text, in which nothing is looked for."""
         return request.tool_choice == "none" and not self._engine_based
 
-    def _read(self, piece: str, request: Any, *, finished: bool) -> DeltaMessage:
-        token_ids = [self.spellings.token_ids[piece]] if piece in self.spellings.token_ids else []
+    def _pieces(self, is_last: bool) -> list[tuple[str, list[int]]]:
+        """What can be read, with the ids of added tokens; the rest is kept."""
+        pieces = list(self.spellings.split(self._unread, is_last))
+        self._unread = self._unread[sum(map(len, pieces)) :]
+        known = self.spellings.token_ids
+        return [(piece, [known[piece]] if piece in known else []) for piece in pieces]
+
+    def _read(self, piece: str, token_ids: list[int], request: Any, *, finished: bool) -> DeltaMessage:
         try:
             # Whether the prompt ends within reasoning is asked of reasoning parsers, of which there are none.
             return self._told.take(super().parse_delta(piece, token_ids, request, [], finished=finished))  # type: ignore[misc]

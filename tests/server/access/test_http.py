@@ -319,3 +319,14 @@ async def test_a_header_behind_the_body_changes_nothing(port: int) -> None:
     status, headers, _ = split(await answer_of(port, sent))
     assert status == 200
     assert headers["x-request-id"] != "from-behind"
+
+
+@pytest.mark.parametrize(
+    "endless", [b"0\r\nX: ", b"5;extension="], ids=["headers behind a body", "a chunk's extension"]
+)
+async def test_what_never_ends_behind_a_head_is_refused(port: int, endless: bytes) -> None:
+    """The parser keeps it, and copies all of it for each part that comes; no key and no body's limit stood before."""
+    request = head(f"POST {CHAT} HTTP/1.1", "Host: x", JSON, "Transfer-Encoding: chunked")
+    parts = [b"a" * 16384] * (MAX_HEADER_BYTES // 16384 + 2)
+    status, _, body = split(await say(port, request + endless, *parts))
+    assert (status, json.loads(body)["error"]["message"]) == (400, "The headers are longer than 65536 bytes.")

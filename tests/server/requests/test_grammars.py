@@ -118,3 +118,28 @@ async def test_a_client_that_leaves_ends_nothing_that_others_wait_for(check: Gra
         await leaving
     await check.check(wanted(regex="g"))
     assert check._process is process
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_is_known_waits_for_no_trial_and_a_client_that_leaves_the_queue_has_nothing_tried(
+    check: GrammarCheck,
+) -> None:
+    """Clients that sent and left could fill the queue with trials, each of which may take the whole time."""
+    await check.check(wanted(regex="known"))
+    with pytest.raises(InvalidRequest):
+        await check.check(wanted(regex="(?=known)refused"))
+    slow = asyncio.create_task(check.check(wanted(json=LARGE)))
+    await asyncio.sleep(0.05)
+    leaving = [asyncio.create_task(check.check(wanted(regex=f"left{number}"))) for number in range(3)]
+    await asyncio.sleep(0.05)
+    for task in leaving:
+        task.cancel()
+    await check.check(wanted(regex="known"))
+    with pytest.raises(InvalidRequest):
+        await check.check(wanted(regex="(?=known)refused"))
+    assert not slow.done()
+    with pytest.raises(InvalidRequest, match="simplify it"):
+        await slow
+    num_known = len(check._verdicts)
+    await check.check(wanted(regex="new"))
+    assert len(check._verdicts) == num_known + 1

@@ -14,7 +14,7 @@ from vllm.parser import Parser, ParserManager
 from tests.fakes import build_tokenizer
 from tests.server.scripted import ScriptedEngine
 from ultrafuser.server.serving.installation import tool_parsers
-from ultrafuser.server.serving.tool_calls import TOOL_PARSERS, Spellings, read_alike
+from ultrafuser.server.serving.tool_calls import MAX_READ_ALIKE, TOOL_PARSERS, Spellings, read_alike
 from ultrafuser.server.settings import ServerSettings
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
@@ -145,6 +145,15 @@ def test_streamed_and_whole_answers_are_equal(name: str, tokenizer: Any) -> None
             for size in (3, 0):
                 found = streamed(parser(tokenizer, asked.tools), cut(end, size, length), asked, tokenizer)
                 assert found == expected, (end, size)
+
+
+def test_a_long_answer_is_read_as_it_comes(tokenizer: Any) -> None:
+    """Character by character it would take seconds, in the event loop if it is whole."""
+    text = f"{'word ' * (MAX_READ_ALIKE // 5)}{HERMES}"
+    parser, asked = parser_class("hermes", tokenizer), request()
+    expected = whole(parser(tokenizer, asked.tools), text, asked, tokenizer)
+    assert expected[1] == [("get_weather", ARGUMENTS)]
+    assert streamed(parser(tokenizer, asked.tools), cut(text, 7), asked, tokenizer) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name in TOOL_PARSERS])
