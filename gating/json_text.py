@@ -6,6 +6,7 @@ pair is no text, thousands of brackets are no data, and of a key that is there t
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 # Where none of these is in a text, nothing has to be looked for in its value.
 _SUSPECT = re.compile("[\ud800-\udfff]|\\\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
-_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# Each character is looked at once: possessive, and a string without an end is one, too.
+_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class JsonError(ValueError):
@@ -71,7 +73,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise JsonError(f"{_shown(twice)}: the key is there twice")
     return value
 

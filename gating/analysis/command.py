@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ultrafuser.gating.commands.fields import CacheFolder, CommandSettings, Count, Precision, Seed
 from ultrafuser.gating.commands.flags import parse_command, require
-from ultrafuser.gating.commands.places import output_folder
+from ultrafuser.gating.commands.places import check_folder
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.files import json_bytes, write_file
 from ultrafuser.gating.model.cache import cache_folder
@@ -99,7 +99,8 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
         CommandError, FusionError: what cannot be done, before any weight is loaded.
     """
     require("matplotlib", "eval")
-    output = output_folder(settings.output, "--output")
+    output = Path(settings.output).expanduser()
+    check_folder(output, "--output")
     contents: dict[str, bytes] = {}
     if settings.run:
         from ultrafuser.gating.analysis.curves import draw_curves
@@ -108,7 +109,7 @@ def analyze(settings: AnalysisSettings) -> list[Path]:
 
         contents["curves.png"] = png(draw_curves(read_runs(settings.run)))
     if settings.fusion is not None:
-        output_folder(cache_folder(settings.cache), "--cache")
+        check_folder(cache_folder(settings.cache), "--cache")
         contents |= _show_gate(settings, settings.fusion)
     for name, content in contents.items():
         write_file(output / name, content)

@@ -7,10 +7,9 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultrafuser.gating.commands.places import output_file, output_folder
+from ultrafuser.gating.commands.places import check_folder, output_file, output_folder
 from ultrafuser.gating.evaluation.settings import EvalSettings, parse_settings
 from ultrafuser.gating.model.cache import cache_folder
 from ultrafuser.gating.progress_bar import StepProgress
@@ -36,7 +35,7 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
         asyncio.run(run_benchmarks(settings))
     with closing(StepProgress()) as progress, hidden_bars():
         if settings.variants is not None:
-            _write_variants(settings, output_folder(settings.variants, "--variants"), progress)
+            _write_variants(settings, progress)
         if settings.loss:
             _report(settings, _measure(settings, progress))
     return 0
@@ -45,13 +44,13 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
 def _check_outputs(settings: EvalSettings) -> None:
     """All of them: benchmarks come first, and take hours."""
     if settings.benchmark:
-        output_folder(settings.output_folder, "--output")
+        check_folder(settings.output_folder, "--output")
     if settings.variants is not None:
-        output_folder(settings.variants, "--variants")
+        check_folder(settings.variants, "--variants")
     if settings.json_file is not None:
         output_file(settings.json_file, "--json")
     if settings.fusion is not None:
-        output_folder(cache_folder(settings.cache), "--cache")
+        check_folder(cache_folder(settings.cache), "--cache")
 
 
 def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
@@ -83,7 +82,7 @@ def _report(settings: EvalSettings, table: "LossTable") -> None:
         write_json(output_file(settings.json_file, "--json"), table.as_json())
 
 
-def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report") -> None:
+def _write_variants(settings: EvalSettings, on_progress: "Report") -> None:
     """One fusion file of a single model for each of the table's rows that is one."""
     from ultrafuser.gating.evaluation.loss import check_rows
     from ultrafuser.gating.evaluation.merging import find_variants
@@ -91,9 +90,11 @@ def _write_variants(settings: EvalSettings, folder: Path, on_progress: "Report")
     from ultrafuser.gating.model.materialize import materialize
 
     assert settings.fusion is not None
+    assert settings.variants is not None
     cache_dir = cache_folder(settings.cache)
     loaded = load_fusion(settings.fusion)
     check_rows(loaded.specialist_names)
+    folder = output_folder(settings.variants, "--variants")
     prepared = materialize(loaded, cache_dir, on_progress)
     merged, notes = find_variants(
         loaded,

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrafuser.gating.commands.places import output_folder
+from ultrafuser.gating.commands.places import check_folder
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.errors import TrainError
@@ -49,10 +49,11 @@ def train(settings: TrainSettings) -> Path | None:
 
     state = _processes()
     checkpoint, origins = None, {}
-    output_folder(cache_folder(settings.cache), "--cache")
+    check_folder(cache_folder(settings.cache), "--cache")
     if not settings.plan:
-        folder = output_folder(output_folder(settings.output_folder, "--output") / RUN_FOLDER, "--output")
-        checkpoint = _checkpoint(settings, folder)
+        for folder in (settings.output_folder, settings.output_folder / RUN_FOLDER):
+            check_folder(folder, "--output")
+        checkpoint = _checkpoint(settings, settings.output_folder / RUN_FOLDER)
         origins = describe_origins(settings)
         if checkpoint is not None:
             check_resumed(read_json(checkpoint / PROVENANCE_FILE, "name another --output"), settings, origins)

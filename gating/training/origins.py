@@ -90,11 +90,30 @@ def _check_specialists(before: Mapping[str, Any], now: Mapping[str, Any]) -> Non
     for name, own in now.items():
         for part, content in own.items():
             old = before[name][part]
-            if old != content:
+            if _is_hub_model(old) and _is_hub_model(content):
+                _check_hub_model(name, old, content)
+            elif old != content:
                 raise TrainError(
                     f"fusion: the {part.replace('_', ' ')} of {name!r}{_changed_file(old, content)} is not what the"
                     f" run to resume began with; {_WAY_OUT}"
                 )
+
+
+def _is_hub_model(content: Any) -> bool:
+    return isinstance(content, list)
+
+
+def _check_hub_model(name: str, before: Sequence[str | None], now: Sequence[str | None]) -> None:
+    """A commit is the same by whichever revision it was asked for; where it was never known, the revision has to do."""
+    (old_model, old_revision, old_commit), (model, revision, commit) = before, now
+    if model == old_model and old_commit is not None and commit is None:
+        raise TrainError(
+            f"fusion: the commit of the model of {name!r} cannot be found out, and the run to resume began with"
+            f" {old_commit}; see that {model} can be reached on the hub, or name another --output"
+        )
+    is_known = old_commit is not None and commit is not None
+    if model != old_model or (commit != old_commit if is_known else revision != old_revision):
+        raise TrainError(f"fusion: the model of {name!r} is not what the run to resume began with; {_WAY_OUT}")
 
 
 def _changed_file(before: Any, now: Any) -> str:
@@ -133,11 +152,15 @@ def _model(own: SpecialistConfig) -> Any:
 
 
 def _folder(folder: Path) -> dict[str, str]:
-    """Contents of a model's files; what is written about it is not the model."""
+    """Contents of a model's files; what is written about it is not the model, nor what a download or Git notes."""
     if not folder.is_dir():
         return {}
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
-    return {path.relative_to(folder).as_posix(): content_digest(path) for path in files}
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name.as_posix(): content_digest(path) for name, path in files.items() if _is_of_the_model(name)}
+
+
+def _is_of_the_model(name: Path) -> bool:
+    return name.suffix != ".md" and not any(part.startswith(".") for part in name.parts)
 
 
 def _gate(gate: str | None) -> str | None:

@@ -22,6 +22,8 @@ from ultrafuser.gating.json_text import MAX_DEPTH, MAX_DIGITS, JsonError, parse_
         (b'{"a": 1, "b": {"a": 2, "a": 3}}', r"^a: the key is there twice$"),
         (b'{"a": "\x00"}', r"^not JSON \(Invalid control character"),
         (b"", r"^not JSON \("),
+        (b'{"a": "' + b'\\"[' * 5000, r"^not JSON \(Unterminated string"),
+        (b'{"a": "' + b"[" * 5000 + b"\\", r"^not JSON \(Unterminated string"),
         (b'{"a": 1}{"a": 1}', r"^not JSON \(Extra data"),
     ],
 )

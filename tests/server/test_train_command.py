@@ -45,12 +45,18 @@ def test_the_command_trains_in_the_environments_cache_folder(tmp_path: Path, mon
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(
-    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["train", *argv]) == EXIT_WRONG_INPUT
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *argv, "--cache", "cache"]) == EXIT_WRONG_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("ultrafuser: ")
     assert complaint in line
+    assert not list(tmp_path.iterdir()), "no folder is left behind"
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,7 +220,7 @@ def test_a_fusion_of_one_specialist_has_no_gate_to_show(tmp_path, train_cache, c
 def test_an_output_that_is_a_file_is_refused_before_any_work(tiny_path, tmp_path, train_cache, capsys):
     (tmp_path / "out").write_text("")
     said = _complaint([str(tiny_path), "--data", str(CONVERSATIONS)], tmp_path / "out", train_cache, capsys)
-    assert said.endswith("out: cannot be a folder (File exists); name another")
+    assert said.endswith("out: cannot be a folder (Not a directory); name another")
 
 
 def test_without_matplotlib_the_extra_that_has_it_is_named(tiny_path, tmp_path, train_cache, capsys, monkeypatch):

@@ -170,6 +170,18 @@ def test_a_place_that_cannot_be_written_to_is_one_line_before_anything_is_read(
     assert f"{impossible}: cannot be a folder (" in said
 
 
+@pytest.mark.parametrize("command", [name for name in OUTPUTS if name.split(",")[0] in ("train", "eval", "analyze")])
+def test_no_folder_is_left_of_a_command_whose_other_input_is_wrong(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ULTRAFUSER_CACHE", "cache")
+    line = OUTPUTS[command].replace("FUSION", "none.yaml").replace("PLACE", "new/out")
+    assert main(line.split()) == EXIT_WRONG_INPUT
+    assert "none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_data_set_that_cannot_be_written_is_one_line_before_test_sets_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

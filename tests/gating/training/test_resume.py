@@ -134,12 +134,44 @@ def test_a_run_goes_on_with_the_fusion_that_it_began_with(fusion, settings_of, t
     provenance = json.loads(json.dumps({"lasting": settings.lasting(), "origins": describe_origins(settings)}))
     moved = tmp_path / "moved"
     shutil.copytree(fusion.parent, moved)
-    (moved / "text" / "README.md").write_text("what is written about a model is not the model")
+    for note in ("README.md", ".git/HEAD", ".cache/huggingface/download/config.json.metadata"):
+        (moved / "text" / note).parent.mkdir(parents=True, exist_ok=True)
+        (moved / "text" / note).write_text("what is written about a model is not the model")
     now = settings_of(stage=1, fusion=str(moved))
     check_resumed(provenance, now, describe_origins(now))
     change(moved)
     with pytest.raises(TrainError, match=f"^fusion: {complaint}"):
         check_resumed(provenance, now, describe_origins(now))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "complaint"),
+    [
+        (["a/b", None, "A"], ["a/b", "A", "A"], None),
+        (["a/b", "v1", "A"], ["a/b", None, "A"], None),
+        (["a/b", None, None], ["a/b", None, "A"], None),
+        (["a/b", None, None], ["a/b", None, None], None),
+        (["a/b", None, "A"], ["a/b", None, "B"], "the model of 'text' is not what the run to resume began with; put"),
+        (["a/b", "A", "A"], ["a/c", "A", "A"], "the model of 'text' is not what"),
+        (["a/b", "A", "A"], {"config.json": "0"}, "the model of 'text' is not what"),
+        (["a/b", None, None], ["a/b", "A", "A"], "the model of 'text' is not what"),
+        (["a/b", "v1", "A"], ["a/b", "v1", None], "the commit of the model of 'text' cannot be found out, .* with A;"),
+    ],
+)
+def test_a_hubs_model_is_the_same_if_its_commit_is(fusion, settings_of, before, now, complaint):
+    settings = settings_of(stage=1, fusion=str(fusion))
+    origins = describe_origins(settings)
+
+    def of(model: object) -> dict[str, object]:
+        own = origins["specialists"]
+        return origins | {"specialists": own | {"text": own["text"] | {"model": model}}}
+
+    provenance = {"lasting": settings.lasting(), "origins": of(before)}
+    if complaint is None:
+        check_resumed(provenance, settings, of(now))
+    else:
+        with pytest.raises(TrainError, match=f"^fusion: {complaint}"):
+            check_resumed(provenance, settings, of(now))
 
 
 def test_large_weights_are_known_by_pieces_of_their_content_and_not_by_their_time(tmp_path):
