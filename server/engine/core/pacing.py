@@ -65,7 +65,7 @@ class Pace:
         work = sum((Work.span(request.num_computed_tokens, _num_needed(request)) for request in decodes), Work())
         # Where one begins that was not admitted is known when the cache was asked; its last token costs most.
         start = max((request.num_computed_tokens for request in prompts), default=in_line[0].num_tokens)
-        chunk = max(self._cost.chunk(self._bound_seconds, work, start), self._least_tokens)
+        chunk = self._cost.chunk(self._bound_seconds, work, start)
         num_before_decodes = _num_prompts_before_the_last_decode(running)
         # The limit of a prompt is that of a decode, too.
         share = max(self._least_tokens, min(chunk // max(1, num_before_decodes), _share_of_the_first(chunk, in_line)))

@@ -49,6 +49,7 @@ class FusedSchedulerMixin(Scheduler):
         self._lags: dict[str, int] = {}
         self._wanting: set[str] = set()
         self._soiled_block_ids: set[int] = set()
+        self._most_tokens = self.max_num_scheduled_tokens
         bound = EngineSpec.from_vllm_config(vllm_config).max_step_seconds
         is_bounded = bound > 0 and self.scheduler_config.enable_chunked_prefill
         self._pace = Pace(bound, self.max_num_scheduled_tokens, self.num_spec_tokens) if is_bounded else None
@@ -76,6 +77,8 @@ class FusedSchedulerMixin(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """As vLLM's, within limits that are set for each step."""
+        if self.num_spec_tokens:
+            self._leave_room_beside_drafts()
         if self._pace is None:
             return super().schedule(throttle_prefills)
         can_admit = bool(self.waiting) and len(self.running) < self.max_num_active_reqs
@@ -85,6 +88,16 @@ class FusedSchedulerMixin(Scheduler):
         output = super().schedule(throttle_prefills)
         self._pace.begin(output, self.requests)
         return output
+
+    def _leave_room_beside_drafts(self) -> None:
+        """Cut drafts, so that every decode gets its one token and prompts a quarter of the step: vLLM serves requests
+        in their order, and the first ones' drafts could fill each step."""
+        decodes = [request for request in self.running if not request.is_prefill_chunk]
+        is_prompt_in_line = bool(self.waiting) or len(decodes) < len(self.running)
+        room = self._most_tokens - (self._most_tokens // 4 if is_prompt_in_line else 0)
+        longest = max(room // max(len(decodes), 1) - 1, 0)
+        for request in decodes:
+            request.spec_token_ids = request.spec_token_ids[:longest]
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -7,12 +7,13 @@ parameters only.
 import logging
 
 import torch
+from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info
 
 from ultrafuser.gating.model.loading import empty_model
-from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,25 @@ def resolve_dtype(fusion: FusionConfig) -> str:
     return dtype
 
 
+def dtype_of(specialist: SpecialistConfig, default: str) -> str:
+    """A specialist's own type, or else the engine's; quantised weights are not computed in float32."""
+    if specialist.dtype is not None:
+        return specialist.dtype
+    return "auto" if default == "float32" and _is_quantized(specialist) else default
+
+
+def _is_quantized(specialist: SpecialistConfig) -> bool:
+    if specialist.quantization is not None:
+        return True
+    config = AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
+    return getattr(config, "quantization_config", None) is not None
+
+
 def _fastest(fusion: FusionConfig) -> tuple[str, str]:
     if not current_platform.is_cpu():
         return "auto", "that of each model's own configuration, on a device that is no CPU"
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16", "this CPU computes in it"
+        return "bfloat16", "this CPU has AVX-512, or instructions for it"
     needed, memory = _float32_bytes(fusion), _memory_bytes(fusion)
     sizes = f"{needed / 2**30:.1f} GiB of weights and cache in float32, {memory / 2**30:.1f} GiB of memory"
     if needed > memory:

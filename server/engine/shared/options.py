@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from ultrafuser.gating.errors import UserError
 from ultrafuser.gating.model.fusion import EngineSettings, FusedModelInfo, FusionConfig, inspect_fusion
 from ultrafuser.gating.model.schema import SpeculationSettings
-from ultrafuser.server.engine.shared.dtype import resolve_dtype
+from ultrafuser.server.engine.shared.dtype import dtype_of, resolve_dtype
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec, SpeculationSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
 from ultrafuser.server.grammar.compiling import BOUNDED_WHITESPACE
@@ -128,6 +128,8 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
         raise EngineOptionError(
             "max_step_seconds: needs prompts that are read in pieces; leave enable_chunked_prefill on, or set 0"
         )
+    if options.get("async_scheduling") and options.get("speculation"):
+        raise EngineOptionError("async_scheduling: does not go with speculation; leave one of them out")
     for name in options:
         if name not in ALLOWED_ENGINE_OPTIONS:
             raise EngineOptionError(f"{name}: {refusal(name)}")
@@ -180,7 +182,7 @@ def engine_spec(
         specialists=tuple(
             SpecialistSpec(
                 **item.model_dump(include={"name", "model", "revision", "quantization"}),
-                dtype=item.dtype or default_dtype,
+                dtype=dtype_of(item, default_dtype),
             )
             for item in fusion.specialists
         ),

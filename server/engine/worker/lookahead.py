@@ -5,8 +5,9 @@ request as many tokens as drafts hold, and one more. Chosen is what gives most t
 Knows numbers and names of requests; neither runners nor tokens.
 """
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 FORGETTING = 0.97
@@ -122,12 +123,11 @@ class Lookahead:
             return {request: Ahead(own, self._lengths[0]) for request, own in leading.items()}
         if not self._is_free and self.draft_pass.num_samples < MIN_SAMPLES:
             return {request: Ahead(own, max(1, self._lengths[0])) for request, own in leading.items()}
-        plans = [self._best_plan(dict(leading), leading)]
+        choices = [self._best(dict(leading), leading)]
         if not self._is_free and len(set(leading.values())) > 1:
-            alone = (dict.fromkeys(leading, drafter) for drafter in range(num_specialists))
-            plans += [self._best_plan(own, leading) for own in alone]
-        best = max(plans, key=lambda plan: self._tokens_a_second(plan, leading))
-        return self._try_now_and_then(best, leading)
+            choices += [self._best(dict.fromkeys(leading, drafter), leading) for drafter in range(num_specialists)]
+        _, plan = max(choices, key=lambda choice: choice[0])
+        return self._try_now_and_then(plan, leading)
 
     def _try_now_and_then(self, plan: dict[str, Ahead], leading: Mapping[str, int]) -> dict[str, Ahead]:
         if any(own.num_tokens for own in plan.values()):
@@ -139,33 +139,36 @@ class Lookahead:
         request = max(leading, key=lambda own: self._rate(own, leading[own], leading[own]))
         return {**plan, request: Ahead(leading[request], 1)}
 
-    def _best_plan(self, drafters: Mapping[str, int], leading: Mapping[str, int]) -> dict[str, Ahead]:
-        """The lengths that give most: the same for all requests of a drafter, one drafter after the other."""
-        plan = {request: Ahead(drafter, self._lengths[0]) for request, drafter in drafters.items()}
-        for drafter in sorted(set(drafters.values())):
-            own = [request for request, other in drafters.items() if other == drafter]
-            trials = [{**plan, **dict.fromkeys(own, Ahead(drafter, length))} for length in self._lengths]
-            plan = max(trials, key=lambda trial: self._tokens_a_second(trial, leading))
-        return plan
+    def _best(self, drafters: Mapping[str, int], leading: Mapping[str, int]) -> tuple[float, dict[str, Ahead]]:
+        """The lengths that give most tokens a second, one for all requests of a drafter: how many, and how each goes on."""
+        groups: dict[int, list[str]] = defaultdict(list)
+        for request, drafter in drafters.items():
+            groups[drafter].append(request)
+        gains = {drafter: self._gains(own, drafter, leading) for drafter, own in groups.items()}
+        sizes = {drafter: len(own) for drafter, own in groups.items()}
+        lengths = dict.fromkeys(groups, self._lengths[0])
+        for drafter in groups:
+            trials = [{**lengths, drafter: length} for length in self._lengths]
+            lengths = max(trials, key=lambda trial: self._tokens_a_second(trial, gains, sizes))
+        plan = {request: Ahead(drafter, lengths[drafter]) for request, drafter in drafters.items()}
+        return self._tokens_a_second(lengths, gains, sizes), plan
 
-    def _tokens_a_second(self, plan: Mapping[str, Ahead], leading: Mapping[str, int]) -> float:
-        num_tokens = sum(
-            _expected_tokens(self._rate(request, leading[request], own.drafter), own.num_tokens)
-            for request, own in plan.items()
-        )
-        seconds = self.step.of(len(plan) + sum(own.num_tokens for own in plan.values()))
+    def _gains(self, requests: Sequence[str], drafter: int, leading: Mapping[str, int]) -> list[float]:
+        """Expected tokens of all these requests together, by the number of drafts of each."""
+        rates = [self._rate(request, leading[request], drafter) for request in requests]
+        # 1 + r + r^2 + ...: every draft counts if all before it were right.
+        powers = [sum(rate**power for rate in rates) for power in range(self._lengths[-1] + 1)]
+        return list(itertools.accumulate(powers))
+
+    def _tokens_a_second(
+        self, lengths: Mapping[int, int], gains: Mapping[int, list[float]], sizes: Mapping[int, int]
+    ) -> float:
+        num_tokens = sum(gains[drafter][length] for drafter, length in lengths.items())
+        seconds = self.step.of(sum(sizes[drafter] * (1 + length) for drafter, length in lengths.items()))
         if not self._is_free:
-            led: dict[int, list[int]] = defaultdict(list)
-            for own in plan.values():
-                led[own.drafter].append(own.num_tokens)
-            seconds += sum(max(lengths) * self.draft_pass.of(len(lengths)) for lengths in led.values() if max(lengths))
+            seconds += sum(length * self.draft_pass.of(sizes[drafter]) for drafter, length in lengths.items() if length)
         return num_tokens / seconds
 
     def _rate(self, request: str, leading: int, drafter: int) -> float:
         of_pair = self._of_pairs[drafter, leading].rate(PRIOR_RIGHT)
         return self._of_requests[request, drafter].rate(of_pair)
-
-
-def _expected_tokens(rate: float, num_drafts: int) -> float:
-    """1 + r + r^2 + ...: every draft counts if all before it were right."""
-    return sum(rate**power for power in range(num_drafts + 1))

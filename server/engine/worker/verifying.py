@@ -45,7 +45,7 @@ class Verifier:
         if not any(drafted):
             return self._sampler(logits=logits_NV, sampling_metadata=sampling)
         if _is_plain_argmax(sampling) and not self._forcing.is_asked:
-            return SamplerOutput(_agreed(logits_NV.argmax(dim=-1), drafted), logprobs_tensors=None)
+            return SamplerOutput(_agreed(self._sampler.greedy_sample(logits_NV), drafted), logprobs_tensors=None)
         return self._draw(drafted, logits_NV, sampling)
 
     def _draw(self, drafted: list[list[int]], logits_NV: Tensor, sampling: SamplingMetadata) -> SamplerOutput:

@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import chisquare
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from tests.reference import read
 from tests.server.engine.conftest import DRAFTS
@@ -226,15 +227,20 @@ def test_limits_count_every_token_of_a_round(engine_of: Callable[[str], InProces
     prompts = BATCH[0]
     wanted = judge.tokens(prompts, NUM_TOKENS)
     answers = {tuple(prompts[0]): wanted}
+    tokenizer = engine.llm.get_tokenizer()
     for number in range(1, 12):
         last = wanted[number - 1]
         oracle = Oracle(engine, answers, share_wrong=0.0)
+        text = tokenizer.decode([last])
         limits: list[dict[str, Any]] = [{"max_tokens": number}, {"stop_token_ids": [last]}]
+        limits += [{"stop": [text]}] if text.isascii() else []
         for limit in limits:
             params = greedy(**{"max_tokens": NUM_TOKENS, "logprobs": 0, "extra_args": {GATE_WEIGHTS: True}, **limit})
             ((output,), _) = serve(engine, oracle, [Arrival(prompts, params)])
             (completion,) = output.outputs
             end = number if "max_tokens" in limit else wanted.index(last) + 1
+            if "stop" in limit:
+                end = next(end for end in range(len(wanted)) if text in tokenizer.decode(wanted[:end]))
             assert list(completion.token_ids) == wanted[:end]
             assert len(completion.logprobs) == len(completion.routed_experts) == end
             assert completion.finish_reason == ("length" if "max_tokens" in limit else "stop")
@@ -248,3 +254,25 @@ def test_the_context_is_filled_to_its_last_token(engine_of: Callable[[str], InPr
         answers = {tuple(prompts[0]): judge.tokens(prompts, 256 - longest)}
         ((output,), _) = serve(engine, Oracle(engine, answers, share_wrong=0.1), [Arrival(prompts, params)])
         assert list(output.outputs[0].token_ids) == answers[tuple(prompts[0])]
+
+
+def test_drafts_leave_every_request_its_token_in_each_step(
+    engine_of: Callable[[str], InProcessEngine], judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 16 tokens held the drafts of the first three requests, and the others stood until those had ended."""
+    engine = engine_of("drafts-budget-16")
+    schedule, left_out = engine.scheduler.schedule, set()
+
+    def watched(*args: Any) -> SchedulerOutput:
+        decoding = {own.request_id for own in engine.scheduler.running if not own.is_prefill_chunk}
+        output = schedule(*args)
+        left_out.update(decoding - output.num_scheduled_tokens.keys())
+        return output
+
+    monkeypatch.setattr(engine.scheduler, "schedule", watched)
+    wanted = {tuple(own[0]): judge.tokens(own, NUM_TOKENS) for own in BATCH}
+    outputs, _ = serve(
+        engine, Oracle(engine, wanted, share_wrong=0.0), [Arrival(own, greedy(NUM_TOKENS)) for own in BATCH]
+    )
+    assert [list(own.outputs[0].token_ids) for own in outputs] == list(wanted.values())
+    assert not left_out

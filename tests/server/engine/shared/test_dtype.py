@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion, load_fusion
 from ultrafuser.server.engine.shared import dtype as dtype_module
-from ultrafuser.server.engine.shared.dtype import resolve_dtype
+from ultrafuser.server.engine.shared.dtype import dtype_of, resolve_dtype
 from ultrafuser.server.engine.shared.options import engine_arguments
 from ultrafuser.server.engine.shared.spec import ADDITIONAL_CONFIG_KEY
 from ultrafuser.server.serving.fingerprint import fingerprint
@@ -99,3 +99,11 @@ def test_a_specialist_has_a_definite_type(tiny_fusion: Path) -> None:
 def test_the_type_is_part_of_the_fingerprint(fusion: FusionConfig) -> None:
     marks = {fingerprint(fusion, [dtype] * 3) for dtype in ("bfloat16", "float32", "float32")}
     assert len(marks) == 2
+
+
+@pytest.mark.usefixtures("emulated")
+def test_quantised_weights_are_not_computed_in_float32(fusion: FusionConfig) -> None:
+    """vLLM refuses that, once the weights are prepared."""
+    first, *others = fusion.specialists
+    quantized = first.model_copy(update={"quantization": "compressed-tensors"})
+    assert [dtype_of(item, resolve_dtype(fusion)) for item in (quantized, *others)] == ["auto", "float32", "float32"]

@@ -247,3 +247,8 @@ def test_speculation_that_cannot_be_is_refused(tiny_fusion: Path, given: dict[st
     fusion = load_fusion(tiny_fusion)
     with pytest.raises(UserError, match=message):
         engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})
+
+
+def test_speculation_beside_async_scheduling_is_refused_before_weights_are_prepared() -> None:
+    with pytest.raises(EngineOptionError, match=r"^async_scheduling: does not go with speculation"):
+        check_engine_options({"async_scheduling": True, "speculation": {"max_tokens": 2}})
