@@ -34,6 +34,7 @@ class Document:
         self._schemas: dict[str, Any] = {}
         self._resources: dict[str, str] = {}
         self._uris: dict[str, str] = {"": ""}
+        self._bases: dict[str, str] = {"": ""}
         self._anchors: dict[tuple[str, str], str] = {}
         self._collect("", root, "", "")
 
@@ -65,8 +66,7 @@ class Document:
         resource = self._resources[place]
         uri, fragment = urldefrag(reference)
         if uri:
-            base = next(own for own, start in self._uris.items() if start == resource)
-            found = self._uris.get(urljoin(base, uri))
+            found = self._uris.get(urljoin(self._bases[resource], uri))
             if found is None:
                 raise at(where, f"{reference!r} leads out of the schema; put what it names into $defs")
             resource = found
@@ -89,7 +89,7 @@ class Document:
                 raise at(where, f"there is nothing at {fragment!r}")
             place += f"/{step}"
         if place not in self._schemas:
-            self._schemas[place], self._resources[place] = value, resource
+            self._collect(place, value, resource, self._bases[resource])
         return place
 
     def _value(self, place: str) -> Any:
@@ -104,7 +104,7 @@ class Document:
         if isinstance(schema, dict):
             if "$id" in schema:
                 resource, uri = place, urljoin(uri, _string(place, schema, "$id"))
-                self._uris[urldefrag(uri)[0]] = place
+                self._uris[urldefrag(uri)[0]], self._bases[place] = place, uri
             for name in ("$anchor", "$dynamicAnchor"):
                 if name in schema:
                     self._anchors[resource, _string(place, schema, name)] = place

@@ -15,6 +15,7 @@ from ultrafuser.server.grammar.alternatives import (
     Values,
     written,
 )
+from ultrafuser.server.grammar.document import MAX_NESTING
 from ultrafuser.server.grammar.errors import at
 from ultrafuser.server.grammar.expressions import library_text
 from ultrafuser.server.grammar.fulfilment import Fulfilment
@@ -30,6 +31,9 @@ FORMATS = frozenset(
 
 MAX_ARRANGED = 5
 """Most values of which all arrangements without repetition are written down."""
+
+_MAX_INLINED = MAX_NESTING // 2
+"""How deep a place may be at which a definition is written out."""
 
 _REFERENCE = "#/$defs/"
 
@@ -174,30 +178,38 @@ def _checked(place: str, value: Any) -> Any:
 
 
 def _inlined(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """References that occur once replaced by what they lead to."""
+    """References that occur once replaced by what they lead to, where that nests no deeper than schemas may.
+
+    A tool's schema is read a second time, within others.
+    """
     counts: Counter[str] = Counter()
     _count(schema, counts)
     for own in definitions.values():
         _count(own, counts)
     kept: dict[str, Any] = {}
 
-    def inline(value: Any) -> Any:
+    def inline(value: Any, depth: int) -> Any:
         if isinstance(value, list):
-            return [inline(own) for own in value]
+            return [inline(own, depth + 1) for own in value]
         if not isinstance(value, dict):
             return value
         name = str(value.get("$ref", "")).removeprefix(_REFERENCE)
         if value.keys() == {"$ref"} and name in definitions:
-            if counts[name] == 1:
-                return inline(definitions[name])
+            if counts[name] == 1 and depth < _MAX_INLINED:
+                return inline(definitions[name], depth)
             if name not in kept:
                 kept[name] = None
-                kept[name] = inline(definitions[name])
+                kept[name] = inline(definitions[name], 0)
             return value
-        return {key: own if key in ("enum", "const") else inline(own) for key, own in value.items()}
+        return {key: own if _are_values(key, own) else inline(own, depth + 1) for key, own in value.items()}
 
-    root = inline(schema)
+    root = inline(schema, 0)
     return root | ({"$defs": kept} if kept else {})
+
+
+def _are_values(key: str, own: Any) -> bool:
+    """Whether this is the keyword `enum`, and no property of that name."""
+    return key == "enum" and isinstance(own, list)
 
 
 def _count(value: Any, counts: "Counter[str]") -> None:
@@ -205,7 +217,7 @@ def _count(value: Any, counts: "Counter[str]") -> None:
         if value.keys() == {"$ref"} and isinstance(value["$ref"], str):
             counts[value["$ref"].removeprefix(_REFERENCE)] += 1
         for key, own in value.items():
-            if key not in ("enum", "const"):
+            if not _are_values(key, own):
                 _count(own, counts)
     elif isinstance(value, list):
         for own in value:

@@ -32,6 +32,9 @@ MAX_REPEAT = 100_000
 
 _MAX_DEPTH = 100
 
+_MAX_SPELT = 20
+"""Characters within which the bounds of a repetition end, or the digits of an escape."""
+
 _CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v"}
 _SYNTAX = frozenset("^$\\.*+?()[]{}|/-")
 _REFUSED_ESCAPES = {
@@ -160,9 +163,9 @@ class _Parser:
         """What stands in the braces of a repetition that begins here."""
         if self._peek() != "{":
             return None
-        counts = self._text[self._position + 1 :].partition("}")[0]
+        counts = self._text[self._position + 1 : self._position + 1 + _MAX_SPELT].partition("}")[0]
         low, _, high = counts.partition(",")
-        is_one = _is_number(low) and (not high or _is_number(high)) and len(counts) < 20
+        is_one = _is_number(low) and (not high or _is_number(high)) and len(counts) < _MAX_SPELT
         return counts if is_one and self._text[self._position + 1 + len(counts) :][:1] == "}" else None
 
     def _atom(self) -> Expression:
@@ -259,7 +262,7 @@ class _Parser:
         return (sets.single(plain),) * 2
 
     def _hexadecimal(self, character: str, start: int) -> str:
-        rest = self._text[self._position :]
+        rest = self._text[self._position : self._position + _MAX_SPELT]  # all of it would be copied for each
         if character == "u" and rest.startswith("{"):
             digits, end, _ = rest[1:].partition("}")
             self._position += len(digits) + 2

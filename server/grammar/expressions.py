@@ -4,7 +4,6 @@ The library drops what it does not know (a lookahead, an anchor in the middle) a
 none; so expressions are read here (`expression_parser.py`) and given to it as plain characters, groups and repetitions.
 """
 
-import re
 from dataclasses import dataclass
 from functools import reduce
 
@@ -156,28 +155,59 @@ def _sequence_of_length(tree: Sequence, low: int, high: int | None) -> Expressio
 
 def library_text(tree: Expression) -> str:
     """The expression in the grammar library's syntax."""
-    return _text(tree, "\\u{{{:x}}}")
+    match tree:
+        case OneOf():
+            return _class_text(tree.characters)
+        case Sequence():
+            return "(?:" + "".join(library_text(item) for item in tree.items) + ")"
+        case Choice():
+            return "(?:" + "|".join(library_text(option) for option in tree.options) + ")"
+        case Repetition():
+            count = f"{{{tree.low},{'' if tree.high is None else tree.high}}}"
+            return f"(?:{library_text(tree.item)}){count}"
 
 
 def matches(tree: Expression, text: str) -> bool:
     """Whether it matches the whole text."""
-    return re.fullmatch(_text(tree, "\\U{:08x}"), text) is not None
+    return len(text) in _ends(tree, text, {0})
 
 
-def _text(tree: Expression, escape: str) -> str:
+def _ends(tree: Expression, text: str, starts: set[int]) -> set[int]:
+    """Where a match can end that begins at one of these positions."""
     match tree:
         case OneOf():
-            return _class_text(tree.characters, escape)
+            inside = (start for start in starts if start < len(text))
+            return {start + 1 for start in inside if _has(tree.characters, ord(text[start]))}
         case Sequence():
-            return "(?:" + "".join(_text(item, escape) for item in tree.items) + ")"
+            for item in tree.items:
+                starts = _ends(item, text, starts) if starts else starts
+            return starts
         case Choice():
-            return "(?:" + "|".join(_text(option, escape) for option in tree.options) + ")"
+            return set[int]().union(*(_ends(option, text, starts) for option in tree.options))
         case Repetition():
-            count = f"{{{tree.low},{'' if tree.high is None else tree.high}}}"
-            return f"(?:{_text(tree.item, escape)}){count}"
+            return _repeated_ends(tree, text, starts)
 
 
-def _class_text(characters: Characters, escape: str) -> str:
+def _repeated_ends(tree: Repetition, text: str, starts: set[int]) -> set[int]:
+    found: set[int] = set() if tree.low else set(starts)
+    count = 0
+    while starts and (tree.high is None or count < tree.high):
+        onward, count = _ends(tree.item, text, starts), count + 1
+        if count < tree.low and onward == starts:
+            return onward  # as it will be each time
+        if count >= tree.low and onward <= found:
+            return found
+        if count >= tree.low:
+            found |= onward
+        starts = onward
+    return found
+
+
+def _has(characters: Characters, number: int) -> bool:
+    return any(low <= number <= high for low, high in characters)
+
+
+def _class_text(characters: Characters) -> str:
     ranges = []
     for low, high in characters:
         for seam in _SEAMS:
@@ -187,8 +217,12 @@ def _class_text(characters: Characters, escape: str) -> str:
         ranges.append((low, high))
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
         character = chr(ranges[0][0])
-        return character if character.isascii() and character.isalnum() else escape.format(ord(character))
-    return "[" + "".join(f"{escape.format(low)}-{escape.format(high)}" for low, high in ranges) + "]"
+        return character if character.isascii() and character.isalnum() else _escaped(ord(character))
+    return "[" + "".join(f"{_escaped(low)}-{_escaped(high)}" for low, high in ranges) + "]"
+
+
+def _escaped(number: int) -> str:
+    return f"\\u{{{number:x}}}"
 
 
 def _added(left: tuple[int, int | None], right: tuple[int, int | None]) -> tuple[int, int | None]:

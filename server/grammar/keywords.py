@@ -1,6 +1,7 @@
 """The keywords of JSON Schema: of which type they speak, and what their values must look like.
 
-What is in no table here says nothing of an answer (titles, defaults, `format`, words of other tools) and has no effect.
+What is in no table here says nothing of an answer (titles, defaults, words of other tools) and has no effect. `format`
+says something where it stands alone: `emission.py` names the values that are kept.
 """
 
 from collections.abc import Callable, Mapping

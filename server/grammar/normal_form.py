@@ -220,8 +220,15 @@ class NormalForm:
                 return one.high is not None and one.low > one.high
             case Object() if depth:
                 children = [one.child(name) for name in one.required]
-                return any(all(self._is_nothing(own, depth - 1) for own in self.of(child)) for child in children)
+                return any(self._has_nothing(child, depth - 1) for child in children)
         return False
+
+    def _has_nothing(self, child: Places, depth: int) -> bool:
+        """A child that is being found may turn out to be something; its siblings can still be nothing."""
+        try:
+            return all(self._is_nothing(one, depth) for one in self.of(child))
+        except _Unknown:
+            return False
 
     @contextmanager
     def _inner(self) -> Iterator[None]:

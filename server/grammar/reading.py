@@ -16,7 +16,7 @@ from ultrafuser.server.grammar.alternatives import (
 )
 from ultrafuser.server.grammar.document import Document, canonical, step
 from ultrafuser.server.grammar.errors import ConstraintError, at
-from ultrafuser.server.grammar.expression_parser import parse_search
+from ultrafuser.server.grammar.expression_parser import MAX_REPEAT, parse_search
 from ultrafuser.server.grammar.expressions import matches
 from ultrafuser.server.grammar.keywords import CONSTRAINING, SPEAKS_OF, TYPES, types_of
 
@@ -62,6 +62,8 @@ class Reader:
         patterns = frozenset({(schema["pattern"], f"{place}/pattern")} if "pattern" in schema else ())
         for pattern, where in patterns:
             expression(pattern, where)
+        if schema.get("minLength", 0) > MAX_REPEAT:
+            raise at(f"{place}/minLength", f"can be kept up to {MAX_REPEAT}")
         return Text(
             low=int(schema.get("minLength", 0)),
             high=_count(schema, "maxLength"),

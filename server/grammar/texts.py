@@ -1,12 +1,11 @@
 """Strings: patterns and lengths as one expression."""
 
-from ultrafuser.server.grammar.alternatives import Text
-from ultrafuser.server.grammar.characters import JSON_CHARACTERS, single, without
+from ultrafuser.server.grammar.alternatives import Text, least
+from ultrafuser.server.grammar.characters import JSON_CHARACTERS, either, single, without
 from ultrafuser.server.grammar.errors import at
-from ultrafuser.server.grammar.expression_parser import parse_search
+from ultrafuser.server.grammar.expression_parser import MAX_REPEAT, parse_search
 from ultrafuser.server.grammar.expressions import (
     ANYTHING,
-    EMPTY,
     NOTHING,
     Expression,
     OneOf,
@@ -32,7 +31,7 @@ def text_expression(text: Text) -> Expression | None:
     if not patterns and not text.low and text.high is None:
         return None
     tree = parse_search(*patterns) if patterns else ANYTHING
-    return of_length(restricted(tree, JSON_CHARACTERS), text.low, text.high)
+    return of_length(restricted(tree, JSON_CHARACTERS), text.low, least(text.high, MAX_REPEAT))
 
 
 def other_than(names: list[str]) -> Expression:
@@ -43,17 +42,17 @@ def other_than(names: list[str]) -> Expression:
 
 
 def _other(names: list[str]) -> Expression:
-    if not names:
-        return restricted(ANYTHING, JSON_CHARACTERS)
-    further: dict[str, list[str]] = {}
+    """A choice among what they begin with and how it goes on otherwise: groups within groups may not nest deeply."""
+    whole = set(names)
+    further: dict[str, set[str]] = {"": set()}
     for name in names:
-        if name:
-            further.setdefault(name[0], []).append(name[1:])
-    others = JSON_CHARACTERS
-    for character in further:
-        others = without(others, single(character))
-    options = [NOTHING if "" in names else EMPTY, sequence([OneOf(others), restricted(ANYTHING, JSON_CHARACTERS)])]
-    options += [
-        sequence([restricted(OneOf(single(first)), JSON_CHARACTERS), _other(rest)]) for first, rest in further.items()
-    ]
+        for number, character in enumerate(name):
+            further.setdefault(name[:number], set()).add(character)
+            further.setdefault(name[: number + 1], set())
+    options: list[Expression] = []
+    for start, characters in further.items():
+        spelled = [restricted(OneOf(single(character)), JSON_CHARACTERS) for character in start]
+        others = without(JSON_CHARACTERS, either([single(character) for character in characters]))
+        options.append(NOTHING if start in whole else sequence(spelled))
+        options.append(sequence([*spelled, OneOf(others), restricted(ANYTHING, JSON_CHARACTERS)]))
     return choice(options)

@@ -2,12 +2,15 @@
 
 import json
 import re
+from itertools import product
 
 import pytest
 
 from tests.server.grammar.walks import COMPILER, compiled_schema, lets_through
 from ultrafuser.server.grammar.compiling import compiled
 from ultrafuser.server.grammar.errors import ConstraintError
+from ultrafuser.server.grammar.expression_parser import parse_whole
+from ultrafuser.server.grammar.expressions import matches
 
 SAMPLES = ["", "a", "b", "ab", "ba", "aa", "abab", "ab12", "12", "3", " ", "-", "a-b", "é", "😀", "ax", "A", "_", "a b"]
 KEPT = [
@@ -107,3 +110,17 @@ def test_a_length_beside_a_pattern_holds(
     grammar = compiled_schema({"type": "string", "pattern": pattern, **bounds})
     assert all(lets_through(grammar, f'"{text}"') for text in right)
     assert not any(lets_through(grammar, f'"{text}"') for text in wrong)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "a*b", "(a|ab)(b|)", "(a*)*b", "(?:ab?){2,3}", "(|a){3}", "[^a]{2,}", "(a{2}){1,2}"]
+)
+def test_a_tree_matches_what_its_expression_matches(pattern: str) -> None:
+    for length in range(7):
+        for text in map("".join, product("ab", repeat=length)):
+            assert matches(parse_whole(pattern), text) == (re.fullmatch(pattern, text) is not None), text
+
+
+def test_matching_a_long_text_needs_no_backtracking() -> None:
+    assert not matches(parse_whole("(a*)*b"), "a" * 200)
+    assert matches(parse_whole("a{150}.*b.*"), "a" * 5_000 + "b")

@@ -9,8 +9,10 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
 
-from tests.server.grammar.walks import compiled_schema, lets_through
+from tests.server.grammar.walks import COMPILER, compiled_schema, lets_through
+from ultrafuser.server.grammar.compiling import compiled
 from ultrafuser.server.grammar.errors import ConstraintError
+from ultrafuser.server.grammar.rewriting import kept_schema
 
 PAGE = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
 (_SECTION,) = re.findall(r"^## Structured outputs\n(.*?)(?=^## )", PAGE, re.MULTILINE | re.DOTALL)
@@ -25,7 +27,24 @@ OLDER = {"definitions", "dependencies", "additionalItems", "$recursiveRef", "$re
 AB = {"a": {"type": "integer"}, "b": {"type": "string"}}
 OBJECT = {"type": "object"}
 PAIR = [{"type": "integer"}, {"type": "string"}]
+LEFT_FIRST = {"required": ["left", "kind"]}
 TEXTS = {"type": "array", "items": {"type": "string"}}
+
+EXPRESSION = {
+    "$ref": "#/$defs/E",
+    "$defs": {
+        "E": {
+            "oneOf": [
+                *(
+                    {**OBJECT, "properties": {"left": {"$ref": "#/$defs/E"}, "kind": {"const": kind}}} | LEFT_FIRST
+                    for kind in ("add", "neg")
+                ),
+                {"type": "null"},
+            ]
+        }
+    },
+}
+"""A recursive union; what tells its branches apart comes after what is recursive."""
 
 KEPT: list[tuple[str, Any, list[str], list[str]]] = [
     ("type", {"type": "integer"}, ["1", "-7"], ['"1"', "1.5", "null"]),
@@ -44,6 +63,7 @@ KEPT: list[tuple[str, Any, list[str], list[str]]] = [
     ("exclusiveMinimum", {"type": "number", "exclusiveMinimum": 0}, ["0.1", "3"], ["0", "0.0", "-1"]),
     ("minimum", {"anyOf": [{"type": "integer"}, {"type": "null"}], "minimum": 5}, ["5", "null"], ["4"]),
     ("maxLength", {"type": "string", "maxLength": 2}, ['""', '"ab"', '"😀é"'], ['"abc"']),
+    ("maxLength", {"type": "string", "maxLength": 200_000}, ['"ab"'], ["1"]),
     ("minLength", {"type": "string", "minLength": 2}, ['"ab"'], ['"a"', '"\\ud83d\\ude00"']),
     ("pattern", {"type": "string", "pattern": "b+"}, ['"abc"', '"b"'], ['"ac"', '""']),
     ("pattern", {"type": "string", "pattern": "^a|b$"}, ['"ax"', '"xb"'], ['"xa"']),
@@ -80,6 +100,12 @@ KEPT: list[tuple[str, Any, list[str], list[str]]] = [
     ),
     ("dependencies", {**OBJECT, "properties": AB, "dependencies": {"a": ["b"]}}, ['{"a":1,"b":""}'], ['{"a":1}']),
     ("properties", {**OBJECT, "properties": AB}, ["{}", '{"a":1}'], ['{"a":""}', '{"c":1}']),
+    (
+        "properties",
+        {**OBJECT, "properties": {"enum": TEXTS, "const": OBJECT}},
+        ['{"enum":["a"],"const":{}}'],
+        ['{"enum":[1]}'],
+    ),
     ("properties", {**OBJECT, "properties": {}}, ["{}"], ['{"a":1}']),
     ("properties", {**OBJECT, "properties": {"a": {}, "b": False}}, ['{"a":1}'], ['{"b":1}']),
     (
@@ -146,16 +172,47 @@ KEPT: list[tuple[str, Any, list[str], list[str]]] = [
         ['{"kind":"a","x":1}', '{"kind":"b"}'],
         ['{"kind":"a"}', '{"kind":"c"}'],
     ),
+    (
+        "oneOf",
+        EXPRESSION,
+        ['{"left":{"left":null,"kind":"neg"},"kind":"add"}'],
+        ['{"left":1,"kind":"add"}', '{"kind":"add"}'],
+    ),
     ("not", {"type": "string", "not": {"type": "integer"}}, ['"a"'], ["1"]),
     ("not", {"enum": ["a", "b"], "not": {"const": "b"}}, ['"a"'], ['"b"']),
     ("not", {"type": ["string", "null"], "not": {"type": "null"}}, ['"a"'], ["null"]),
     ("$ref", {"$ref": "#/$defs/a", "minimum": 3, "$defs": {"a": {"type": "integer"}}}, ["3"], ["2", '"a"']),
     ("$ref", {"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": {"type": "integer"}}}, ["3"], ['"a"']),
     ("$ref", {**OBJECT, "properties": {"a": {"$ref": "#"}}}, ['{"a":{"a":{}}}'], ['{"a":1}']),
+    (
+        "$ref",
+        {
+            "$ref": "#/components/schemas/P",
+            "components": {
+                "schemas": {"P": {**OBJECT, "properties": {"a": {"$ref": "#/components/schemas/Q"}}}, "Q": PAIR[1]}
+            },
+        },
+        ['{"a":"x"}'],
+        ['{"a":1}'],
+    ),
     ("$defs", {"$defs": {"a": {"type": "null"}}, "$ref": "#/$defs/a"}, ["null"], ["1"]),
     ("definitions", {"definitions": {"a": {"type": "null"}}, "$ref": "#/definitions/a"}, ["null"], ["1"]),
     ("$anchor", {"$defs": {"a": {"$anchor": "here", "type": "null"}}, "$ref": "#here"}, ["null"], ["1"]),
     ("$id", {"$id": "http://x/y", "$defs": {"a": {"$id": "z", "type": "null"}}, "$ref": "http://x/z"}, ["null"], ["1"]),
+    ("$id", {"$id": "http://x/y", "$defs": {"a": {"$id": "z", "type": "null"}}, "$ref": "z"}, ["null"], ["1"]),
+    (
+        "$id",
+        {
+            "$defs": {
+                "a": {"$id": "http://x/a", "$ref": "b"},
+                "again": {"$id": "http://x/a", "$ref": "b"},
+                "b": {"$id": "http://x/b", "type": "null"},
+            },
+            "anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/again"}],
+        },
+        ["null"],
+        ["1"],
+    ),
     ("format", {"type": "string", "format": "date"}, ['"2024-02-29"'], ['"tomorrow"']),
 ]
 """A keyword, a schema, texts that follow it and texts that do not."""
@@ -168,6 +225,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("$dynamicRef", {"$dynamicRef": "#x"}, "/$dynamicRef"),
     ("$recursiveRef", {"$recursiveRef": "#"}, "/$recursiveRef"),
     # Kept in other places, not in these.
+    ("minLength", {"type": "string", "minLength": 200_000}, "/minLength"),
     ("not", {"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "/properties/a/not"),
     ("oneOf", {"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf"),
     ("uniqueItems", {"type": "array", "uniqueItems": True}, "/uniqueItems"),
@@ -387,6 +445,31 @@ def test_what_pydantic_and_zod_write_goes_on_working(name: str) -> None:
     schema, right, wrong = OF_LIBRARIES[name]
     jsonschema.validate(json.loads(right), schema)
     grammar = compiled_schema(schema)
+    assert lets_through(grammar, right)
+    assert not lets_through(grammar, wrong)
+
+
+_LONG_NAME = "a_long_name" * 9
+_CHAIN = {
+    f"d{n}": {"type": ["object", "null"], "properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(40)
+} | {"d40": {"type": "string"}}
+OF_TOOLS: dict[str, tuple[Any, str, str]] = {
+    "a long name beside free ones": (
+        {**OBJECT, "properties": {_LONG_NAME: {"type": "null"}}, "additionalProperties": {"type": "integer"}},
+        f'{{"{_LONG_NAME}": null, "{_LONG_NAME[:-1]}": 1, "": 2, "b": 3}}',
+        f'{{"{_LONG_NAME}": 1}}',
+    ),
+    "a long string": ({"type": "string", "maxLength": 200_000}, '"a"', "1"),
+    "definitions that lead deep": ({"$ref": "#/$defs/d0", "$defs": _CHAIN}, '{"a":{"a":null}}', '{"a":{"a":1}}'),
+}
+
+
+@pytest.mark.parametrize("name", OF_TOOLS)
+def test_what_is_kept_can_be_read_a_second_time(name: str) -> None:
+    """A demanded tool's schema is, as part of a structural tag."""
+    schema, right, wrong = OF_TOOLS[name]
+    tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": kept_schema(schema, "t0_")}}
+    grammar = compiled(COMPILER, "STRUCTURAL_TAG", json.dumps(tag), None)
     assert lets_through(grammar, right)
     assert not lets_through(grammar, wrong)
 
