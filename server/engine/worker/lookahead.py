@@ -140,7 +140,7 @@ class Lookahead:
         return {**plan, request: Ahead(leading[request], 1)}
 
     def _best(self, drafters: Mapping[str, int], leading: Mapping[str, int]) -> tuple[float, dict[str, Ahead]]:
-        """The lengths that give most tokens a second, one for all requests of a drafter: how many, and how each goes on."""
+        """Most tokens a second, with one length for all requests of a drafter; and how each request goes on."""
         groups: dict[int, list[str]] = defaultdict(list)
         for request, drafter in drafters.items():
             groups[drafter].append(request)
