@@ -71,6 +71,8 @@ def adopt_vllm_logging() -> None:
     (handler,) = logging.getLogger(CONFIGURED_LOGGERS[0]).handlers
     handler.addFilter(_no_client_traceback)
     _adopt("vllm", handler, logging.getLogger("vllm").level)
+    # A model that writes no JSON in a tool call is no fault of the server's, and what it wrote is the client's own.
+    logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)
 
 
 def _adopt(name: str, handler: logging.Handler, level: str | int) -> None:

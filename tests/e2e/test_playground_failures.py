@@ -21,13 +21,14 @@ GUARD = """(() => {
 
 
 def test_a_refused_request_is_explained_and_can_be_repeated(page: Page, server: ServerProcess) -> None:
-    page.evaluate("document.querySelector('[name=max_completion_tokens]').value = 100000")
+    page.evaluate("document.querySelector('[name=system]').value = 'x'.repeat(1500)")
+    page.evaluate("document.querySelector('[name=max_completion_tokens]').value = 3")
     send(page, QUESTION)
     page.wait_until("document.querySelector('.failure') !== null")
     refusal = httpx.post(f"{server.url}/v1/chat/completions", json=bodies(page)[0])
     assert refusal.status_code == 400
     assert text_of(page, ".failure .detail") == refusal.json()["error"]["message"]
-    page.evaluate("document.querySelector('[name=max_completion_tokens]').value = 3")
+    page.evaluate("document.querySelector('[name=system]').value = ''")
     page.click("document.querySelector('.retry')")
     page.wait_until(ANSWERED)
     assert page.evaluate("document.querySelector('.failure') === null")

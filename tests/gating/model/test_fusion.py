@@ -169,4 +169,4 @@ def test_every_key_is_documented():
         if not field.description
     ]
     assert missing == []
-    assert len(sections(FusionConfig)) == 4
+    assert len(sections(FusionConfig)) == 5

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -262,7 +263,7 @@ def test_an_unmerged_adapter_is_refused(tiny_copy, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    (adapter / "adapter_model.safetensors").write_text("")
+    save_file({"others": torch.zeros(1)}, adapter / "adapter_model.safetensors")
     config = load_fusion(tiny_copy)
     first = config.specialists[0].model_copy(update={"adapter": str(adapter)})
     config = config.model_copy(update={"specialists": (first, *config.specialists[1:])})

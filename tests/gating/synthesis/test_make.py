@@ -373,7 +373,7 @@ def test_a_rate_is_kept(tmp_path):
         (["out", "--domain", "text", "text"], "domain: two have the same name"),
         (["out", "--domain", "text", "--budget", "3"], "--budget: without prices"),
         (["out", "--domain", "text", "--complex-share", "2"], "--complex-share: "),
-        (["out", "--domain", "text", "--base-url", "here"], "base_url: 'here' is no address"),
+        (["out", "--domain", "text", "--base-url", "here"], "--base-url: 'here' is no address"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(tmp_path, monkeypatch, argv, complaint, capsys):
