@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.tool_parsers import ToolParserManager
 
+from tests.fakes import build_tokenizer
 from ultrafuser.server.log import (
     CONFIGURED_LOGGERS,
     LogFormat,
@@ -124,3 +127,13 @@ def test_on_a_terminal_a_finished_step_leaves_one_line() -> None:
     with StartupProgress(1, stream).step("only"):
         pass
     assert stream.getvalue().split("\r\033[K")[-1].startswith("[1/1] only: ")
+
+
+def test_a_tool_call_that_is_no_json_is_not_told(lines: io.StringIO) -> None:
+    """vLLM logs a traceback of what the model has written, as if the server had failed."""
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hi"}], tools=tools)
+    parser = ToolParserManager.get_tool_parser("hermes")(build_tokenizer(320, 320, "text"))
+    found = parser.extract_tool_calls("<tool_call>\n{no JSON}\n</tool_call>", request)
+    assert not found.tools_called
+    assert lines.getvalue() == ""
