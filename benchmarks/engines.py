@@ -19,7 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.workload import Prompts, Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
-from ultrafuser.server.engine.shared.dtype import resolve_dtype
+from ultrafuser.server.engine.shared.dtype import dtypes_of
 from ultrafuser.server.engine.shared.extra_args import fused_input
 from ultrafuser.server.engine.shared.options import OWN_OPTIONS
 from ultrafuser.server.llm import FusedLLM
@@ -141,7 +141,7 @@ def plain_engine_options(fusion: FusionConfig, info: FusedModelInfo, index: int)
         **settings,
         "model": specialist.model,
         "revision": specialist.revision,
-        "dtype": specialist.dtype or resolve_dtype(fusion),
+        "dtype": dtypes_of(fusion)[index],
         "quantization": specialist.quantization,
         "generation_config": "vllm",
     }

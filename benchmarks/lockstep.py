@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from benchmarks.workload import Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
 from ultrafuser.gating.model.gate import fuse, load_gate
-from ultrafuser.server.engine.shared.dtype import resolve_dtype
+from ultrafuser.server.engine.shared.dtype import dtypes_of
 
 CacheKind = Literal["dynamic", "static"]
 """Transformers' growing cache, copied in every step, or its cache of fixed size, read as a whole in every step."""
@@ -42,8 +42,7 @@ class LockstepLoop:
     def __init__(self, fusion: FusionConfig, info: FusedModelInfo, cache_kind: CacheKind = "dynamic") -> None:
         """Load the weights of a materialized fusion, in its own types."""
         self.cache_kind: CacheKind = cache_kind
-        default_dtype = resolve_dtype(fusion)
-        self._models = [_load(specialist, default_dtype) for specialist in fusion.specialists]
+        self._models = list(map(_load, fusion.specialists, dtypes_of(fusion)))
         self._gate = None
         if fusion.gate is not None:
             self._gate = load_gate(fusion.gate, fusion.specialist_names, info.hidden_sizes).eval()
@@ -140,11 +139,11 @@ class StaticBatches:
             self._loop.stop()
 
 
-def _load(specialist: SpecialistConfig, default_dtype: str) -> Any:
+def _load(specialist: SpecialistConfig, dtype: str) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(
         specialist.model,
         revision=specialist.revision,
-        dtype=specialist.dtype or default_dtype,
+        dtype=dtype,
         attn_implementation="sdpa",
     )
     return model.eval()

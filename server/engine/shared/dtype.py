@@ -18,21 +18,21 @@ from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 logger = logging.getLogger(__name__)
 
 
-def resolve_dtype(fusion: FusionConfig) -> str:
-    """The type that a materialized fusion's `engine.dtype` stands for, in vLLM's terms; says why if it had a choice."""
-    wanted = fusion.engine.dtype or "auto"
-    if wanted != "fastest":
-        return wanted
-    dtype, reason = _fastest(fusion)
-    logger.info("dtype: %s, the fastest here: %s", dtype, reason)
-    return dtype
+def dtypes_of(fusion: FusionConfig) -> list[str]:
+    """Each specialist's type in vLLM's terms, for a materialized fusion; says why if it had a choice.
 
-
-def dtype_of(specialist: SpecialistConfig, default: str) -> str:
-    """A specialist's own type, or else the engine's; quantised weights are not computed in float32."""
-    if specialist.dtype is not None:
-        return specialist.dtype
-    return "auto" if default == "float32" and _is_quantized(specialist) else default
+    Where the choice falls on float32, specialists with quantised weights, which vLLM computes in no such type, take
+    that of their own configuration.
+    """
+    default = fusion.engine.dtype or "auto"
+    if default != "fastest":
+        return [specialist.dtype or default for specialist in fusion.specialists]
+    fastest, reason = _fastest(fusion)
+    logger.info("dtype: %s, the fastest here: %s", fastest, reason)
+    return [
+        specialist.dtype or ("auto" if fastest == "float32" and _is_quantized(specialist) else fastest)
+        for specialist in fusion.specialists
+    ]
 
 
 def _is_quantized(specialist: SpecialistConfig) -> bool:

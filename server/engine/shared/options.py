@@ -15,8 +15,8 @@ from vllm.platforms import current_platform
 from ultrafuser.gating.errors import UserError
 from ultrafuser.gating.model.fusion import EngineSettings, FusedModelInfo, FusionConfig, inspect_fusion
 from ultrafuser.gating.model.schema import SpeculationSettings
-from ultrafuser.server.engine.shared.dtype import dtype_of, resolve_dtype
-from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec, SpeculationSpec
+from ultrafuser.server.engine.shared.dtype import dtypes_of
+from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
 from ultrafuser.server.grammar.compiling import BOUNDED_WHITESPACE
 
@@ -71,9 +71,7 @@ def engine_arguments(
     if options.keys() & OPTIONS_OF_MODELS:
         inspect_fusion(fusion)
     structured_outputs = settings.pop("structured_outputs_config", None)
-    spec = engine_spec(
-        fusion, info, resolve_dtype(fusion), max_whitespace_of(structured_outputs), _max_step_seconds(settings)
-    )
+    spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
     return {
         "max_model_len": info.max_model_len,
@@ -91,7 +89,7 @@ def engine_arguments(
     }
 
 
-def speculative_config(speculation: SpeculationSpec | None) -> dict[str, Any] | None:
+def speculative_config(speculation: SpeculationSettings | None) -> dict[str, Any] | None:
     """vLLM's configuration of room for drafts, which the fused step makes itself; None without drafts."""
     if speculation is None:
         return None
@@ -174,17 +172,15 @@ def _as_mapping(structured_outputs: Any) -> Mapping[str, Any]:
     return structured_outputs if isinstance(structured_outputs, Mapping) else asdict(structured_outputs)
 
 
-def engine_spec(
-    fusion: FusionConfig, info: FusedModelInfo, default_dtype: str, max_whitespace: int | None, max_step_seconds: float
-) -> EngineSpec:
+def engine_spec(fusion: FusionConfig, info: FusedModelInfo, max_whitespace: int | None) -> EngineSpec:
     """What workers and scheduler are told of the fused model."""
     return EngineSpec(
         specialists=tuple(
             SpecialistSpec(
                 **item.model_dump(include={"name", "model", "revision", "quantization"}),
-                dtype=dtype_of(item, default_dtype),
+                dtype=dtype,
             )
-            for item in fusion.specialists
+            for item, dtype in zip(fusion.specialists, dtypes_of(fusion), strict=True)
         ),
         gate=None if fusion.gate is None else str(fusion.gate),
         hidden_sizes=info.hidden_sizes,
@@ -192,21 +188,16 @@ def engine_spec(
         num_shared_ids=info.num_shared_ids,
         eos_token_ids=fusion.eos_token_ids,
         max_whitespace=max_whitespace,
-        max_step_seconds=max_step_seconds,
-        speculation=_speculation_spec(fusion.engine.speculation),
+        max_step_seconds=_max_step_seconds(fusion.engine),
+        speculation=speculation if (speculation := fusion.engine.speculation) and speculation.max_tokens else None,
     )
 
 
-def _speculation_spec(settings: SpeculationSettings | None) -> SpeculationSpec | None:
-    return SpeculationSpec(**settings.model_dump()) if settings is not None and settings.max_tokens else None
-
-
-def _max_step_seconds(settings: Mapping[str, Any]) -> float:
+def _max_step_seconds(engine: EngineSettings) -> float:
     """The bound that was asked for, or the device's default."""
-    asked: float | None = settings.get("max_step_seconds")
-    if asked is None:
+    if engine.max_step_seconds is None:
         return DEFAULT_MAX_STEP_SECONDS if current_platform.is_cpu() else 0
-    return asked
+    return engine.max_step_seconds
 
 
 def _sampling_defaults(fusion: FusionConfig) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from vllm.config import VllmConfig
 
+from ultrafuser.gating.model.schema import SpeculationSettings
+
 ADDITIONAL_CONFIG_KEY = "ultrafuser"
 """Our key in `VllmConfig.additional_config`, which vLLM carries to every worker."""
 
@@ -33,19 +35,6 @@ class SpecialistSpec(BaseModel):
         return self.model_dump(exclude={"name"})
 
 
-class SpeculationSpec(BaseModel):
-    """How tokens are guessed ahead."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    drafter: str
-    """`leading` or `ngram`."""
-    min_tokens: int
-    """Fewest drafts of a request; those that have no room for them get none."""
-    max_tokens: int
-    """Most drafts of a request, at least 1."""
-
-
 class EngineSpec(BaseModel):
     """The fused model as workers and scheduler need it. The first specialist is the leader: its runner samples."""
 
@@ -61,7 +50,7 @@ class EngineSpec(BaseModel):
     """Rows of each specialist's output head; own prompts are checked against them."""
     num_shared_ids: int
     """Token ids below this number mean the same to all specialists; only they can be sampled."""
-    speculation: SpeculationSpec | None = None
+    speculation: SpeculationSettings | None = None
     """How tokens are guessed ahead; None: not at all."""
     eos_token_ids: tuple[int, ...]
     """Ids that end a response; the first is the one EOS of the fused model."""

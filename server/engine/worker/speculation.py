@@ -11,9 +11,9 @@ from vllm.distributed import get_tp_group
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.extra_args import forced_token_ids
 from ultrafuser.server.engine.shared.row import Row
-from ultrafuser.server.engine.shared.spec import SpeculationSpec
 from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
 from ultrafuser.server.engine.worker.lookahead import Ahead, Lookahead
 
@@ -21,12 +21,12 @@ from ultrafuser.server.engine.worker.lookahead import Ahead, Lookahead
 class Speculation:
     """Drafts for the requests of a worker."""
 
-    def __init__(self, runners: Sequence[GPUModelRunner], spec: SpeculationSpec, num_shared_ids: int) -> None:
+    def __init__(self, runners: Sequence[GPUModelRunner], settings: SpeculationSettings, num_shared_ids: int) -> None:
         """`runners[0]` is the leader."""
         self._runners, self._leader = runners, runners[0]
-        self.lookahead = Lookahead(spec.min_tokens, spec.max_tokens, is_free=spec.drafter == "ngram")
+        self.lookahead = Lookahead(settings.min_tokens, settings.max_tokens, is_free=settings.drafter == "ngram")
         self.drafter: Drafter
-        if spec.drafter == "ngram":
+        if settings.drafter == "ngram":
             self.drafter = NgramDrafter(self._leader, num_shared_ids)
         else:
             self.drafter = LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)

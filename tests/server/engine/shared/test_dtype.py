@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion, load_fusion
 from ultrafuser.server.engine.shared import dtype as dtype_module
-from ultrafuser.server.engine.shared.dtype import dtype_of, resolve_dtype
+from ultrafuser.server.engine.shared.dtype import dtypes_of
 from ultrafuser.server.engine.shared.options import engine_arguments
 from ultrafuser.server.engine.shared.spec import ADDITIONAL_CONFIG_KEY
 from ultrafuser.server.serving.fingerprint import fingerprint
@@ -36,7 +36,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_flags_of_this_processor_decide(fusion: FusionConfig) -> None:
     capabilities = torch.cpu.get_capabilities()
     has_bfloat16 = capabilities["avx512_bw"] if "avx512_bw" in capabilities else capabilities["bf16"]
-    assert resolve_dtype(fusion) == ("bfloat16" if has_bfloat16 else "float32")
+    assert set(dtypes_of(fusion)) == {"bfloat16" if has_bfloat16 else "float32"}
 
 
 @pytest.mark.usefixtures("emulated")
@@ -44,7 +44,7 @@ def test_float32_is_taken_where_bfloat16_is_emulated_and_the_log_says_why(
     fusion: FusionConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        assert resolve_dtype(fusion) == "float32"
+        assert set(dtypes_of(fusion)) == {"float32"}
     assert "dtype: float32, the fastest here: this CPU would emulate bfloat16" in caplog.text
 
 
@@ -69,13 +69,13 @@ def test_float32_is_not_taken_where_weights_and_cache_would_not_fit(
     node = dataclasses.replace(dtype_module.get_memory_node_info(), total_memory=memory)
     monkeypatch.setattr(dtype_module, "get_memory_node_info", lambda: node)
     fusion = fusion.model_copy(update={"engine": fusion.engine.model_copy(update=engine)})
-    assert resolve_dtype(fusion) == expected
+    assert set(dtypes_of(fusion)) == {expected}
 
 
 @pytest.mark.usefixtures("emulated")
 def test_a_gpu_takes_what_the_models_were_made_in(fusion: FusionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
-    assert resolve_dtype(fusion) == "auto"
+    assert set(dtypes_of(fusion)) == {"auto"}
 
 
 @pytest.mark.usefixtures("emulated")
@@ -106,4 +106,7 @@ def test_quantised_weights_are_not_computed_in_float32(fusion: FusionConfig) -> 
     """vLLM refuses that, once the weights are prepared."""
     first, *others = fusion.specialists
     quantized = first.model_copy(update={"quantization": "compressed-tensors"})
-    assert [dtype_of(item, resolve_dtype(fusion)) for item in (quantized, *others)] == ["auto", "float32", "float32"]
+    fusion = fusion.model_copy(update={"specialists": (quantized, *others)})
+    assert dtypes_of(fusion) == ["auto", "float32", "float32"]
+    explicit = fusion.model_copy(update={"engine": fusion.engine.model_copy(update={"dtype": "float32"})})
+    assert dtypes_of(explicit) == ["float32"] * 3
