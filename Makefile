@@ -28,8 +28,8 @@ install: $(STAMP) ## Make .venv from the lock file (DEVICE=cpu or cuda; default:
 serve: $(STAMP) ## Serve a fused model: HOST=, PORT=, FUSION= (a preset or a file), ARGS= (any option of `ultrafuser serve`)
 	@exec $(BIN)/ultrafuser serve $(FUSION) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-test: $(STAMP) ## Run the tests: ARGS= goes to pytest, e.g. ARGS="-k gate"
-	@exec $(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## Run the tests in two processes: ARGS= goes to pytest, e.g. ARGS="-n 0 -k gate" for one
+	@exec $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(STAMP) ## Check format, style, the arrows between rooms, and types
 	@$(BIN)/ruff format --check .

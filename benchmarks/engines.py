@@ -19,14 +19,18 @@ from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.workload import Prompts, Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.dtype import dtypes_of
 from ultrafuser.server.engine.shared.extra_args import fused_input
 from ultrafuser.server.engine.shared.options import OWN_OPTIONS
 from ultrafuser.server.llm import FusedLLM
 
+SEED = 0
+"""Of requests that are not greedy."""
+
 
 class StepEngine:
-    """One engine and the requests it works on, greedy."""
+    """One engine and the requests it works on."""
 
     def __init__(self, llm: LLM, to_input: Callable[[Prompts], EngineInput]) -> None:
         """`to_input` makes an engine input out of the specialists' prompts."""
@@ -58,7 +62,8 @@ class StepEngine:
         name = str(next(self._ids))
         self._token_ids[name] = []
         params = SamplingParams(
-            temperature=0.0,
+            temperature=request.temperature,
+            seed=SEED,
             max_tokens=request.num_tokens,
             ignore_eos=not request.may_end_early,
             detokenize=False,
@@ -119,8 +124,10 @@ class ContinuousBatching:
         self._free += self._engine.step()
 
 
-def fused_engine(fusion: FusionConfig) -> StepEngine:
-    """The fused engine of a materialized fusion."""
+def fused_engine(fusion: FusionConfig, speculation: SpeculationSettings | None = None) -> StepEngine:
+    """The fused engine of a materialized fusion; without `speculation` one step is one token of every request."""
+    settings = {"speculation": speculation or SpeculationSettings(max_tokens=0)}
+    fusion = fusion.model_copy(update={"engine": fusion.engine.model_copy(update=settings)})
     with _in_this_process():
         return StepEngine(FusedLLM(fusion, distributed_executor_backend="uni"), fused_input)
 

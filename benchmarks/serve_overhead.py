@@ -36,6 +36,9 @@ QUESTION = Question(
 )
 BAR = Bar(limit=1.10, direction="at most")
 
+ONE_BY_ONE = {"max_tokens": 0}
+"""Both sides without guesses: a gap between arrivals is then that between two tokens."""
+
 REST_SECONDS = 1.5
 """vLLM's workers poll for one second after their last step; the side at rest must not take time from the other."""
 
@@ -133,9 +136,9 @@ def measure(options: Options) -> list[Comparison]:
     sizes = QUICK if options.quick else Sizes()
     fusion, _ = options.load()
     prompts = render(fusion, conversations(max(sizes.concurrency)))
-    server = fused_server(options)
+    server = fused_server(options, "--speculation", json.dumps(ONE_BY_ONE))
     with running([server] if options.runs_fused else []):
-        engine = FusedAsyncLLM.from_fusion(fusion) if options.runs_baseline else None
+        engine = FusedAsyncLLM.from_fusion(fusion, {"speculation": ONE_BY_ONE}) if options.runs_baseline else None
         try:
             baseline = None if engine is None else EngineSide(engine, prompts)
             return asyncio.run(_measure(server.url if options.runs_fused else None, fusion.name, baseline, sizes))

@@ -4,9 +4,9 @@ Run: python -m benchmarks.speculation [--quick]
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured, paired_ratio
@@ -17,23 +17,35 @@ from ultrafuser.gating.model.schema import SpeculationSettings
 
 if TYPE_CHECKING:
     from benchmarks.engines import StepEngine
+    from ultrafuser.server.engine.worker.drafting import Drafter
+    from ultrafuser.server.engine.worker.lookahead import Ahead
 
 QUESTION = Question(
     name="speculation",
     text="What does guessing ahead gain? Fused decoding with drafts against the same without.",
     fused="with drafts",
     baseline="without",
-    ratio="tokens a second with drafts / without, and time a token / that of one specialist in plain vLLM",
+    ratio="tokens a second with drafts / without; against one specialist: time a token / that of it in plain vLLM",
     method=(
-        "Engines live in one process and take turns at the same questions, which they answer greedily to the end; time "
-        "counts from the first token on. The ratio is the median over pairs of neighbouring blocks."
+        "Engines live in one process and take turns at the same questions, which they answer to their ends, or to the "
+        "most tokens; time counts from the first token on. One engine has drafts, whose drafter and number are changed "
+        "between its turns; unnamed ones are chosen step by step, as by default. The ratio is the median over pairs of "
+        "neighbouring blocks."
     ),
 )
-MAX_DRAFTS = 4
 GAIN_OF_ONE = Bar(limit=1.5, direction="at least")
 GAIN_OF_MIXED = Bar(limit=1.1, direction="at least")
 NO_LOSS = Bar(limit=0.98, direction="at least")
 AGAINST_ONE_MODEL = Bar(limit=2.0, direction="at most")
+
+DRAFTERS: tuple[Literal["leading", "ngram"], ...] = ("leading", "ngram")
+CHOSEN = SpeculationSettings()
+FIXED = {
+    f"{drafter}, always {count}": SpeculationSettings(drafter=drafter, min_tokens=count, max_tokens=count)
+    for drafter in DRAFTERS
+    for count in (2, 4)
+}
+ONLY = {f"{drafter} alone": SpeculationSettings(drafter=drafter) for drafter in DRAFTERS}
 
 QUESTIONS = {
     "text": (
@@ -61,29 +73,96 @@ QUESTIONS = {
 
 
 @dataclass(frozen=True)
+class Case:
+    """Questions that are asked together."""
+
+    domain: str
+    """A key of `QUESTIONS`, or "mixed": all in turn."""
+
+    batch: int
+    temperature: float = 0.0
+    is_fixed_too: bool = False
+    """Whether fixed numbers of drafts, and single drafters, are measured beside the chosen ones."""
+
+    bar: Bar = NO_LOSS
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.domain}, {self.batch} at a time" + (f", temperature {self.temperature}" * bool(self.temperature))
+
+
+CASES = (
+    *(Case(domain, 1, is_fixed_too=True, bar=GAIN_OF_ONE) for domain in QUESTIONS),
+    Case("text", 1, temperature=0.7),
+    *(Case(domain, batch) for domain in QUESTIONS for batch in (4, 16)),
+    Case("mixed", 4, is_fixed_too=True, bar=GAIN_OF_MIXED),
+    Case("mixed", 4, temperature=0.7),
+    Case("mixed", 16),
+    Case("mixed", 32),
+)
+QUICK_CASES = (Case("text", 1, bar=GAIN_OF_ONE), Case("mixed", 4, bar=GAIN_OF_MIXED))
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How much is measured."""
 
-    single: tuple[str, ...] = ("text", "code", "math")
-    """Domains that are asked one question at a time."""
-
-    mixed: tuple[int, ...] = (4, 16, 32)
-    """Batches with questions of all domains."""
-
+    cases: tuple[Case, ...] = CASES
     num_tokens: int = 64
     num_blocks: int = 5
 
 
-QUICK = Sizes(single=("text",), mixed=(4,), num_tokens=32, num_blocks=3)
+QUICK = Sizes(QUICK_CASES, num_tokens=32, num_blocks=3)
 
 
 @dataclass(frozen=True)
 class Block:
     """One batch of answers."""
 
-    num_tokens: int
-    num_steps: int
+    answers: list[list[int]]
+    num_rounds: int
+    """Steps in which a request was given tokens, summed over requests."""
+
+    num_drafts: int
     seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens behind the first of each answer, which came before the clock was started."""
+        return sum(map(len, self.answers)) - len(self.answers)
+
+
+class Drafting:
+    """The engine with drafts, whose drafter can be changed while it is idle, and counted."""
+
+    def __init__(self, engine: "StepEngine") -> None:
+        self._runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self._known: dict[str, Any] = {}
+        self.num_drafts = 0
+
+    def use(self, name: str, settings: SpeculationSettings) -> None:
+        """Draft like this; what was learned when it was used before is remembered."""
+        from ultrafuser.server.engine.worker.speculation import Speculation
+
+        if name not in self._known:
+            num_shared_ids = self._runner.speculation.num_shared_ids
+            self._known[name] = Speculation(self._runner.runners, settings, num_shared_ids)
+            self._known[name].drafter = _Counted(self._known[name].drafter, self)
+        self._runner.speculation = self._known[name]
+
+
+class _Counted:
+    """A drafter whose drafts are counted."""
+
+    def __init__(self, own: "Drafter", counts: Drafting) -> None:
+        self._own, self._counts = own, counts
+
+    def propose(self, plan: "Mapping[str, Ahead]") -> dict[str, list[int]]:
+        """What it guesses."""
+        found = self._own.propose(plan)
+        self._counts.num_drafts += sum(map(len, found.values()))
+        return found
 
 
 def measure(options: Options) -> list[Comparison]:
@@ -93,81 +172,120 @@ def measure(options: Options) -> list[Comparison]:
 
     sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
-    engines = {}
+    # All stay to the end: vLLM would take the process's communication groups away with the first that ends.
+    drafting = without = one_model = None
     if options.runs_fused:
-        engines["drafts"] = fused_engine(_with(fusion, SpeculationSettings(max_tokens=MAX_DRAFTS)))
+        drafting = fused_engine(fusion, CHOSEN)
     if options.runs_baseline:
-        engines["without"] = fused_engine(_with(fusion, None))
-        engines["one model"] = plain_engine(_with(fusion, None), info)
+        without, one_model = fused_engine(fusion), plain_engine(fusion, info)
     comparisons = []
-    for domain in sizes.single:
-        blocks = take_turns(engines, _questions(fusion, [QUESTIONS[domain]], 1, sizes))
-        comparisons.append(compare_rates(f"{domain}, 1 at a time", blocks, GAIN_OF_ONE))
-        comparisons.append(compare_times(f"{domain}, 1 at a time, one specialist", blocks))
-    for batch in sizes.mixed:
-        asked = _questions(fusion, list(QUESTIONS.values()), batch, sizes)
-        # The third engine stays: vLLM would take the process's communication groups away with the first that ends.
-        fused = {name: engine for name, engine in engines.items() if name != "one model"}
-        blocks = take_turns(fused, asked)
-        bar = GAIN_OF_MIXED if batch == sizes.mixed[0] else NO_LOSS
-        comparisons.append(compare_rates(f"mixed, {batch} at a time", blocks, bar))
+    for case in sizes.cases:
+        turns = list(_turns(case, drafting, without, one_model))
+        blocks = take_turns(turns, _questions(fusion, case, sizes))
+        for name in (turn.name for turn in turns if turn.drafting is not None):
+            is_chosen = name == "chosen"
+            title = case.name if is_chosen else f"{case.name}, {name}"
+            comparisons.append(compare_rates(title, blocks, name, case.bar if is_chosen else None))
+        if case.batch == 1:
+            comparisons.append(compare_times(f"{case.name}, against one specialist", blocks))
     return comparisons
 
 
-def take_turns(engines: "dict[str, StepEngine]", asked: Sequence[Sequence[Request]]) -> dict[str, list[Block]]:
-    """Blocks by engine; the first batch of questions is a warm-up."""
-    blocks: dict[str, list[Block]] = {name: [] for name in engines}
+@dataclass(frozen=True)
+class Turn:
+    """One way to answer."""
+
+    name: str
+    engine: "StepEngine"
+    drafting: Drafting | None = None
+    settings: SpeculationSettings = CHOSEN
+
+
+def _turns(
+    case: Case, drafting: "StepEngine | None", without: "StepEngine | None", one_model: "StepEngine | None"
+) -> Iterator[Turn]:
+    if without is not None:
+        yield Turn("without", without)
+    if one_model is not None and case.batch == 1:
+        yield Turn("one model", one_model)
+    if drafting is not None:
+        changing = Drafting(drafting)
+        for name, settings in {"chosen": CHOSEN, **(ONLY | FIXED if case.is_fixed_too else {})}.items():
+            yield Turn(name, drafting, changing, settings)
+
+
+def take_turns(turns: Sequence[Turn], asked: Sequence[Sequence[Request]]) -> dict[str, list[Block]]:
+    """Blocks by turn; the first batch of questions is a warm-up."""
+    blocks: dict[str, list[Block]] = {turn.name: [] for turn in turns}
     for index, requests in enumerate(asked):
-        order = list(engines.items())
-        for name, engine in order if index % 2 else order[::-1]:
-            block = answer(engine, requests)
+        for turn in turns if index % 2 else turns[::-1]:
+            block = answer(turn, requests)
             if index:
-                blocks[name].append(block)
+                blocks[turn.name].append(block)
     return blocks
 
 
-def answer(engine: "StepEngine", requests: Sequence[Request]) -> Block:
+def answer(turn: Turn, requests: Sequence[Request]) -> Block:
     """Have requests answered to their ends."""
+    engine = turn.engine
+    if turn.drafting is not None:
+        turn.drafting.use(turn.name, turn.settings)
+        turn.drafting.num_drafts = 0
     engine.forget_prefixes()
     engine.start(requests)
-    num_first = sum(map(len, engine.token_ids))
-    num_steps, start = 0, time.perf_counter()
+    num_rounds, start = 0, time.perf_counter()
     while not engine.is_idle:
+        before = list(map(len, engine.token_ids))
         engine.step()
-        num_steps += 1
+        num_rounds += sum(len(own) > count for own, count in zip(engine.token_ids, before, strict=True))
     seconds = time.perf_counter() - start
-    return Block(sum(map(len, engine.token_ids)) - num_first, num_steps, seconds)
+    return Block(engine.token_ids, num_rounds, turn.drafting.num_drafts if turn.drafting else 0, seconds)
 
 
-def compare_rates(case: str, blocks: dict[str, list[Block]], bar: Bar) -> Comparison:
+def compare_rates(title: str, blocks: Mapping[str, Sequence[Block]], name: str, bar: Bar | None) -> Comparison:
     """Tokens a second with drafts and without."""
-    with_drafts, without = (_rates(blocks.get(name, [])) for name in ("drafts", "without"))
-    steps = [block.num_tokens / block.num_steps for block in blocks.get("drafts", []) if block.num_steps]
+    with_drafts, without = blocks[name], blocks.get("without")
+    rates = _rates(with_drafts)
     comparison = Comparison(
-        case=case,
+        case=title,
         unit="tokens per second",
-        fused=Measured.of(with_drafts) if with_drafts else None,
-        baseline=Measured.of(without) if without else None,
-        ratio=paired_ratio(with_drafts, without) if with_drafts and without else None,
+        fused=Measured.of(rates),
+        baseline=Measured.of(_rates(without)) if without else None,
+        ratio=paired_ratio(rates, _rates(without)) if without else None,
         bar=bar,
-        note=f"{sum(steps) / len(steps):.2f} tokens a step with drafts" if steps else None,
+        note=_drafts_in_words(with_drafts, without),
     )
-    say(f"{case}: ratio {comparison.ratio}, {comparison.note}")
+    say(f"{title}: ratio {comparison.ratio}; {comparison.note}")
     return comparison
 
 
-def compare_times(case: str, blocks: dict[str, list[Block]]) -> Comparison:
+def _drafts_in_words(blocks: Sequence[Block], without: Sequence[Block] | None) -> str:
+    num_tokens, num_rounds, num_drafts = (
+        sum(values)
+        for values in zip(*((own.num_tokens, own.num_rounds, own.num_drafts) for own in blocks), strict=True)
+    )
+    words = f"{num_tokens / num_rounds:.2f} tokens a round"
+    if num_drafts:
+        words += f", {(num_tokens - num_rounds) / num_drafts:.2f} of the drafts accepted"
+    if without:
+        answers, others = ([answer for block in own for answer in block.answers] for own in (blocks, without))
+        num_equal = sum(own == other for own, other in zip(answers, others, strict=True))
+        words += f", {num_equal} of {len(answers)} answers equal"
+    return words
+
+
+def compare_times(title: str, blocks: Mapping[str, Sequence[Block]]) -> Comparison:
     """Time a token with drafts, and of one specialist alone."""
-    drafts, one = ([1000 / rate for rate in _rates(blocks.get(name, []))] for name in ("drafts", "one model"))
+    drafts, one = ([1000 / rate for rate in _rates(blocks.get(name, []))] for name in ("chosen", "one model"))
     comparison = Comparison(
-        case=case,
+        case=title,
         unit="ms per token",
         fused=Measured.of(drafts) if drafts else None,
         baseline=Measured.of(one) if one else None,
         ratio=paired_ratio(drafts, one) if drafts and one else None,
         bar=AGAINST_ONE_MODEL,
     )
-    say(f"{case}: ratio {comparison.ratio}")
+    say(f"{title}: ratio {comparison.ratio}")
     return comparison
 
 
@@ -175,18 +293,15 @@ def _rates(blocks: Sequence[Block]) -> list[float]:
     return [block.num_tokens / block.seconds for block in blocks]
 
 
-def _with(fusion: FusionConfig, speculation: SpeculationSettings | None) -> FusionConfig:
-    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update={"speculation": speculation})})
-
-
-def _questions(fusion: FusionConfig, domains: Sequence[Sequence[str]], batch: int, sizes: Sizes) -> list[list[Request]]:
+def _questions(fusion: FusionConfig, case: Case, sizes: Sizes) -> list[list[Request]]:
     """A batch of questions for the warm-up and for each block, from all domains in turn; other ones each time."""
+    domains = list(QUESTIONS.values()) if case.domain == "mixed" else [QUESTIONS[case.domain]]
     texts = [question for row in zip(*domains, strict=True) for question in row]
     asked = []
     for index in range(sizes.num_blocks + 1):
-        chosen = [texts[(index * batch + place) % len(texts)] for place in range(batch)]
+        chosen = [texts[(index * case.batch + place) % len(texts)] for place in range(case.batch)]
         prompts = render(fusion, [[{"role": "user", "content": text}] for text in chosen])
-        asked.append([Request(own, sizes.num_tokens, may_end_early=True) for own in prompts])
+        asked.append([Request(own, sizes.num_tokens, True, case.temperature) for own in prompts])
     return asked
 
 

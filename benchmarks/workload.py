@@ -42,6 +42,9 @@ class Request:
     may_end_early: bool = False
     """Whether EOS ends the response, so that `num_tokens` is only its greatest length."""
 
+    temperature: float = 0.0
+    """0 is greedy; else tokens are drawn with a seed, the same each time."""
+
 
 def random_requests(
     info: FusedModelInfo, prompt_lengths: Sequence[int], num_tokens: Sequence[int], seed: int

@@ -73,10 +73,11 @@ class SamplingDefaults(_Section):
 class SpeculationSettings(_Section):
     """Tokens are guessed ahead and verified by all specialists at once: the same text in fewer steps."""
 
-    drafter: Literal["leading", "ngram"] = "leading"
-    """Who guesses: the specialist with the largest weight, or what followed the same tokens before."""
+    drafter: Literal["leading", "ngram"] | None = None
+    """Who guesses: the specialist with the largest weight (`leading`), or what followed the same tokens before
+    (`ngram`); null: whichever is worth more, decided for each request in each step."""
 
-    max_tokens: Annotated[int, Field(ge=0, le=16)] = 0
+    max_tokens: Annotated[int, Field(ge=0, le=16)] = 4
     """Most tokens guessed ahead for a request; 0 guesses none. How many it is, each step decides by what it costs."""
 
     min_tokens: Annotated[int, Field(ge=0, le=16)] = 0
@@ -135,7 +136,7 @@ class EngineSettings(_Section):
     """Seed of the engine's own random numbers; a request may bring its own."""
 
     speculation: SpeculationSettings | None = None
-    """Guess tokens ahead; null guesses none."""
+    """Guess tokens ahead; null: on a CPU with the defaults, on a GPU not; `max_tokens: 0`: not."""
 
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = None
     """How the devices' processes are started: on this machine (`mp`), by Ray, or in one process (`uni`)."""

@@ -71,7 +71,7 @@ def engine_arguments(
     if options.keys() & OPTIONS_OF_MODELS:
         inspect_fusion(fusion)
     structured_outputs = settings.pop("structured_outputs_config", None)
-    spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs))
+    spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
     return {
         "max_model_len": info.max_model_len,
@@ -126,7 +126,12 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
         raise EngineOptionError(
             "max_step_seconds: needs prompts that are read in pieces; leave enable_chunked_prefill on, or set 0"
         )
-    if options.get("async_scheduling") and options.get("speculation"):
+    speculation = options.get("speculation")
+    if (
+        options.get("async_scheduling")
+        and speculation is not None
+        and SpeculationSettings.model_validate(speculation).max_tokens
+    ):
         raise EngineOptionError("async_scheduling: does not go with speculation; leave one of them out")
     for name in options:
         if name not in ALLOWED_ENGINE_OPTIONS:
@@ -172,8 +177,8 @@ def _as_mapping(structured_outputs: Any) -> Mapping[str, Any]:
     return structured_outputs if isinstance(structured_outputs, Mapping) else asdict(structured_outputs)
 
 
-def engine_spec(fusion: FusionConfig, info: FusedModelInfo, max_whitespace: int | None) -> EngineSpec:
-    """What workers and scheduler are told of the fused model."""
+def engine_spec(fusion: FusionConfig, info: FusedModelInfo, max_whitespace: int | None, is_async: bool) -> EngineSpec:
+    """What workers and scheduler are told of the fused model; `is_async`: asynchronous scheduling was asked for."""
     return EngineSpec(
         specialists=tuple(
             SpecialistSpec(
@@ -189,8 +194,15 @@ def engine_spec(fusion: FusionConfig, info: FusedModelInfo, max_whitespace: int 
         eos_token_ids=fusion.eos_token_ids,
         max_whitespace=max_whitespace,
         max_step_seconds=_max_step_seconds(fusion.engine),
-        speculation=speculation if (speculation := fusion.engine.speculation) and speculation.max_tokens else None,
+        speculation=_speculation(fusion.engine.speculation, is_async),
     )
+
+
+def _speculation(asked: SpeculationSettings | None, is_async: bool) -> SpeculationSettings | None:
+    """How tokens are guessed ahead: as asked for, by default on a CPU; None: not at all."""
+    if asked is None and current_platform.is_cpu() and not is_async:
+        asked = SpeculationSettings()
+    return asked if asked is not None and asked.max_tokens else None
 
 
 def _max_step_seconds(engine: EngineSettings) -> float:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from ultrafuser.server.engine.worker.lookahead import Ahead, Cost
+from ultrafuser.server.engine.worker.experience import Cost
+from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead
 from ultrafuser.server.engine.worker.running_ahead import run_ahead
 
 LONGEST_NGRAM = 5
@@ -73,22 +74,41 @@ class NgramDrafter:
 
     def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
         """What was found; nothing where nothing was seen."""
+        return {request: self.look_up(request, ahead.num_tokens)[1] for request, ahead in plan.items()}
+
+    def look_up(self, request: str, num_tokens: int) -> tuple[int, list[int]]:
+        """How many last tokens were seen before, and at most so many that followed them."""
         batch = self._leader.input_batch
-        found = {}
-        for request, ahead in plan.items():
-            slot = batch.req_id_to_index[request]
-            followers = _what_followed(batch.token_ids_cpu[slot, : batch.num_tokens_no_spec[slot]])
-            drafts = [int(token_id) for token_id in followers[: ahead.num_tokens]]
-            foreign = [index for index, token_id in enumerate(drafts) if token_id >= self._num_shared_ids]
-            found[request] = drafts[: foreign[0]] if foreign else drafts
-        return found
+        slot = batch.req_id_to_index[request]
+        num_matched, followers = _what_followed(batch.token_ids_cpu[slot, : batch.num_tokens_no_spec[slot]])
+        drafts = [int(token_id) for token_id in followers[:num_tokens]]
+        foreign = [index for index, token_id in enumerate(drafts) if token_id >= self._num_shared_ids]
+        return num_matched, drafts[: foreign[0]] if foreign else drafts
 
 
-def _what_followed(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """What stands behind the last place where the text's end stands too; the longer the end, the better."""
-    for size in range(min(LONGEST_NGRAM, len(token_ids) - 1), SHORTEST_NGRAM - 1, -1):
-        windows = np.lib.stride_tricks.sliding_window_view(token_ids[:-1], size)
-        places = (windows == token_ids[-size:]).all(axis=1).nonzero()[0]
-        if len(places):
-            return token_ids[places[-1] + size :]
-    return token_ids[:0]
+class EitherDrafter:
+    """A specialist that goes on, or what was seen before, as the plan says for each request."""
+
+    def __init__(self, leading: LeadingDrafter, ngram: NgramDrafter) -> None:
+        self._leading, self._ngram = leading, ngram
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """Guesses of the two together."""
+        looked_up = {request: ahead for request, ahead in plan.items() if ahead.drafter == NGRAM}
+        others = {request: ahead for request, ahead in plan.items() if ahead.drafter != NGRAM}
+        return self._ngram.propose(looked_up) | self._leading.propose(others)
+
+
+def _what_followed(token_ids: NDArray[np.int32]) -> tuple[int, NDArray[np.int32]]:
+    """How many tokens of the text's end, at most `LONGEST_NGRAM`, stand before it, too, and what follows them there;
+    the last of the places where most do."""
+    places, num_matched = (token_ids[:-1] == token_ids[-1]).nonzero()[0], 1
+    while len(places) and num_matched < LONGEST_NGRAM:
+        longer = places[places >= num_matched]
+        longer = longer[token_ids[longer - num_matched] == token_ids[-1 - num_matched]]
+        if not len(longer):
+            break
+        places, num_matched = longer, num_matched + 1
+    if not len(places) or num_matched < SHORTEST_NGRAM:
+        return 0, token_ids[:0]
+    return num_matched, token_ids[places[-1] + 1 :]

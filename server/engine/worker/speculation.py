@@ -4,18 +4,30 @@ Drafts are left with the leader's runner, where vLLM's worker looks for them and
 plan. Knows rows, runners and who drafts; verification is the sampler's (`server/engine/worker/verifying.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from vllm.distributed import get_tp_group
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.extra_args import forced_token_ids
 from ultrafuser.server.engine.shared.row import Row
-from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
-from ultrafuser.server.engine.worker.lookahead import Ahead, Lookahead
+from ultrafuser.server.engine.worker.drafting import Drafter, EitherDrafter, LeadingDrafter, NgramDrafter
+from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead, Lookahead, Match
+
+
+class _LookedUp(NamedTuple):
+    """What followed a request's last tokens before, and may follow again."""
+
+    num_outputs: int
+    """The request's tokens when that was looked up."""
+
+    num_matched: int
+    token_ids: list[int]
 
 
 class Speculation:
@@ -24,12 +36,14 @@ class Speculation:
     def __init__(self, runners: Sequence[GPUModelRunner], settings: SpeculationSettings, num_shared_ids: int) -> None:
         """`runners[0]` is the leader."""
         self._runners, self._leader = runners, runners[0]
-        self.lookahead = Lookahead(settings.min_tokens, settings.max_tokens, is_free=settings.drafter == "ngram")
-        self.drafter: Drafter
-        if settings.drafter == "ngram":
-            self.drafter = NgramDrafter(self._leader, num_shared_ids)
-        else:
-            self.drafter = LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)
+        self._max_tokens, self.num_shared_ids = settings.max_tokens, num_shared_ids
+        self.lookahead = Lookahead(settings.min_tokens, settings.max_tokens, only_looks_up=settings.drafter == "ngram")
+        leading = LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)
+        ngram = NgramDrafter(self._leader, num_shared_ids)
+        self._ngram = None if settings.drafter == "leading" else ngram
+        drafters: dict[str | None, Drafter] = {"leading": leading, "ngram": ngram, None: EitherDrafter(leading, ngram)}
+        self.drafter = drafters[settings.drafter]
+        self._looked_up: dict[str, _LookedUp] = {}
         self._leading: dict[str, int] = {}
         self._plan: dict[str, Ahead] = {}
 
@@ -51,11 +65,21 @@ class Speculation:
         for row in ending:
             rows.setdefault(row.request, []).append(row)
         for request, (first, *drafts) in rows.items():
-            if drafts and request in self._plan:
+            if drafts and request in self._plan and self._plan[request].drafter != NGRAM:
                 num_right = self._num_outputs(request) - first.position - 1
                 leading, drafter = self._leading[request], self._plan[request].drafter
-                self.lookahead.add_round(request, leading, drafter, len(drafts), num_right)
-        self.lookahead.forget_all_but(self._leader.requests)
+                self.lookahead.experience.add(request, drafter, leading, len(drafts), num_right)
+            if request in self._looked_up:
+                self._compare(request, self._looked_up[request])
+        self.lookahead.experience.forget_all_but(self._leader.requests)
+
+    def _compare(self, request: str, looked_up: _LookedUp) -> None:
+        """What was looked up costs nothing, and neither does it to learn what it would have been worth."""
+        followed = self._leader.requests[request].output_token_ids[looked_up.num_outputs :]
+        pairs = list(zip(looked_up.token_ids, followed, strict=False))
+        num_right = next((index for index, (guess, token_id) in enumerate(pairs) if guess != token_id), len(pairs))
+        if pairs:
+            self.lookahead.experience.add(request, NGRAM, looked_up.num_matched, len(pairs), num_right)
 
     def _last_leading(self, ending: Sequence[Row], marks_XB: Tensor) -> dict[str, int]:
         """Which specialist has the largest weight at the last token of each request."""
@@ -71,12 +95,26 @@ class Speculation:
         wanted = {request: self._num_wanted(request, self._leader.requests[request]) for request in leading}
         given = {request: forced_token_ids(self._leader.requests[request].sampling_params) for request in leading}
         sampled = {own: index for own, index in leading.items() if given[own] is None and wanted[own]}
-        self._plan = self._agreed(self.lookahead.choose(sampled, len(self._runners))) if sampled else {}
-        drafts = self.drafter.propose(self._plan) if self._plan else {}
+        self._looked_up = self._look_up(sampled)
+        self._plan = self._agreed(self._choose(sampled)) if sampled else {}
+        guesses = self.drafter.propose(self._plan) if self._plan else {}
+        drafts = {request: self._up_to_the_end(request, token_ids) for request, token_ids in guesses.items()}
         for request, response in given.items():
             if response is not None:
                 drafts[request] = list(response[self._num_outputs(request) :])
         return {request: token_ids[: wanted[request]] for request, token_ids in drafts.items()}
+
+    def _look_up(self, requests: Iterable[str]) -> dict[str, _LookedUp]:
+        if self._ngram is None:
+            return {}
+        return {
+            request: _LookedUp(self._num_outputs(request), *self._ngram.look_up(request, self._max_tokens))
+            for request in requests
+        }
+
+    def _choose(self, leading: dict[str, int]) -> dict[str, Ahead]:
+        matches = {request: Match(own.num_matched, len(own.token_ids)) for request, own in self._looked_up.items()}
+        return self.lookahead.choose(leading, len(self._runners), matches)
 
     def _agreed(self, plan: dict[str, Ahead]) -> dict[str, Ahead]:
         """The first rank's plan: clocks differ, and ranks with plans of their own would wait for each other forever."""
@@ -86,6 +124,8 @@ class Speculation:
     def _num_wanted(self, request: str, state: CachedRequestState) -> int:
         """How many drafts may help: the last token needs none, and near the end of the context not all have room."""
         assert state.sampling_params is not None
+        if state.output_token_ids and state.output_token_ids[-1] in _ending_ids(state.sampling_params):
+            return 0
         batches = (runner.input_batch for runner in self._runners)
         longest = max(int(batch.num_tokens_no_spec[batch.req_id_to_index[request]]) for batch in batches)
         most = self._leader.num_spec_tokens
@@ -94,5 +134,17 @@ class Speculation:
         max_tokens = state.sampling_params.max_tokens
         return most if max_tokens is None else max(min(most, max_tokens - len(state.output_token_ids) - 1), 0)
 
+    def _up_to_the_end(self, request: str, token_ids: list[int]) -> list[int]:
+        """Drafts without those behind a token that ends the response."""
+        params = self._leader.requests[request].sampling_params
+        assert params is not None
+        ends = _ending_ids(params)
+        return token_ids[: next((index + 1 for index, own in enumerate(token_ids) if own in ends), len(token_ids))]
+
     def _num_outputs(self, request: str) -> int:
         return len(self._leader.requests[request].output_token_ids)
+
+
+def _ending_ids(params: SamplingParams) -> set[int | None]:
+    """Tokens that end the response, as the scheduler will find."""
+    return {params.eos_token_id, *(params.stop_token_ids or ())}

@@ -39,6 +39,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "async-pressure-budget-16": {"force_async": True, **PRESSURE, **BUDGET_16},
     "sync-paced": PACED,
     "async-pressure-paced": {"force_async": True, **PRESSURE, **PACED},
+    "speculation": {"speculation": {}},
     "drafts": DRAFTS,
     "drafts-budget-16": {**DRAFTS, **BUDGET_16},
     "drafts-pressure": {**DRAFTS, **PRESSURE},
@@ -75,7 +76,7 @@ def engine_of(tiny_fusion: Path, shared_groups: None) -> Iterator[Callable[[str]
         if configuration not in engines:
             engine = InProcessEngine(tiny_fusion, **CONFIGURATIONS[configuration], **GRAMMAR)
             engines[configuration] = stack.enter_context(engine)
-            if "speculation" in CONFIGURATIONS[configuration]:
+            if configuration.startswith("drafts"):
                 engine.drafter = Noisy(engine.drafter)
         return engines[configuration]
 

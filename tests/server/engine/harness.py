@@ -67,7 +67,8 @@ class InProcessEngine:
 
     def __init__(self, fusion_path: Path, *, force_async: bool = False, **options: Any) -> None:
         fusion = load_fusion(fusion_path)
-        options = {"max_step_seconds": 0, **options}  # else the schedule would depend on how busy the machine is
+        # Else the schedule would depend on how busy the machine is.
+        options = {"max_step_seconds": 0, "speculation": {"max_tokens": 0}, **options}
         args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), options))
         if force_async:
             args = AsyncOnCPUEngineArgs(**{f.name: getattr(args, f.name) for f in fields(args)})

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from tests.server.engine.harness import Arrival, InProcessEngine, Noisy, greedy,
 from tests.server.engine.judge import Judge
 from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 from ultrafuser.server.engine.worker import verifying
-from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
-from ultrafuser.server.engine.worker.lookahead import Ahead, Cost
+from ultrafuser.server.engine.worker.drafting import Drafter, EitherDrafter, LeadingDrafter, NgramDrafter
+from ultrafuser.server.engine.worker.experience import Cost
+from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (50, 50, 50), (5, 90, 33), (64, 1, 2), (40, 33, 31)]
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
@@ -87,17 +89,51 @@ def test_tokens_and_weights_are_the_references(
         assert num_steps < NUM_TOKENS / 2 + len(BATCH) * apart
 
 
-@pytest.mark.parametrize("kind", [LeadingDrafter, NgramDrafter])
+class Alternating:
+    """Plans of a drafter that takes both kinds: what was seen before for every other request."""
+
+    def __init__(self, own: Drafter) -> None:
+        self._own = own
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """Guesses of both."""
+        mixed = enumerate(plan.items())
+        return self._own.propose({own: replace(ahead, drafter=NGRAM) if i % 2 else ahead for i, (own, ahead) in mixed})
+
+
+def drafter_of_kind(kind: str, engine: InProcessEngine) -> Drafter:
+    """One of our drafters for the engine."""
+    runners = engine.runner.runners
+    leading, ngram = LeadingDrafter(runners, 320, Cost()), NgramDrafter(runners[0], 320)
+    kinds: dict[str, Drafter] = {
+        "leading": leading,
+        "ngram": ngram,
+        "either": Alternating(EitherDrafter(leading, ngram)),
+    }
+    return kinds[kind]
+
+
+@pytest.mark.parametrize("kind", ["leading", "ngram", "either"])
 @pytest.mark.parametrize("configuration", ["drafts", "drafts-budget-16", "drafts-pressure"])
 def test_each_drafter_leaves_the_tokens_as_they_are(
-    engine_of: Callable[[str], InProcessEngine], judge: Judge, configuration: str, kind: Any
+    engine_of: Callable[[str], InProcessEngine], judge: Judge, configuration: str, kind: str
 ) -> None:
     engine = engine_of(configuration)
-    runners = engine.runner.runners
-    drafter = LeadingDrafter(runners, 320, Cost()) if kind is LeadingDrafter else NgramDrafter(runners[0], 320)
+    drafter = drafter_of_kind(kind, engine)
     arrivals = [Arrival(prompts, greedy(NUM_TOKENS), step=index) for index, prompts in enumerate(BATCH)]
     outputs, _ = serve(engine, drafter, arrivals)
     assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
+
+
+def test_what_pays_is_chosen_by_what_was_measured(engine_of: Callable[[str], InProcessEngine], judge: Judge) -> None:
+    """As it runs by default: drafts of both kinds are weighed, those that were only looked up included."""
+    engine = engine_of("speculation")
+    arrivals = [Arrival(prompts, greedy(NUM_TOKENS), step=index) for index, prompts in enumerate(BATCH)]
+    outputs = engine.generate(arrivals)
+    assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
+    assert engine.runner.speculation is not None
+    kinds = engine.runner.speculation.lookahead.experience.kinds
+    assert {drafter for drafter, _ in kinds} > {NGRAM}
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -172,11 +208,11 @@ def test_tokens_behind_drafts_follow_the_fused_distribution(
     params = SamplingParams(temperature=1.0, top_k=4, max_tokens=3, ignore_eos=True, n=num_draws, seed=77)
     ((output,), _) = serve(engine, drafter, [Arrival(prompts, params)])
     drawn = Counter(tuple(own.token_ids[:2]) for own in output.outputs)
-    share_of_first = first_V[list(second_of)].softmax(dim=0).tolist()
+    share_of_first = first_V[list(second_of)].double().softmax(dim=0).tolist()
     expected = {
         (first, second): num_draws * share * own_share
         for (first, seconds), share in zip(likeliest.items(), share_of_first, strict=True)
-        for second, own_share in zip(seconds, second_of[first][seconds].softmax(dim=0).tolist(), strict=True)
+        for second, own_share in zip(seconds, second_of[first][seconds].double().softmax(dim=0).tolist(), strict=True)
     }
     assert set(drawn) <= set(expected)
     assert drafter.num_drafted == num_draws

@@ -226,7 +226,7 @@ def max_step_seconds(fusion_path: Path, **options: Any) -> Any:
     return arguments["additional_config"][ADDITIONAL_CONFIG_KEY]["max_step_seconds"]
 
 
-@pytest.mark.parametrize("given", [None, {"max_tokens": 0}])
+@pytest.mark.parametrize("given", [{"max_tokens": 0}, {"drafter": "ngram", "max_tokens": 0}])
 def test_without_drafts_vllm_is_told_of_none(tiny_fusion: Path, given: dict[str, int] | None) -> None:
     fusion = load_fusion(tiny_fusion)
     arguments = engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})
@@ -249,6 +249,26 @@ def test_speculation_that_cannot_be_is_refused(tiny_fusion: Path, given: dict[st
         engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})
 
 
-def test_speculation_beside_async_scheduling_is_refused_before_weights_are_prepared() -> None:
+def num_drafts(fusion_path: Path, **options: Any) -> int:
+    """How many tokens the engine would be started to guess ahead."""
+    fusion = load_fusion(fusion_path)
+    config = engine_arguments(fusion, inspect_fusion(fusion), options)["speculative_config"]
+    return 0 if config is None else config["num_speculative_tokens"]
+
+
+def test_tokens_are_guessed_ahead_by_default_on_a_cpu_alone(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_drafts(tiny_fusion) == num_drafts(tiny_fusion, speculation={}) == 4
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    assert num_drafts(tiny_fusion) == 0
+    assert num_drafts(tiny_fusion, speculation={}) == 4
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 2}, {}])
+def test_speculation_beside_async_scheduling_is_refused_before_weights_are_prepared(given: dict[str, int]) -> None:
     with pytest.raises(EngineOptionError, match=r"^async_scheduling: does not go with speculation"):
-        check_engine_options({"async_scheduling": True, "speculation": {"max_tokens": 2}})
+        check_engine_options({"async_scheduling": True, "speculation": given})
+
+
+@pytest.mark.parametrize("given", [{}, {"speculation": None}, {"speculation": {"max_tokens": 0}}])
+def test_asynchronous_scheduling_ends_what_is_only_a_default(tiny_fusion: Path, given: dict[str, Any]) -> None:
+    assert num_drafts(tiny_fusion, async_scheduling=True, **given) == 0

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from ultrafuser.server.engine.worker.lookahead import Cost, Lookahead
+from ultrafuser.server.engine.worker.experience import MIN_SAMPLES
+from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead, Lookahead, Match
 
 NUM_SPECIALISTS = 3
 LONGEST = 4
@@ -45,7 +46,7 @@ class Machine:
                     num_right += 1
                 num_tokens += num_right + 1
                 if ahead.num_tokens:
-                    lookahead.add_round(request, leading[request], ahead.drafter, ahead.num_tokens, num_right)
+                    lookahead.experience.add(request, ahead.drafter, leading[request], ahead.num_tokens, num_right)
             num_drafts.append(num_rows - len(plan))
             plan = lookahead.choose(leading, NUM_SPECIALISTS)
         return num_tokens / seconds, num_drafts
@@ -91,7 +92,7 @@ def test_drafts_that_are_never_right_are_tried_one_step_in_fifty() -> None:
 def test_drafts_that_become_right_are_found_again() -> None:
     lookahead = Lookahead(0, LONGEST)
     Machine(CPU, 0.9, own_drafts(0.0)).serve(lookahead, ALONE, 200)
-    lookahead.forget_all_but([])
+    lookahead.experience.forget_all_but([])
     _, num_drafts = Machine(CPU, 0.9, own_drafts(1.0)).serve(lookahead, ALONE, 1000)
     assert min(num_drafts[-20:]) >= 2
 
@@ -109,19 +110,52 @@ def test_a_fixed_length_is_always_taken_and_the_leading_specialist_drafts() -> N
     assert {ahead.num_tokens for ahead in plan.values()} == {3}
 
 
-def test_a_cost_follows_rows_and_forgives_an_outlier() -> None:
-    cost = Cost()
-    for _ in range(50):
-        for num_rows in (1, 2, 5):
-            cost.add(num_rows, 2.0 + 0.5 * num_rows)
-    assert cost.of(9) == pytest.approx(6.5, rel=0.05)
-    cost.add(5, 1000.0)
-    assert cost.of(9) < 8
-
-
-def test_requests_that_have_ended_are_forgotten() -> None:
+def learned(right: float, looked_up_right: float, step: tuple[float, float] = CPU) -> Lookahead:
+    """What a machine teaches whose leading specialist's drafts, and those that were seen before, are right so often."""
     lookahead = Lookahead(0, LONGEST)
-    for name in "ab":
-        lookahead.add_round(name, 0, 0, 4, 4)
-    lookahead.forget_all_but(["b"])
-    assert {request for request, _ in lookahead._of_requests} == {"b"}
+    Machine(step, 0.9, own_drafts(right)).serve(lookahead, MIXED, 200)
+    for _ in range(100):
+        for request in MIXED:
+            lookahead.experience.add(request, NGRAM, 5, LONGEST, int(looked_up_right * LONGEST))
+    return lookahead
+
+
+def drafters_of(plan: Mapping[str, Ahead]) -> dict[str, int]:
+    """Who drafts for each request that is drafted for."""
+    return {request: ahead.drafter for request, ahead in plan.items() if ahead.num_tokens}
+
+
+def test_what_was_seen_before_is_taken_where_it_is_as_often_right_since_it_costs_no_pass() -> None:
+    lookahead = learned(right=0.9, looked_up_right=1.0)
+    everywhere = dict.fromkeys(MIXED, Match(5, LONGEST))
+    assert drafters_of(lookahead.choose(MIXED, NUM_SPECIALISTS, everywhere)) == dict.fromkeys(MIXED, NGRAM)
+    assert NGRAM not in drafters_of(lookahead.choose(MIXED, NUM_SPECIALISTS)).values()
+
+
+def test_a_specialist_drafts_where_what_was_seen_before_is_seldom_right() -> None:
+    lookahead = learned(right=0.95, looked_up_right=0.0)
+    plan = lookahead.choose(ALONE, NUM_SPECIALISTS, {"a": Match(5, LONGEST)})
+    assert drafters_of(plan) == ALONE
+
+
+def test_no_more_is_drafted_than_was_seen() -> None:
+    lookahead = learned(right=0.0, looked_up_right=1.0)
+    plan = lookahead.choose(ALONE, NUM_SPECIALISTS, {"a": Match(5, 2)})
+    assert plan == {"a": Ahead(NGRAM, 2)}
+
+
+def test_what_was_found_for_one_request_leaves_the_others_their_specialists() -> None:
+    lookahead = learned(right=0.95, looked_up_right=1.0, step=MEMORY_BOUND)
+    found = {request: Match(5, LONGEST if request == "b" else 0) for request in MIXED}
+    drafters = drafters_of(lookahead.choose(MIXED, NUM_SPECIALISTS, found))
+    assert drafters["b"] == NGRAM
+    assert NGRAM not in {drafters[own] for own in drafters if own != "b"}
+
+
+def test_without_specialists_only_what_was_seen_is_drafted() -> None:
+    lookahead = Lookahead(0, LONGEST, only_looks_up=True)
+    for _ in range(MIN_SAMPLES):
+        lookahead.step.add(1, 1.0)
+    lookahead.step.add(5, 1.1)
+    plan = lookahead.choose(MIXED, NUM_SPECIALISTS, {request: Match(0, 0) for request in MIXED} | {"a": Match(5, 3)})
+    assert drafters_of(plan) == {"a": NGRAM}
