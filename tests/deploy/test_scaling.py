@@ -11,14 +11,15 @@ BYTES = 2
 
 
 def rows(num_columns: int) -> dict[str, list[str]]:
-    """The rows of the table with so many columns, by their first two cells."""
+    """The rows of the table with so many columns, by the cells that name them."""
     lines = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
     cells = [[cell.strip(" `") for cell in line] for line in lines if len(line) == num_columns]
-    return {" ".join(row[:2]): row for row in cells}
+    return {" ".join(row[: 5 if num_columns == 10 else 2]): row for row in cells}
 
 
 FUSIONS = {row[0]: [float(cell) for cell in row[1:]] for row in rows(8).values()}
 SERVERS = rows(7)
+SPECULATIONS = rows(10)
 
 
 @pytest.mark.parametrize("name", FUSIONS)
@@ -41,9 +42,24 @@ def test_floor_and_room_follow_from_weights_and_gpus(server: str) -> None:
     assert requests == tokens // 2048
 
 
+@pytest.mark.parametrize("case", SPECULATIONS)
+def test_what_drafts_gain_follows_from_how_often_they_are_right(case: str) -> None:
+    name, gpus, *cells = SPECULATIONS[case]
+    teraflops, share, num_drafts, tokens, without_ms, with_ms, one_ms, requests = map(float, cells)
+    specialists, *_, billions, _, _ = FUSIONS[name]
+    bandwidth = float(SERVERS[f"{name} {gpus}"][3])
+    exact_one_ms = 1000 * billions * BYTES / (int(gpus.split()[0]) * bandwidth)
+    expected = sum(share**power for power in range(int(num_drafts) + 1))
+    assert (one_ms, tokens) == (round(exact_one_ms, 1), round(expected, 2))
+    assert without_ms == float(SERVERS[f"{name} {gpus}"][4])
+    assert with_ms == round((num_drafts + specialists) * exact_one_ms / expected, 1)
+    assert requests == teraflops * 1000 / bandwidth // (1 + num_drafts)
+
+
 def test_there_are_tables_and_they_say_that_they_are_computed() -> None:
     assert len(FUSIONS) == 3
     assert len(SERVERS) > 8
+    assert len(SPECULATIONS) == 6
     assert "Every number on this page is computed" in PAGE
     (quoted,) = re.findall(r"one H200 \((\d+) each\)", PAGE)
     assert SERVERS["qwen2.5-7b 1 x H200"][-1] == quoted
