@@ -13,13 +13,17 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.extra_args import forced_token_ids
+from ultrafuser.server.engine.shared.round import Decision, Undrafted
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
-from ultrafuser.server.engine.worker.lookahead import Ahead, Lookahead
+from ultrafuser.server.engine.worker.lookahead import MIN_SAMPLES, Ahead, Lookahead
 
 
 class Speculation:
     """Drafts for the requests of a worker."""
+
+    decisions: dict[str, Decision]
+    """What was done for the requests of the next step; nothing for those whose response is given."""
 
     def __init__(self, runners: Sequence[GPUModelRunner], settings: SpeculationSettings, num_shared_ids: int) -> None:
         """`runners[0]` is the leader."""
@@ -30,8 +34,10 @@ class Speculation:
             self.drafter = NgramDrafter(self._leader, num_shared_ids)
         else:
             self.drafter = LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)
+        self._kind = settings.drafter
         self._leading: dict[str, int] = {}
         self._plan: dict[str, Ahead] = {}
+        self.decisions = {}
 
     def go_on(self, ending: Sequence[Row], marks_XB: Tensor | None, seconds: float | None) -> None:
         """Learn from a step whose tokens all runners know, and draft what follows them.
@@ -76,7 +82,23 @@ class Speculation:
         for request, response in given.items():
             if response is not None:
                 drafts[request] = list(response[self._num_outputs(request) :])
-        return {request: token_ids[: wanted[request]] for request, token_ids in drafts.items()}
+        drafts = {request: token_ids[: wanted[request]] for request, token_ids in drafts.items()}
+        sampling = [request for request, response in given.items() if response is None]
+        self.decisions = {request: self._decision(request, bool(drafts.get(request))) for request in sampling}
+        return drafts
+
+    def _decision(self, request: str, is_drafted: bool) -> Decision:
+        if is_drafted:
+            return Decision(self._kind)
+        if request not in self._plan:
+            params = self._leader.requests[request].sampling_params
+            assert params is not None
+            is_last = params.max_tokens is not None and params.max_tokens - self._num_outputs(request) <= 1
+            return Decision(None, Undrafted.LAST_TOKEN if is_last else Undrafted.CONTEXT)
+        if self._plan[request].num_tokens:
+            return Decision(None, Undrafted.NOTHING_FOUND)
+        is_measured = self.lookahead.step.num_samples >= MIN_SAMPLES
+        return Decision(None, Undrafted.UNPAID if is_measured else Undrafted.UNMEASURED)
 
     def _agreed(self, plan: dict[str, Ahead]) -> dict[str, Ahead]:
         """The first rank's plan: clocks differ, and ranks with plans of their own would wait for each other forever."""
