@@ -1,6 +1,7 @@
 """A server that runs ahead, over the wire: the answers of one that does not, several tokens an event with all that is
 told of each, marks of drafted tokens, and what became of the drafts."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import httpx
 import pytest
 
 from tests.e2e.asking import ask, events
+from tests.e2e.browser import Page
 from tests.e2e.conftest import MODEL, NO_SPACES
+from tests.e2e.playground import TOKENS, export, load, received, text_of
+from tests.e2e.playground import ask as page_asks
 from tests.e2e.process import ServerProcess, wait_for
 
 MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
@@ -62,7 +66,7 @@ def all_told(chunks: list[Any], index: int = 0) -> list[Any]:
     return [token for choice in choices_in(chunks, index) for token in told_of_tokens(choice)]
 
 
-def text_of(choice: Any) -> str:
+def said(choice: Any) -> str:
     part = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
     return part.get("content") or ""
 
@@ -86,7 +90,7 @@ def test_events_of_several_tokens_tell_of_each_what_one_by_one_is_told(
     whole, chunks = ask(ahead, asked, path), events(ahead, asked, path)
     (choice,) = whole["choices"]
     (plain,) = ask(server, asked, path)["choices"]
-    assert "".join(map(text_of, choices_in(chunks))) == text_of(choice) == text_of(plain)
+    assert "".join(map(said, choices_in(chunks))) == said(choice) == said(plain)
     check_same(told_of_tokens(choice), told_of_tokens(plain), drafted_too=False)
     check_same(all_told(chunks), told_of_tokens(choice))
     counts = [len(choice.get("token_ids") or []) for choice in choices_in(chunks)]
@@ -268,3 +272,34 @@ def test_a_given_text_is_read_alike_and_counts_as_no_draft(ahead: ServerProcess,
         assert token["gate_weights"] == pytest.approx(own["gate_weights"], abs=TOLERANCE)
     assert grown["vllm accepted"] > 10
     assert {grown[name] for name in NAMES if not name.startswith("vllm")} == {0}
+
+
+def test_the_playground_marks_what_was_guessed_ahead(ahead: ServerProcess, browser: Page) -> None:
+    browser.resize(1280, 860)
+    load(browser, ahead.url)
+    page_asks(browser, MESSAGES[0]["content"], temperature=0, max_completion_tokens=40)
+    choices = [choice for event in received(browser) for choice in event["choices"]]
+    drafted = [mark for choice in choices for mark in choice.get("drafted", {"content": []})["content"]]
+    assert 0 < sum(drafted) < len(drafted)
+    shown = browser.evaluate(f"[...{TOKENS}].map(token => token.classList.contains('drafted'))")
+    assert shown == drafted
+    line = f"[...{TOKENS}].map(token => getComputedStyle(token).boxShadow !== 'none')"
+    assert browser.evaluate(line) == drafted
+    share = f"{100 * sum(drafted) / len(drafted):.0f} %"
+    assert text_of(browser, "#drafted-share") == share
+    facts = text_of(browser, ".facts")
+    assert re.search(rf"^{len(drafted)} tokens.* · [0-9.]+ tokens/s · {share} drafted$", facts), facts
+    assert re.fullmatch(r"[0-9.]+ tokens/s", text_of(browser, "#speed"))
+    for is_drafted in (True, False):
+        place = drafted.index(is_drafted)
+        browser.point_at(f"{TOKENS}[{place}]")
+        browser.wait_until(f"{TOKENS}[{place}].getAttribute('aria-describedby') === 'card'")
+        assert ("guessed ahead" in text_of(browser, "#card")) == is_drafted
+    (turn,) = export(browser)["turns"]
+    assert [token["drafted"] for token in turn["tokens"]] == drafted
+    assert turn["drafted_share"] == sum(drafted) / len(drafted)
+    assert turn["tokens_per_second"] > 0
+    browser.click("document.querySelector('#new')")
+    assert browser.evaluate("document.querySelector('#drafted').hidden")
+    assert text_of(browser, "#speed") == "\u2013"
+    assert browser.problems == []
