@@ -65,7 +65,7 @@ SERVICE = [
             ),
             Panel(
                 "Time between tokens",
-                "What a reader of a stream feels.",
+                "What a reader of a stream feels. With speculation: between steps, each of which may give several.",
                 "s",
                 quantiles("vllm:inter_token_latency_seconds"),
             ),
@@ -150,6 +150,7 @@ SERVICE = [
 
 _FORWARD = "fused_specialist_forward_seconds"
 _FUSING = rate("fused_overhead_seconds_sum")
+_DRAFTS = rate("fused_draft_tokens_total", "drafter")
 
 FUSION = [
     Row(
@@ -225,6 +226,45 @@ FUSION = [
                 "short",
                 {"{{source}}": f"sum by (source) (increase(fused_nonfinite_total{_ALL}[$__range]))"},
                 "stat",
+            ),
+        ],
+    ),
+    Row(
+        "Running ahead",
+        [
+            Panel(
+                "Tokens a round",
+                "What a request is given in a step: 1 without speculation or where no draft holds.",
+                "short",
+                {"mean": mean("fused_tokens_per_round")},
+            ),
+            Panel(
+                "Drafts that held",
+                "Share of those verified, by who made them. Alert: below a fifth for half an hour.",
+                "percentunit",
+                {"{{drafter}}": f"{rate('fused_accepted_tokens_total', 'drafter')} / {_DRAFTS}"},
+            ),
+            Panel("Drafts", "Verified a second, by who made them.", "short", {"{{drafter}}": _DRAFTS}),
+            Panel(
+                "Drafts a round",
+                "How often each number was taken for a request and step; in the bucket 0 it had none.",
+                "short",
+                {"{{le}}": rate("fused_drafts_per_round_bucket", "le")},
+                "heatmap",
+                12,
+            ),
+            Panel(
+                "Rounds without a draft",
+                "Share of rounds, by the reason.",
+                "percentunit",
+                {
+                    "{{reason}}": (
+                        f"{rate('fused_undrafted_requests_total', 'reason')}"
+                        f" / ignoring (reason) group_left () {rate('fused_drafts_per_round_count')}"
+                    )
+                },
+                width=12,
+                is_stacked=True,
             ),
         ],
     ),

@@ -14,7 +14,8 @@ class FusedLLM(OfflineEngine):
 
     A prompt may also be a mapping `{"specialist_prompts": [[...], ...]}` with one list of token ids per
     specialist. Text and plain token ids are the same for all specialists. With `extra_args={"gate_weights": True}` in
-    the sampling parameters, completions have `gate_weights`: float32 [tokens, specialists].
+    the sampling parameters, completions have `gate_weights`: float32 [tokens, specialists]; and with `drafted`, or
+    either of the two, `drafted`: bool [tokens], which of them were guessed ahead.
 
     Used in a `with` statement, or ended by `shutdown`, it gives its processes and its cache back.
     """

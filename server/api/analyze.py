@@ -15,8 +15,8 @@ from ultrafuser.server.errors import ContextTooLong, InvalidRequest
 from ultrafuser.server.requests.checked_route import CheckedRoute
 from ultrafuser.server.requests.checks import check_request
 from ultrafuser.server.requests.limits import RequestBounds
+from ultrafuser.server.requests.mark_fields import GATE_WEIGHTS
 from ultrafuser.server.requests.unsupported import refuse_calls
-from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
 from ultrafuser.server.serving.serving import Serving
 from ultrafuser.server.serving.text_tokens import TextToken, tokens_of
 from ultrafuser.server.serving.translation import error_in

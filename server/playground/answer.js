@@ -1,7 +1,7 @@
 // @ts-check
 /** One turn on the page: the question, the answer token by token, and below it what the answer was made of. */
 
-import { classesOf, element, filled, inDigits, nameTag } from "./marks.js";
+import { asSpeed, classesOf, element, filled, inDigits, inWholePercent, nameTag } from "./marks.js";
 import { CodeFences, leaderOf, strengthOf } from "./tokens.js";
 import { walkWithKeys } from "./walk.js";
 
@@ -102,6 +102,7 @@ function spanOf(token, isCode) {
   if (/^\s*\n\s*$/.test(token.text)) shown.classList.add("line-end");
   else if (NO_GLYPH.test(token.text) && token.text !== "\t") shown.classList.add("silent");
   shown.classList.toggle("code", isCode);
+  shown.classList.toggle("drafted", token.drafted);
   return shown;
 }
 
@@ -109,11 +110,22 @@ function spanOf(token, isCode) {
  * @param {Turn} turn
  * @returns {string}
  */
-function factsOf({ tokens, finishReason, isStopped, error }) {
-  const count = `${tokens.length} ${tokens.length === 1 ? "token" : "tokens"}`;
-  if (isStopped) return `${count}, stopped by you`;
-  if (error) return `${count}, not finished`;
-  return finishReason === "length" ? `${count}, cut at the longest answer` : count;
+function factsOf(turn) {
+  const { tokens, means, pace } = turn;
+  const facts = [`${tokens.length} ${tokens.length === 1 ? "token" : "tokens"}${endOf(turn)}`];
+  if (pace.tokensPerSecond !== null) facts.push(asSpeed(pace.tokensPerSecond));
+  if (means.drafted) facts.push(`${inWholePercent(means.drafted)} drafted`);
+  return facts.join(" · ");
+}
+
+/**
+ * @param {Turn} turn
+ * @returns {string}
+ */
+function endOf({ finishReason, isStopped, error }) {
+  if (isStopped) return ", stopped by you";
+  if (error) return ", not finished";
+  return finishReason === "length" ? ", cut at the longest answer" : "";
 }
 
 /**

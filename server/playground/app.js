@@ -9,7 +9,7 @@ import { Conversation, Turn } from "./conversation.js";
 import { ApiError, explain } from "./errors.js";
 import { KeyDialog } from "./key.js";
 import { MixPanel } from "./mix.js";
-import { Aligner, Means, readTokens } from "./tokens.js";
+import { Aligner, Means, Pace, readTokens } from "./tokens.js";
 
 /** @param {string} id */
 const byId = (id) => /** @type {HTMLElement} */ (document.getElementById(id));
@@ -92,10 +92,11 @@ class Playground {
     this.#setRunning(running);
     conversation.system = this.#controls.system;
     conversation.model = this.#model;
-    Object.assign(turn, { tokens: [], means: new Means(), error: null, isStopped: false, finishReason: null, usage: null });
+    Object.assign(turn, { tokens: [], means: new Means(), pace: new Pace() });
+    Object.assign(turn, { error: null, isStopped: false, finishReason: null, usage: null });
     turn.request = { ...(this.#model && { model: this.#model }), ...FIXED_FIELDS, ...sampling };
     view.begin();
-    this.#mix.show(turn.means);
+    this.#mix.show(turn);
     this.#scroll(true);
     /** @type {unknown} */
     let failure = null;
@@ -131,7 +132,7 @@ class Playground {
         turn.add(token);
         view.add(token);
       }
-      if (conversation === this.#conversation) this.#mix.show(turn.means);
+      if (conversation === this.#conversation) this.#mix.show(turn);
       this.#scroll();
     };
     try {
@@ -140,7 +141,9 @@ class Playground {
         if (event.usage) turn.usage = event.usage;
         for (const choice of event.choices) {
           turn.finishReason = choice.finish_reason ?? turn.finishReason;
-          add(aligner.push(readTokens(choice), choice.delta.content ?? ""));
+          const tokens = readTokens(choice);
+          turn.pace.push(tokens.length, performance.now());
+          add(aligner.push(tokens, choice.delta.content ?? ""));
         }
       }
     } finally {
@@ -184,7 +187,7 @@ class Playground {
     for (const turn of log.querySelectorAll(".turn")) turn.remove();
     byId("empty").hidden = false;
     byId("status").textContent = "New chat.";
-    this.#mix.show(new Means());
+    this.#mix.show(new Turn(""));
     message.focus();
   }
 
@@ -214,6 +217,7 @@ const FIXED_FIELDS = {
   stream: true,
   stream_options: { include_usage: true },
   gate_weights: true,
+  drafted: true,
   logprobs: true,
   return_token_ids: true,
 };

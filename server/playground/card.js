@@ -87,6 +87,7 @@ function contentOf(token, specialists) {
   /** @type {HTMLElement[]} */
   const parts = [head];
   if (token.text === "") parts.push(element("p", "card-note", noteOn(token)));
+  if (token.drafted) parts.push(element("p", "card-note", "Drafted: guessed ahead, then verified."));
   if (token.weights) parts.push(weightsOf(token.weights, specialists), factsOf(token.weights, token.logprob));
   if (token.top.length > 0) parts.push(alternativesOf(token));
   return parts;

@@ -1,7 +1,7 @@
 // @ts-check
 /** A conversation as data: what is sent with the next question, and what is exported. Knows no page and no server. */
 
-import { entropyOf, Means } from "./tokens.js";
+import { entropyOf, Means, Pace } from "./tokens.js";
 
 /** @typedef {import("./tokens.js").Token} Token */
 /** @typedef {import("./errors.js").Explanation} Explanation */
@@ -20,6 +20,7 @@ export class Turn {
   error = null;
   isStopped = false;
   means = new Means();
+  pace = new Pace();
 
   /** @param {string} question */
   constructor(question) {
@@ -81,6 +82,8 @@ export class Conversation {
         usage: turn.usage,
         mean: turn.means.weights,
         mean_entropy_nats: turn.means.entropy,
+        drafted_share: turn.means.drafted,
+        tokens_per_second: turn.pace.tokensPerSecond,
         tokens: turn.tokens.map(exported),
       })),
     };
@@ -88,7 +91,8 @@ export class Conversation {
 }
 
 /** @param {Token} token */
-function exported({ text, name, id, weights, logprob, top }) {
+function exported({ text, name, id, weights, drafted, logprob, top }) {
   const entropy = weights ? entropyOf(weights) : null;
-  return { text, token: name, token_id: id, gate_weights: weights, entropy_nats: entropy, logprob, top_logprobs: top };
+  const shown = { text, token: name, token_id: id, gate_weights: weights, entropy_nats: entropy };
+  return { ...shown, drafted, logprob, top_logprobs: top };
 }

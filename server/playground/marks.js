@@ -89,6 +89,22 @@ export function inDigits(weight) {
 }
 
 /**
+ * @param {number} perSecond
+ * @returns {string} in two digits or more
+ */
+export function asSpeed(perSecond) {
+  return `${perSecond.toFixed(perSecond < 10 ? 1 : 0)} tokens/s`;
+}
+
+/**
+ * @param {number} share
+ * @returns {string}
+ */
+export function inWholePercent(share) {
+  return `${(100 * share).toFixed(0)} %`;
+}
+
+/**
  * @param {number} logprob
  * @returns {string} the probability
  */

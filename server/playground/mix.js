@@ -1,9 +1,10 @@
 // @ts-check
-/** The panel beside the conversation: the legend, and what the latest answer's weights are in the mean. */
+/** The panel beside the conversation: the legend, what the latest answer's weights are in the mean, and how fast it
+ * comes. */
 
-import { bar, element, inDigits, nameTag } from "./marks.js";
+import { asSpeed, bar, element, inDigits, inWholePercent, nameTag } from "./marks.js";
 
-/** @typedef {import("./tokens.js").Means} Means */
+/** @typedef {import("./conversation.js").Turn} Turn */
 
 export class MixPanel {
   /** @type {{filled: HTMLElement, number: HTMLElement}[]} */
@@ -15,6 +16,9 @@ export class MixPanel {
     this.count = /** @type {HTMLElement} */ (page.getElementById("num-tokens"));
     this.entropy = /** @type {HTMLElement} */ (page.getElementById("entropy"));
     this.entropyBar = /** @type {HTMLElement} */ (page.getElementById("entropy-bar"));
+    this.speed = /** @type {HTMLElement} */ (page.getElementById("speed"));
+    this.drafted = /** @type {HTMLElement} */ (page.getElementById("drafted"));
+    this.draftedShare = /** @type {HTMLElement} */ (page.getElementById("drafted-share"));
     this.most = /** @type {HTMLElement} */ (page.getElementById("entropy-most"));
   }
 
@@ -32,8 +36,8 @@ export class MixPanel {
     this.most.textContent = inDigits(Math.log(names.length));
   }
 
-  /** @param {Means} means of the answer that is shown */
-  show(means) {
+  /** @param {Turn} turn whose answer is shown */
+  show({ means, pace }) {
     const weights = means.weights;
     this.#rows.forEach(({ filled, number }, index) => {
       const weight = weights[index];
@@ -44,5 +48,8 @@ export class MixPanel {
     this.count.textContent = means.count ? String(means.count) : "–";
     this.entropy.textContent = means.count ? inDigits(means.entropy) : "–";
     this.entropyBar.style.setProperty("--share", String(means.entropy / most));
+    this.speed.textContent = pace.tokensPerSecond === null ? "–" : asSpeed(pace.tokensPerSecond);
+    this.drafted.hidden = means.drafted === 0;
+    this.draftedShare.textContent = inWholePercent(means.drafted);
   }
 }

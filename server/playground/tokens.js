@@ -13,6 +13,7 @@
  * @property {string} name its own text, whatever it adds
  * @property {number | null} id
  * @property {number[] | null} weights of the specialists
+ * @property {boolean} drafted whether it was guessed ahead
  * @property {number | null} logprob
  * @property {Alternative[]} top the likeliest tokens in its place
  */
@@ -25,12 +26,14 @@
 export function readTokens(choice) {
   const ids = choice.token_ids ?? [];
   const rows = choice.gate_weights?.content ?? [];
+  const drafts = choice.drafted?.content ?? [];
   const entries = choice.logprobs?.content ?? [];
   return Array.from({ length: Math.max(ids.length, rows.length, entries.length) }, (_, index) => ({
     text: "",
     name: entries[index]?.token ?? "",
     id: ids[index] ?? null,
     weights: rows[index] ?? null,
+    drafted: drafts[index] ?? false,
     logprob: entries[index]?.logprob ?? null,
     top: (entries[index]?.top_logprobs ?? []).map((/** @type {any} */ entry) => ({
       text: entry.token,
@@ -38,6 +41,9 @@ export function readTokens(choice) {
     })),
   }));
 }
+
+/** @type {Token} */
+const NO_TOKEN = { text: "", name: "", id: null, weights: null, drafted: false, logprob: null, top: [] };
 
 /**
  * Gives each token its part of the answer's text.
@@ -67,7 +73,7 @@ export class Aligner {
     const settled = this.#settle();
     const [first, ...others] = this.#waiting;
     if (first) settled.push({ ...first, text: this.#text }, ...others);
-    else if (this.#text) settled.push({ text: this.#text, name: "", id: null, weights: null, logprob: null, top: [] });
+    else if (this.#text) settled.push({ ...NO_TOKEN, text: this.#text });
     this.#waiting = [];
     this.#text = "";
     return settled;
@@ -141,13 +147,15 @@ export function entropyOf(weights) {
 /** Running means over an answer's tokens. */
 export class Means {
   count = 0;
+  #drafted = 0;
   #entropy = 0;
   /** @type {number[]} */
   #weights = [];
 
   /** @param {Token} token */
-  add({ weights }) {
+  add({ weights, drafted }) {
     if (!weights) return;
+    this.#drafted += drafted ? 1 : 0;
     this.#weights = weights.map((weight, index) => weight + (this.#weights[index] ?? 0));
     this.#entropy += entropyOf(weights);
     this.count += 1;
@@ -161,6 +169,35 @@ export class Means {
   /** @returns {number} nats */
   get entropy() {
     return this.count ? this.#entropy / this.count : 0;
+  }
+
+  /** @returns {number} share of the tokens that were guessed ahead */
+  get drafted() {
+    return this.count ? this.#drafted / this.count : 0;
+  }
+}
+
+/** How fast an answer comes: its tokens behind the first event's, which waits for the prompt, over their time. */
+export class Pace {
+  #count = 0;
+  /** @type {number | null} */
+  #begin = null;
+  #end = 0;
+
+  /**
+   * @param {number} numTokens of the next event
+   * @param {number} milliseconds when it came
+   */
+  push(numTokens, milliseconds) {
+    if (numTokens === 0) return;
+    if (this.#begin === null) this.#begin = milliseconds;
+    else this.#count += numTokens;
+    this.#end = milliseconds;
+  }
+
+  /** @returns {number | null} null before the second event */
+  get tokensPerSecond() {
+    return this.#begin !== null && this.#end > this.#begin ? (1000 * this.#count) / (this.#end - this.#begin) : null;
   }
 }
 

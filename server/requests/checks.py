@@ -13,6 +13,7 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 
 from ultrafuser.server.requests.context import cut_to_context
 from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
+from ultrafuser.server.requests.mark_fields import ask_for_marks
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
     COMPLETION_REFUSALS,
@@ -21,7 +22,6 @@ from ultrafuser.server.requests.unsupported import (
     refuse,
     refuse_calls,
 )
-from ultrafuser.server.requests.weights_field import ask_for_weights
 
 
 @singledispatch
@@ -60,7 +60,7 @@ def _check_completion(request: CompletionRequest, bounds: RequestBounds) -> None
 def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
     check_limits(request, bounds)
     cut_to_context(request, bounds.context_length)
-    ask_for_weights(request)
+    ask_for_marks(request)
     notice_unknown_fields(request)
 
 

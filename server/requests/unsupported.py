@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from ultrafuser.server.errors import UnsupportedParameter
 from ultrafuser.server.metrics import REFUSED
-from ultrafuser.server.requests.weights_field import GATE_WEIGHTS
+from ultrafuser.server.requests.mark_fields import MARK_FIELDS
 
 RESERVED_TEMPLATE_KEYS = frozenset(
     {"chat_template", "conversation", "eos_token", "model_config", "return_dict", "tokenize", "tokenizer", "tools"}
@@ -24,7 +24,7 @@ RESERVED_TEMPLATE_KEYS = frozenset(
 """Keys of `chat_template_kwargs` that belong to the server: they would change how, not what, is rendered."""
 
 RESERVED_EXTRA_ARGS = frozenset(
-    {"specialist_prompts", "forced_token_ids", "kv_transfer_params", "ec_transfer_params", GATE_WEIGHTS}
+    {"specialist_prompts", "forced_token_ids", "kv_transfer_params", "ec_transfer_params", *MARK_FIELDS}
 )
 """Keys of `vllm_xargs` that belong to the server."""
 
@@ -178,7 +178,7 @@ def refuse_calls(messages: Iterable[Any]) -> None:
 
 def notice_unknown_fields(request: BaseModel) -> None:
     """Log, once per name, fields that the API does not know: they are accepted and have no effect."""
-    for name in (request.model_extra or {}).keys() - {GATE_WEIGHTS} - _noticed:
+    for name in (request.model_extra or {}).keys() - {*MARK_FIELDS} - _noticed:
         # A client can invent names for ever; neither the log nor this set is to grow with them.
         if len(_noticed) < MAX_NOTICED_FIELDS:
             _noticed.add(name)

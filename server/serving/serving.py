@@ -1,8 +1,8 @@
 """vLLM's serving classes, wired for a fused model: our renderer, our errors, our names. Knows no routes.
 
 They are used as they are, but for four things: they put their own error object into a stream, where ours must be, they
-do not know the gate's weights, they would give the engine constraints that hold it up, and they read a tool call out of
-a stream and out of a whole answer in two ways.
+know nothing of weights and drafts, they would give the engine constraints that hold it up, and they read a tool call
+out of a stream and out of a whole answer in two ways.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from ultrafuser.server.errors import ApiError
 from ultrafuser.server.requests.context import cut_to_room
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.requests.limits import RequestBounds
-from ultrafuser.server.requests.weights_field import is_asked
+from ultrafuser.server.requests.mark_fields import asked_marks
 from ultrafuser.server.serving.constraints import (
     constraint_in,
     constraint_of,
@@ -44,8 +44,8 @@ from ultrafuser.server.serving.constraints import (
     leading_vocabulary,
 )
 from ultrafuser.server.serving.fingerprint import fingerprint
-from ultrafuser.server.serving.gate_weights import WeightsInEvents, add_to_choices
 from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.token_marks import MarksInEvents, add_to_choices
 from ultrafuser.server.serving.tool_calls import finish_reason, read_alike
 from ultrafuser.server.serving.translation import as_api_error, error_in
 from ultrafuser.server.settings import ServerSettings
@@ -81,7 +81,7 @@ class _Fused:
 
 
 class FusedServingChat(_Fused, OpenAIServingChat):
-    """vLLM's chat completions, with the gate's weights for those who ask."""
+    """vLLM's chat completions, with what is told of each token for those who ask."""
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         # A call that is demanded takes the place of every other form.
@@ -108,10 +108,10 @@ class FusedServingChat(_Fused, OpenAIServingChat):
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().chat_completion_stream_generator
-        if not is_asked(request):
+        if not asked_marks(request):
             return base(request, result_generator, *args, **kwargs)
-        weights = WeightsInEvents(request, self.specialists)
-        return weights.decorated(base(request, weights.watch(result_generator), *args, **kwargs))
+        marks = MarksInEvents(request, self.specialists)
+        return marks.decorated(base(request, marks.watch(result_generator), *args, **kwargs))
 
     async def chat_completion_full_generator(
         self, request: ChatCompletionRequest, result_generator: Any, *args: Any, **kwargs: Any
@@ -127,13 +127,12 @@ class FusedServingChat(_Fused, OpenAIServingChat):
         if isinstance(response, ChatCompletionResponse):
             for choice, output in zip(response.choices, last[0].outputs, strict=True):
                 choice.finish_reason = finish_reason(request, choice, output)
-            if is_asked(request):
-                add_to_choices(response, self.specialists, last[0].outputs)
+            add_to_choices(request, response, self.specialists, last[0].outputs)
         return response
 
 
 class FusedServingCompletion(_Fused, OpenAIServingCompletion):
-    """vLLM's completions, with the gate's weights for those who ask."""
+    """vLLM's completions, with what is told of each token for those who ask."""
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         await self.grammars.check(constraint_in(request))
@@ -153,18 +152,18 @@ class FusedServingCompletion(_Fused, OpenAIServingCompletion):
         self, request: CompletionRequest, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         base = super().completion_stream_generator
-        if not is_asked(request):
+        if not asked_marks(request):
             return base(request, engine_inputs, result_generator, *args, **kwargs)
         prompts = [self._extract_prompt_text(engine_input) for engine_input in engine_inputs]
-        weights = WeightsInEvents(request, self.specialists, prompts)
-        return weights.decorated(base(request, engine_inputs, weights.watch(result_generator), *args, **kwargs))
+        marks = MarksInEvents(request, self.specialists, prompts)
+        return marks.decorated(base(request, engine_inputs, marks.watch(result_generator), *args, **kwargs))
 
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
     ) -> CompletionResponse:
         response = super().request_output_to_completion_response(final_res_batch, request, *args, **kwargs)
-        if is_asked(request):
-            add_to_choices(response, self.specialists, [own for output in final_res_batch for own in output.outputs])
+        completions = [own for output in final_res_batch for own in output.outputs]
+        add_to_choices(request, response, self.specialists, completions)
         return response
 
 

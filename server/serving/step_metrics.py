@@ -1,4 +1,4 @@
-"""Counts what the engine's steps report: gate weights, agreement, times, values that were not finite.
+"""Counts what the engine's steps report: gate weights, agreement, drafts, times, values that were not finite.
 
 Every token is counted once, when vLLM counts it as generated. Many tokens of a step are observed at once. Knows
 reports, not the engine.
@@ -6,7 +6,9 @@ reports, not the engine.
 Shapes: S specialists, T tokens of one step.
 """
 
+from collections import Counter as Counts
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +17,14 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.report import GATE, StepReport
+from ultrafuser.server.engine.shared.round import Round, Undrafted
 
 _SHARES = (0.01, 0.05, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 0.95, 0.99, 1.0)
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_DRAFTERS = get_args(SpeculationSettings.model_fields["drafter"].annotation)
+_NUM_DRAFTS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 _SHORT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 
@@ -77,6 +83,15 @@ OVERHEAD = Histogram(
 NONFINITE = Counter(
     "fused_nonfinite", "Requests that were ended since values of a specialist or the gate were not finite.", ["source"]
 )
+DRAFT_TOKENS = Counter("fused_draft_tokens", "Drafts that were verified, by who made them.", ["drafter"])
+ACCEPTED_TOKENS = Counter("fused_accepted_tokens", "Generated tokens that had been drafted, by who did.", ["drafter"])
+UNDRAFTED = Counter("fused_undrafted_requests", "Steps of a request without a draft, by the reason.", ["reason"])
+DRAFTS_PER_ROUND = BulkHistogram(
+    "fused_drafts_per_round", "Drafts that were verified for a request in a step.", None, _NUM_DRAFTS
+)
+TOKENS_PER_ROUND = BulkHistogram(
+    "fused_tokens_per_round", "Tokens that a request was given in a step.", None, [1 + count for count in _NUM_DRAFTS]
+)
 LAST_STEP = Gauge("fused_last_step_timestamp_seconds", "When the engine's last step was heard of, in Unix time.")
 
 
@@ -95,6 +110,12 @@ class StepMetrics:
             self._spans |= {(phase, name): FORWARD.labels(name, phase) for phase in ("prefill", "decode")}
         self._nonfinite = {source: NONFINITE.labels(source) for source in (*specialists, GATE)}
         self._count_weights(np.empty((0, len(self._specialists)), dtype=np.float32))
+        for drafter in _DRAFTERS:
+            DRAFT_TOKENS.labels(drafter)
+            ACCEPTED_TOKENS.labels(drafter)
+        for reason in Undrafted:
+            UNDRAFTED.labels(reason)
+        self._count_rounds([])
 
     def record(self, report: StepReport) -> None:
         """Count what one step did; a listener of the engine's `steps`."""
@@ -107,12 +128,28 @@ class StepMetrics:
             self._count_weights(report.weights_TS)
             OVERRIDDEN.inc(int(report.is_overridden_T.sum()))
             _count(self._agreeing, report.num_agreeing_T - 1)
+        if report.rounds:
+            self._count_rounds(report.rounds)
 
     def _count_weights(self, weights_TS: NDArray[np.float32]) -> None:
         for name, weights_T in zip(self._specialists, weights_TS.T, strict=True):
             GATE_WEIGHT.observe(name, weights_T)
         GATE_ENTROPY.observe("", entropy_ratio(weights_TS))
         _count(self._top, weights_TS.argmax(axis=1))
+
+    def _count_rounds(self, rounds: Sequence[Round]) -> None:
+        drafts, accepted, undrafted = Counts[str](), Counts[str](), Counts[str]()
+        for own in rounds:
+            if own.drafter is None:
+                undrafted[str(own.undrafted)] += 1
+            else:
+                drafts[own.drafter] += own.num_drafts
+                accepted[own.drafter] += own.num_accepted
+        for counter, counts in ((DRAFT_TOKENS, drafts), (ACCEPTED_TOKENS, accepted), (UNDRAFTED, undrafted)):
+            for label, number in counts.items():
+                counter.labels(label).inc(number)
+        DRAFTS_PER_ROUND.observe("", np.array([own.num_drafts for own in rounds], dtype=np.float32))
+        TOKENS_PER_ROUND.observe("", np.array([own.num_tokens for own in rounds], dtype=np.float32))
 
 
 def entropy_ratio(weights_TS: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ from tests.e2e.process import wait_for
 
 SENT = {
     "gate_weights": True,
+    "drafted": True,
     "logprobs": True,
     "top_logprobs": 5,
     "return_token_ids": True,

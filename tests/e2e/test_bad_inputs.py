@@ -135,6 +135,8 @@ CASES: dict[str, tuple[str, Body, int, str | None, str | None]] = {
     ),
     "lone surrogate": (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, None, None),
     "user of 10 MB": (CHAT, HI | {"user": "u" * 10 * MB}, 413, None, "request_too_large"),
+    "drafted as a number": (CHAT, HI | {"drafted": 1}, 400, "drafted", None),
+    "drafted as text, raw": (TEXT, {"prompt": "hi", "drafted": "true"}, 400, "drafted", None),
     "gate_weights as text": (CHAT, HI | {"gate_weights": "yes"}, 400, "gate_weights", None),
 }
 

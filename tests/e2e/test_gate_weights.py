@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 
+from tests.e2e.asking import ask, events
 from tests.e2e.conftest import MODEL
 from tests.e2e.process import ServerProcess
 from tests.prompts import prompts_of
@@ -29,19 +30,6 @@ SUM_TOLERANCE = 5e-6
 """Each weight is rounded to six digits."""
 BATCH_TOLERANCE = 1e-5
 """Requests that share their steps with others are added up in another order."""
-
-
-def ask(server: ServerProcess, body: dict[str, Any], path: str = "chat/completions") -> Any:
-    response = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=120)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def events(server: ServerProcess, body: dict[str, Any], path: str = "chat/completions") -> list[Any]:
-    with httpx.stream("POST", f"{server.url}/v1/{path}", json={**body, "stream": True}, timeout=120) as response:
-        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def rows_in(chunks: list[Any], index: int = 0) -> list[list[float]]:

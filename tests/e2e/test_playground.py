@@ -50,6 +50,8 @@ def test_an_answer_has_a_place_for_every_token_with_the_apis_numbers(page: Page)
     panel = page.evaluate("[...document.querySelectorAll('#specialists .number')].map(e => e.textContent)")
     assert panel == [f"{mean:.3f}" for mean in means]
     assert text_of(page, "#num-tokens") == str(len(rows))
+    assert page.evaluate("document.querySelectorAll('.token.drafted').length") == 0
+    assert page.evaluate("document.querySelector('#drafted').hidden"), "this server guesses nothing ahead"
 
     saved = export(page)
     (turn,) = saved["turns"]
@@ -110,7 +112,7 @@ def test_whatever_is_written_stays_text(page: Page) -> None:
           document.querySelector("#log").append(view.root);
           const text = {json.dumps(HOSTILE)};
           const top = [{{ text, logprob: -1 }}];
-          const token = {{ text, name: text, id: 1, weights: [0.25, 0.75], logprob: -1, top }};
+          const token = {{ text, name: text, id: 1, weights: [0.25, 0.75], drafted: true, logprob: -1, top }};
           turn.add(token);
           view.add(token);
           turn.error = {{ title: text, detail: text }};

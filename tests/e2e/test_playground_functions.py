@@ -120,13 +120,13 @@ def test_weights_are_summed_up_as_they_are_meant(page: Page) -> None:
           const { entropyOf, leaderOf, strengthOf, CodeFences, Means } = await import("/playground/tokens.js");
           const { visible, classesOf } = await import("/playground/marks.js");
           const means = new Means();
-          for (const weights of [[1, 0], [0.5, 0.5], null]) means.add({ weights });
+          for (const weights of [[1, 0], [0.5, 0.5], null]) means.add({ weights, drafted: weights?.[0] !== 1 });
           const fences = new CodeFences();
           return {
             entropies: [[1, 0], [0.5, 0.5], [1]].map(entropyOf),
             leaders: [[0.2, 0.5, 0.3], [0.4, 0.4, 0.2]].map(leaderOf),
             strengths: [[0.5, 0.5], [1, 0, 0], [0.25, 0.75], [1]].map(strengthOf),
-            means: [means.weights, means.entropy, means.count],
+            means: [means.weights, means.entropy, means.count, means.drafted],
             code: ["a ", "``", "`py", " x", "\\n```", "b", "`c`"].map((piece) => fences.push(piece)),
             visible: visible("a b\\n\\t\\u0000"),
             looks: new Set(Array.from({ length: 35 }, (_, index) => classesOf(index).join())).size,
@@ -137,7 +137,24 @@ def test_weights_are_summed_up_as_they_are_meant(page: Page) -> None:
     assert found["entropies"] == pytest.approx([0, log2, 0])
     assert found["leaders"] == [1, 0]
     assert found["strengths"] == pytest.approx([0, 1, 0.5, 1])
-    assert found["means"] == [[0.75, 0.25], pytest.approx(log2 / 2), 2]
+    assert found["means"] == [[0.75, 0.25], pytest.approx(log2 / 2), 2, 0.5]
     assert found["code"] == [False, False, True, True, True, False, False]
     assert found["visible"] == "a␣b↵⇥␀"
     assert found["looks"] == 35
+
+
+def test_speed_is_that_of_the_tokens_behind_the_first_event(page: Page) -> None:
+    """Waiting for the prompt does not count, nor do events without tokens; an event may bring several at once."""
+    found = page.evaluate(
+        """(async () => {
+          const { Pace } = await import("/playground/tokens.js");
+          const pace = new Pace();
+          const speeds = [];
+          for (const [count, time] of [[0, 50], [1, 1000], [0, 1100], [5, 1500], [2, 2000], [0, 9000]]) {
+            pace.push(count, time);
+            speeds.push(pace.tokensPerSecond);
+          }
+          return speeds;
+        })()"""
+    )
+    assert found == [None, None, None, 10, 7, 7]

@@ -11,7 +11,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
-from ultrafuser.server.engine.shared.extra_args import forced_token_ids
+from ultrafuser.server.engine.shared.extra_args import forced_token_ids, wants_marks
 
 SCRIPT = "Yes, it is."
 
@@ -87,8 +87,9 @@ class ScriptedEngine:
         outputs = [
             CompletionOutput(index, text, token_ids, None, logprobs, finish_reason=reason) for index in range(params.n)
         ]
-        for output in outputs if (params.extra_args or {}).get("gate_weights") else ():
+        for output in outputs if wants_marks(params) else ():
             output.gate_weights = np.full((len(token_ids), 3), 1 / 3)
+            output.drafted = np.zeros(len(token_ids), dtype=bool)
         return RequestOutput(
             request_id, prompt.get("prompt"), prompt["prompt_token_ids"], None, outputs, reason is not None
         )

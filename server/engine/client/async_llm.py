@@ -16,9 +16,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
 from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.mark_stream import Takeover, stream_marks
 from ultrafuser.server.engine.client.nonfinite import raise_if_nan, raise_if_nonfinite
 from ultrafuser.server.engine.client.step_feed import StepFeed
-from ultrafuser.server.engine.client.weight_stream import Takeover, stream_weights
 from ultrafuser.server.engine.shared.options import engine_arguments
 from ultrafuser.server.engine.shared.spec import EngineSpec
 
@@ -36,11 +36,11 @@ class FusedAsyncLLM(AsyncLLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.input_processor = FusedInputProcessor(self.input_processor, constraints_are_tried=True)
-        stream_weights(self.output_processor)
+        stream_marks(self.output_processor)
         self.steps = StepFeed(self.output_processor, EngineSpec.from_vllm_config(self.vllm_config).names)
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's; completions carry `gate_weights`, one row for each token, if `extra_args` asked for them.
+        """As vLLM's; completions carry `gate_weights` and `drafted`, one row for each token, if `extra_args` asked.
 
         Raises:
             NonfiniteOutputError: a specialist or the gate computed NaN or infinity; the request has ended.

@@ -13,14 +13,14 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.mark_stream import Takeover
 from ultrafuser.server.engine.client.step_feed import StepFeed
-from ultrafuser.server.engine.client.weight_stream import Takeover
 from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS, fused_input
 from ultrafuser.server.engine.shared.options import engine_arguments
 
 
 class OfflineEngine(LLM):
-    """vLLM's `LLM`, fused: prompts may carry `specialist_prompts`, completions have `gate_weights`."""
+    """vLLM's `LLM`, fused: prompts may carry `specialist_prompts`, completions have `gate_weights` and `drafted`."""
 
     input_processor: InputProcessor
 

@@ -13,11 +13,11 @@ from ultrafuser.server.engine.shared.report import pack
 from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT, StepRecord
 
 
-def add_weights(outputs: Sequence[EngineCoreOutput], step: StepRecord, wanting: set[str]) -> None:
-    """Give the gate's weights to the tokens of the requests that asked."""
+def add_marks(outputs: Sequence[EngineCoreOutput], step: StepRecord, wanting: set[str]) -> None:
+    """Give their marks to the tokens of the requests that asked: the gate's weights, and whether they were drafted."""
     for output in outputs:
         if output.new_token_ids and output.request_id in wanting:
-            output.routed_experts = step.weights_of(output.request_id, len(output.new_token_ids))
+            output.routed_experts = step.marks_of(output.request_id, len(output.new_token_ids))
 
 
 def add_report(outputs: dict[int, EngineCoreOutputs], step: StepRecord, culprits: Iterable[int]) -> None:
@@ -26,9 +26,9 @@ def add_report(outputs: dict[int, EngineCoreOutputs], step: StepRecord, culprits
     `culprits` are those of the requests that were ended, as bits.
     """
     own = next(iter(outputs.values()), None) or outputs.setdefault(0, EngineCoreOutputs())
-    marks_TX = step.rows_of((output.request_id, len(output.new_token_ids)) for output in own.outputs)
+    tokens = [(output.request_id, len(output.new_token_ids)) for output in own.outputs]
     own.scheduler_stats = own.scheduler_stats or SchedulerStats()
-    own.scheduler_stats.ec_connector_stats = pack(marks_TX, culprits, step.spans)
+    own.scheduler_stats.ec_connector_stats = pack(step.rows_of(tokens), step.rounds_of(tokens), culprits, step.spans)
 
 
 def nonfinite_end(request: Request) -> EngineCoreOutput:

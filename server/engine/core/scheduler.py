@@ -24,9 +24,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from ultrafuser.server.engine.core.grammar_backend import use_one_backend
 from ultrafuser.server.engine.core.hashing import fused_block_hasher, lag
-from ultrafuser.server.engine.core.outputs import add_report, add_weights, nonfinite_end
+from ultrafuser.server.engine.core.outputs import add_marks, add_report, nonfinite_end
 from ultrafuser.server.engine.core.pacing import Pace
-from ultrafuser.server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_weights
+from ultrafuser.server.engine.shared.extra_args import conceal_tokens, specialist_prompts, wants_marks
 from ultrafuser.server.engine.shared.spec import EngineSpec
 from ultrafuser.server.engine.shared.step import StepRecord
 
@@ -71,7 +71,7 @@ class FusedSchedulerMixin(Scheduler):
             request._block_hasher = fused_block_hasher(prompts, num_canonical, self.hash_block_size, self._hash_fn)
             request.block_hashes = []
             request.update_block_hashes()
-        if wants_weights(request.sampling_params):
+        if wants_marks(request.sampling_params):
             self._wanting.add(request.request_id)
         super().add_request(request)
 
@@ -102,7 +102,7 @@ class FusedSchedulerMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """As vLLM's; requests that asked get the gate's weights, requests that went wrong end, the step is reported."""
+        """As vLLM's; who asked gets marks of the tokens, requests that went wrong end, the step is reported."""
         if self._pace is not None:
             self._pace.end(scheduler_output)
         step: StepRecord | None = getattr(model_runner_output, "step", None)
@@ -113,7 +113,7 @@ class FusedSchedulerMixin(Scheduler):
         ended = self._end_nonfinite(nonfinite) if nonfinite else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for own in outputs.values() if wanting else ():
-            add_weights(own.outputs, step, wanting)
+            add_marks(own.outputs, step, wanting)
         for request in ended:
             own = outputs.setdefault(request.client_index, EngineCoreOutputs())
             own.outputs.append(nonfinite_end(request))

@@ -1,4 +1,4 @@
-"""What of ours travels with a request through vLLM, in `SamplingParams.extra_args`: prompts, a given response, a wish.
+"""What of ours travels with a request through vLLM, in `SamplingParams.extra_args`: prompts, a given response, wishes.
 
 Knows the keys and what they hold, not how prompts were rendered. Prompts and given responses are the server's own to
 send: a user who does so is refused where requests enter.
@@ -18,6 +18,9 @@ FORCED_TOKEN_IDS = "forced_token_ids"
 GATE_WEIGHTS = "gate_weights"
 """Key: true asks for the gate's weights of every token of this request."""
 
+DRAFTED = "drafted"
+"""Key: true asks of every token of this request whether it was drafted; both wishes travel as one."""
+
 
 def fused_input(prompts: list[list[int]]) -> EngineInput:
     """An engine input from one prompt of token ids per specialist; the longest is canonical."""
@@ -34,9 +37,10 @@ def forced_token_ids(params: SamplingParams | None) -> list[int] | None:
     return (params.extra_args or {}).get(FORCED_TOKEN_IDS) if params is not None else None
 
 
-def wants_weights(params: SamplingParams | None) -> bool:
-    """Whether a request asked for its weights."""
-    return bool(params is not None and (params.extra_args or {}).get(GATE_WEIGHTS))
+def wants_marks(params: SamplingParams | None) -> bool:
+    """Whether a request asked for anything that is told of each token."""
+    asked = (params.extra_args or {}) if params is not None else {}
+    return bool(asked.get(GATE_WEIGHTS) or asked.get(DRAFTED))
 
 
 class Unprinted(list[Any]):

@@ -2,7 +2,7 @@
 
 Knows arrays and names, not who sends and who counts.
 
-Shapes: S specialists, T tokens of one step, X = S + 3 marks of a row.
+Shapes: S specialists, T tokens of one step, X = S + 4 marks of a row.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ultrafuser.server.engine.shared.round import Round
 from ultrafuser.server.engine.shared.step import NUM_OTHER_MARKS, Span
 
 GATE = "gate"
@@ -37,21 +38,27 @@ class StepReport:
     spans: list[Span]
     """How long parts of a step took."""
 
+    rounds: list[Round]
+    """What became of the drafts of the requests that were given these tokens; none without speculation."""
 
-def pack(marks_TX: NDArray[np.float32], culprits: Iterable[int], spans: Sequence[Span]) -> dict[str, Any]:
+
+def pack(
+    marks_TX: NDArray[np.float32], rounds: Sequence[Round], culprits: Iterable[int], spans: Sequence[Span]
+) -> dict[str, Any]:
     """A report in types that vLLM's serializer takes; `culprits` are those of the ended requests, as bits."""
-    return {"marks": marks_TX.tobytes(), "culprits": list(culprits), "spans": spans}
+    return {"marks": marks_TX.tobytes(), "rounds": rounds, "culprits": list(culprits), "spans": spans}
 
 
 def unpack(payload: dict[str, Any], specialists: Sequence[str], is_counted: Sequence[bool]) -> StepReport:
     """The report of a payload, without the tokens that are not counted; a flag for each token."""
-    marks_TX = np.frombuffer(payload["marks"], np.float32).reshape(-1, len(specialists) + NUM_OTHER_MARKS)
+    marks_TX = np.frombuffer(payload["marks"], np.float32).reshape(-1, len(specialists) + 1 + NUM_OTHER_MARKS)
     marks_TX = marks_TX[np.array(is_counted, dtype=bool)]
     sources = [*specialists, GATE]
     return StepReport(
-        weights_TS=marks_TX[:, :-NUM_OTHER_MARKS],
+        weights_TS=marks_TX[:, : len(specialists)],
         is_overridden_T=marks_TX[:, -3] > 0,
         num_agreeing_T=marks_TX[:, -2].astype(np.int64),
         nonfinite=[source for bits in payload["culprits"] for index, source in enumerate(sources) if bits >> index & 1],
         spans=[Span(*span) for span in payload["spans"]],
+        rounds=[own for own in (Round(*fields) for fields in payload["rounds"]) if is_counted[own.first_token]],
     )

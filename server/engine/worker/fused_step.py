@@ -90,7 +90,7 @@ class FusedModelRunner:
         unfinished = unfinished_slots(self.leader)
         ending = [row for row in rows_SR[0] if row.slot not in unfinished]
         marks_XB = self._mix(rows_SR, ending) if ending else None
-        step = StepOnTheWay(ending, marks_XB, self._clock)
+        step = StepOnTheWay(ending, marks_XB, self._clock, self.speculation.decisions if self.speculation else {})
         output = self._draw(rows_SR[0], unfinished, grammar_output)
         self._hand_out(rows_SR, ending)
         if self.speculation is not None:

@@ -2,15 +2,18 @@
 
 Nothing waits for the record: it is on the host when the step's tokens are.
 
-Shapes: B rows that end in a token, X marks of a row (`server/engine/worker/observing.py`).
+Shapes: B rows that end in a token, X marks of a row (`server/engine/worker/observing.py`; one more in the record).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from ultrafuser.server.engine.shared.round import Decision
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.shared.step import NUM_OTHER_MARKS, StepRecord
 from ultrafuser.server.engine.worker.timing import StepClock
@@ -19,18 +22,34 @@ from ultrafuser.server.engine.worker.timing import StepClock
 class StepOnTheWay:
     """One step's record, being copied to the host; it is there when the step's tokens are."""
 
-    def __init__(self, rows: list[Row], marks_XB: Tensor | None, clock: StepClock) -> None:
-        """Begin to copy; `rows` in the order of B, no marks if there is none."""
-        self._rows = rows
+    def __init__(
+        self, rows: list[Row], marks_XB: Tensor | None, clock: StepClock, decisions: Mapping[str, Decision]
+    ) -> None:
+        """Begin to copy; `rows` in the order of B, no marks if there is none; `decisions` that led to this step."""
+        self._rows, self._decisions = rows, decisions
         self._clock = clock
         self._marks_XB = torch.empty(NUM_OTHER_MARKS, 0) if marks_XB is None else marks_XB
         if self._marks_XB.device.type != "cpu":
             pinned_XB = torch.empty(self._marks_XB.shape, dtype=self._marks_XB.dtype, pin_memory=True)
             self._marks_XB = pinned_XB.copy_(self._marks_XB, non_blocking=True)
 
-    def arrive(self) -> StepRecord:
-        """To be called when the step's tokens are on the host."""
-        return StepRecord(self._rows, self._marks_XB.numpy().T.copy(), self._clock.take())
+    def arrive(self, num_tokens: Mapping[str, int]) -> StepRecord:
+        """To be called when the step's tokens are on the host: so many of each request."""
+        marks_BX = np.insert(self._marks_XB.numpy().T, -NUM_OTHER_MARKS, self._is_drafted_B(num_tokens), axis=1)
+        return StepRecord(self._rows, marks_BX, self._clock.take(), self._decisions)
+
+    def _is_drafted_B(self, num_tokens: Mapping[str, int]) -> NDArray[np.bool_] | bool:
+        """Which rows' tokens had been drafted: all of a request's but the last, which was drawn behind them."""
+        if not self._decisions:
+            return False
+        first = {row.request: row.position for row in self._rows if not row.is_draft}
+        return np.array(
+            [
+                row.request in self._decisions and row.position - first[row.request] < num_tokens[row.request] - 1
+                for row in self._rows
+            ],
+            dtype=bool,
+        )
 
 
 class FusedAsyncOutput(AsyncModelRunnerOutput):
@@ -60,5 +79,6 @@ def completed(
             output.req_id_to_index[request] = len(output.req_ids)
             output.req_ids.append(request)
             output.sampled_token_ids.append([])
-    output.step = step.arrive()
+    num_tokens = {request: len(own) for request, own in zip(output.req_ids, output.sampled_token_ids, strict=True)}
+    output.step = step.arrive(num_tokens)
     return output

@@ -15,8 +15,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.extra_args import forced_token_ids
+from ultrafuser.server.engine.shared.round import Decision, Undrafted
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.drafting import Drafter, EitherDrafter, LeadingDrafter, NgramDrafter
+from ultrafuser.server.engine.worker.experience import MIN_SAMPLES
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead, Lookahead, Match
 
 
@@ -33,6 +35,9 @@ class _LookedUp(NamedTuple):
 class Speculation:
     """Drafts for the requests of a worker."""
 
+    decisions: dict[str, Decision]
+    """What was done for the requests of the next step; nothing for those whose response is given."""
+
     def __init__(self, runners: Sequence[GPUModelRunner], settings: SpeculationSettings, num_shared_ids: int) -> None:
         """`runners[0]` is the leader."""
         self._runners, self._leader = runners, runners[0]
@@ -44,8 +49,10 @@ class Speculation:
         drafters: dict[str | None, Drafter] = {"leading": leading, "ngram": ngram, None: EitherDrafter(leading, ngram)}
         self.drafter = drafters[settings.drafter]
         self._looked_up: dict[str, _LookedUp] = {}
+        self._kind = settings.drafter or "leading"
         self._leading: dict[str, int] = {}
         self._plan: dict[str, Ahead] = {}
+        self.decisions = {}
 
     def go_on(self, ending: Sequence[Row], marks_XB: Tensor | None, seconds: float | None) -> None:
         """Learn from a step whose tokens all runners know, and draft what follows them.
@@ -102,7 +109,24 @@ class Speculation:
         for request, response in given.items():
             if response is not None:
                 drafts[request] = list(response[self._num_outputs(request) :])
-        return {request: token_ids[: wanted[request]] for request, token_ids in drafts.items()}
+        drafts = {request: token_ids[: wanted[request]] for request, token_ids in drafts.items()}
+        sampling = [request for request, response in given.items() if response is None]
+        self.decisions = {request: self._decision(request, bool(drafts.get(request))) for request in sampling}
+        return drafts
+
+    def _decision(self, request: str, is_drafted: bool) -> Decision:
+        if is_drafted:
+            return Decision("ngram" if self._plan[request].drafter == NGRAM else self._kind)
+        if request not in self._plan:
+            params = self._leader.requests[request].sampling_params
+            assert params is not None
+            is_last = params.max_tokens is not None and params.max_tokens - self._num_outputs(request) <= 1
+            return Decision(None, Undrafted.LAST_TOKEN if is_last else Undrafted.CONTEXT)
+        ahead = self._plan[request]
+        if ahead.num_tokens or (ahead.drafter == NGRAM and not self._looked_up[request].token_ids):
+            return Decision(None, Undrafted.NOTHING_FOUND)
+        is_measured = self.lookahead.step.num_samples >= MIN_SAMPLES
+        return Decision(None, Undrafted.UNPAID if is_measured else Undrafted.UNMEASURED)
 
     def _look_up(self, requests: Iterable[str]) -> dict[str, _LookedUp]:
         if self._ngram is None:

@@ -17,6 +17,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from tests.server.engine.async_cpu import AsyncOnCPUEngineArgs
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
+from ultrafuser.server.engine.client.mark_stream import Takeover
 from ultrafuser.server.engine.client.step_feed import StepFeed
 from ultrafuser.server.engine.shared.extra_args import fused_input
 from ultrafuser.server.engine.shared.options import engine_arguments
@@ -125,6 +126,8 @@ class InProcessEngine:
                     aborts.setdefault(step + arrival.abort_after, []).append(name)
             self.llm.abort_request(aborts.pop(step, []))
             for output in self.llm.step():
+                for completion in output.outputs:
+                    Takeover().take(completion)
                 last[output.request_id] = output
             step += 1
             assert step < 5000, "the engine does not come to an end"

@@ -83,7 +83,7 @@ def test_tokens_and_weights_are_the_references(
     outputs, num_steps = serve(engine, oracle, arrivals)
     for output, own in zip(outputs, wanted, strict=True):
         assert list(output.outputs[0].token_ids) == list(own.token_ids)
-        np.testing.assert_allclose(output.outputs[0].routed_experts, own.gate_weights.numpy(), atol=1e-4)
+        np.testing.assert_allclose(output.outputs[0].gate_weights, own.gate_weights.numpy(), atol=1e-4)
     assert oracle.num_drafted > 100
     if share_wrong == 0 and configuration == "drafts":
         assert num_steps < NUM_TOKENS / 2 + len(BATCH) * apart
@@ -278,7 +278,7 @@ def test_limits_count_every_token_of_a_round(engine_of: Callable[[str], InProces
             if "stop" in limit:
                 end = next(end for end in range(len(wanted)) if text in tokenizer.decode(wanted[:end]))
             assert list(completion.token_ids) == wanted[:end]
-            assert len(completion.logprobs) == len(completion.routed_experts) == end
+            assert len(completion.logprobs) == len(completion.gate_weights) == end
             assert completion.finish_reason == ("length" if "max_tokens" in limit else "stop")
 
 

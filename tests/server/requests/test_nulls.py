@@ -109,7 +109,7 @@ async def test_every_field_of_every_route_may_be_null(
     """`min_tokens`, `tool_choice` and others had opinions of their own."""
     wanted = await outcome(client, engine, url, body)
     assert wanted[0] == 200
-    names = {*model.model_fields, "gate_weights", "functions", "guided_json", "invented"} - body.keys()
+    names = {*model.model_fields, "gate_weights", "drafted", "functions", "guided_json", "invented"} - body.keys()
     assert await outcome(client, engine, url, body | dict.fromkeys(names)) == wanted
 
 

@@ -51,6 +51,7 @@ EVERYWHERE: list[tuple[str, dict[str, Any]]] = [
     ("ec_transfer_params", {"ec_transfer_params": {"a": 1}}),
     ("vllm_xargs", {"vllm_xargs": {"specialist_prompts": "x"}}),
     ("vllm_xargs", {"vllm_xargs": {"kv_transfer_params": "x"}}),
+    ("vllm_xargs", {"vllm_xargs": {"drafted": 1}}),
     ("extra_args", {"extra_args": {"specialist_prompts": [[1]]}}),
     ("specialist_prompts", {"specialist_prompts": [[1], [1], [1]]}),
     ("allowed_token_ids", {"allowed_token_ids": [5, 320]}),

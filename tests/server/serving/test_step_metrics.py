@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
 from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.shared.round import Round
 from ultrafuser.server.engine.shared.step import Span
 from ultrafuser.server.serving.step_metrics import BulkHistogram, StepMetrics, entropy_ratio
 
@@ -20,6 +21,7 @@ def report(weights: list[list[float]], overridden: list[bool], agreeing: list[in
         num_agreeing_T=np.array(agreeing),
         nonfinite=["math", "gate"],
         spans=[Span("decode", "code", 0.02), Span("gate", None, 0.0002)],
+        rounds=[Round(0, "leading", 4, 1, 2, None), Round(2, None, 0, 0, 1, "unpaid")],
     )
 
 
@@ -61,6 +63,14 @@ def test_a_step_is_counted() -> None:
         ("fused_nonfinite_total", {"source": "gate"}, 1),
         ("fused_specialist_forward_seconds_count", {"specialist": "code", "phase": "decode"}, 1),
         ("fused_overhead_seconds_sum", {"part": "gate"}, 0.0002),
+        ("fused_draft_tokens_total", {"drafter": "leading"}, 4),
+        ("fused_accepted_tokens_total", {"drafter": "leading"}, 1),
+        ("fused_undrafted_requests_total", {"reason": "unpaid"}, 1),
+        ("fused_drafts_per_round_count", {}, 2),
+        ("fused_drafts_per_round_sum", {}, 4),
+        ("fused_drafts_per_round_bucket", {"le": "0.0"}, 1),
+        ("fused_tokens_per_round_sum", {}, 3),
+        ("fused_tokens_per_round_bucket", {"le": "1.0"}, 1),
     ]
     metrics = StepMetrics(["text", "code", "math"])
     before = [value(name, **labels) for name, labels, _ in names]
@@ -72,7 +82,7 @@ def test_a_step_is_counted() -> None:
 def test_a_step_without_tokens_is_a_sign_of_life() -> None:
     metrics = StepMetrics(["text", "code", "math"])
     before = value("fused_gate_entropy_ratio_count")
-    metrics.record(StepReport(np.empty((0, 3), np.float32), np.empty(0, bool), np.empty(0, int), [], []))
+    metrics.record(StepReport(np.empty((0, 3), np.float32), np.empty(0, bool), np.empty(0, int), [], [], []))
     assert value("fused_gate_entropy_ratio_count") == before
     assert value("fused_last_step_timestamp_seconds") > 1.7e9
 

@@ -17,6 +17,7 @@ from ultrafuser.server.engine.client.step_feed import StepFeed
 from ultrafuser.server.engine.core.outputs import add_report
 from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.shared.round import Decision, Round, Undrafted
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.shared.step import Span, StepRecord
 
@@ -57,9 +58,12 @@ class WaitingCallers:
 
 
 def test_a_report_reaches_another_process_without_the_tokens_that_nobody_waits_for() -> None:
-    marks_BX = np.array([[0.25, 0.75, 1, 2, 0], [0.5, 0.5, 0, 1, 0], [math.nan, math.nan, 0, 1, 6]], dtype=np.float32)
+    marks_BX = np.array(
+        [[0.25, 0.75, 0, 1, 2, 0], [0.5, 0.5, 0, 0, 1, 0], [math.nan, math.nan, 0, 0, 1, 6]], dtype=np.float32
+    )
     rows = [Row(request, 0, is_draft=False, slot=slot) for slot, request in enumerate(["gone", "waiting", "sick"])]
-    step = StepRecord(rows, marks_BX, [Span("decode", "x", 0.5), Span("gate", None, 0.1)])
+    decisions = {request: Decision(None, Undrafted.UNPAID) for request in ("gone", "waiting")}
+    step = StepRecord(rows, marks_BX, [Span("decode", "x", 0.5), Span("gate", None, 0.1)], decisions)
     outputs = {0: EngineCoreOutputs(outputs=[EngineCoreOutput("waiting", [1]), EngineCoreOutput("gone", [2])])}
     assert step.nonfinite == {"sick": 6}
     add_report(outputs, step, step.nonfinite.values())
@@ -74,6 +78,7 @@ def test_a_report_reaches_another_process_without_the_tokens_that_nobody_waits_f
     assert report.weights_TS.tolist() == [[0.5, 0.5]]
     assert (report.is_overridden_T.tolist(), report.num_agreeing_T.tolist()) == ([False], [1])
     assert (report.nonfinite, report.spans) == (["y", "gate"], step.spans)
+    assert report.rounds == [Round(0, None, 0, 0, 1, "unpaid")]
     assert processor.seen.ec_connector_stats is None, "vLLM would take it for its own"
 
 
@@ -85,7 +90,7 @@ def test_the_reported_weights_are_those_of_the_tokens(
     arrivals = [Arrival(prompts, params, step=index) for index, prompts in enumerate(BATCH)]
     outputs, reports = reports_of(engine_of(configuration), arrivals)
     reported = np.concatenate([report.weights_TS for report in reports])
-    wanted = np.concatenate([output.outputs[0].routed_experts for output in outputs])
+    wanted = np.concatenate([output.outputs[0].gate_weights for output in outputs])
     assert reported.shape == (len(BATCH) * MAX_TOKENS, 3)
     assert sorted(reported.tolist()) == sorted(wanted.tolist())
     np.testing.assert_allclose(reported.sum(axis=1), 1, atol=1e-6)

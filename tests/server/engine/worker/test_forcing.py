@@ -37,7 +37,7 @@ def test_the_engine_reads_a_given_response_as_the_reference_does(
         found = [own[token].logprob for own, token in zip(completion.logprobs, given, strict=True)]
         wanted = logprobs_TV[range(len(given)), given]
         np.testing.assert_allclose(found, wanted.numpy(), atol=TOLERANCE, rtol=0)
-        np.testing.assert_allclose(completion.routed_experts, weights_TS.numpy(), atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(completion.gate_weights, weights_TS.numpy(), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)

@@ -1,5 +1,6 @@
 """Two positions of one request in one step, as drafts will bring them, beside a request with one: each on every way."""
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,15 +13,17 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from ultrafuser.gating.model.gate import fuse
+from ultrafuser.server.engine.client.mark_stream import History, Takeover
 from ultrafuser.server.engine.client.step_feed import StepFeed
-from ultrafuser.server.engine.client.weight_stream import History, Takeover
-from ultrafuser.server.engine.core.outputs import add_report, add_weights
+from ultrafuser.server.engine.core.outputs import add_marks, add_report
 from ultrafuser.server.engine.shared.extra_args import FORCED_TOKEN_IDS
 from ultrafuser.server.engine.shared.report import StepReport
+from ultrafuser.server.engine.shared.round import Decision, Round, Undrafted
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.shared.step import Span, StepRecord
 from ultrafuser.server.engine.worker.forcing import Forcing, given_tokens
 from ultrafuser.server.engine.worker.mixing import Mixer, Rows
+from ultrafuser.server.engine.worker.output import StepOnTheWay
 from ultrafuser.server.engine.worker.sampling import in_order_of
 from ultrafuser.server.engine.worker.timing import StepClock
 
@@ -36,7 +39,7 @@ FOLLOWER = [Row("two", 3, False, 0), Row("two", 4, True, 0), Row("one", 7, False
 UNFINISHED = Row("three", 0, is_draft=False, slot=2)
 """Whose prefill goes on: its row is garbage."""
 NAMES = ["a", "b", "c"]
-MARKS_BX = np.arange(18, dtype=np.float32).reshape(3, 6)
+MARKS_BX = np.arange(21, dtype=np.float32).reshape(3, 7)
 MARKS_BX[:, -1] = 0
 
 
@@ -92,8 +95,39 @@ def test_the_record_has_several_rows_of_a_request_in_order() -> None:
     step = record()
     assert step.rows_of([("two", 2), ("one", 1)]).tolist() == MARKS_BX[[1, 2, 0]].tolist()
     assert step.rows_of([("one", 1), ("gone", 0), ("two", 1)]).tolist() == MARKS_BX[[0, 1]].tolist()
-    assert step.weights_of("two", 2).tolist() == MARKS_BX[1:, :3].tolist()
-    assert step.weights_of("two", 1).tolist() == MARKS_BX[1:2, :3].tolist()
+    assert step.marks_of("two", 2).tolist() == MARKS_BX[1:, :4].tolist()
+    assert step.marks_of("two", 1).tolist() == MARKS_BX[1:2, :4].tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_a_token_was_drafted_if_another_was_drawn_behind_it(num_tokens: int) -> None:
+    """Also if the response ends with it, so that the other is not handed out."""
+    marks_XB = torch.from_numpy(np.delete(MARKS_BX, 3, axis=1).T)
+    decisions = {"two": Decision("leading"), "one": Decision(None, Undrafted.UNPAID)}
+    on_the_way = StepOnTheWay(LEADER, marks_XB, StepClock(torch.device("cpu")), decisions)
+    step = on_the_way.arrive({"one": 1, "two": num_tokens, "three": 0})
+    is_right = int(num_tokens == 2)
+    wanted_BX = MARKS_BX.copy()
+    wanted_BX[:, 3] = [0, is_right, 0]
+    assert step.marks_BX.tolist() == wanted_BX.tolist()
+    for count in range(1, num_tokens + 1):
+        one, two = step.rounds_of([("gone", 0), ("one", 1), ("two", count)])
+        assert one == Round(0, None, 0, 0, 1, "unpaid")
+        assert two == Round(1, "leading", 1, is_right, count, None)
+    again = pickle.loads(pickle.dumps(step))
+    assert (again.rows, again.decisions) == (step.rows, decisions)
+
+
+def test_drafts_that_were_not_scheduled_are_no_drafts() -> None:
+    marks_XB = torch.from_numpy(np.delete(MARKS_BX[:1], 3, axis=1).T)
+    on_the_way = StepOnTheWay(LEADER[:1], marks_XB, StepClock(torch.device("cpu")), {"one": Decision("ngram")})
+    assert on_the_way.arrive({"one": 1}).rounds_of([("one", 1)]) == [Round(0, None, 0, 0, 1, "cut")]
+
+
+def test_a_step_without_rows_or_decisions_has_no_rounds() -> None:
+    empty = StepOnTheWay([], None, StepClock(torch.device("cpu")), {}).arrive({"three": 0})
+    assert empty.rounds_of([("three", 0)]) == []
+    assert record().rounds_of([("two", 2), ("one", 1)]) == []
 
 
 def test_each_bad_row_of_a_request_is_blamed() -> None:
@@ -101,18 +135,18 @@ def test_each_bad_row_of_a_request_is_blamed() -> None:
     assert record(row0=8, row2=2).nonfinite == {"one": 8, "two": 2}
 
 
-def test_several_tokens_of_a_request_get_as_many_rows_of_weights() -> None:
+def test_several_tokens_of_a_request_get_as_many_rows_of_marks() -> None:
     outputs = [EngineCoreOutput("two", [5, 6]), EngineCoreOutput("one", [4]), EngineCoreOutput("gone", [])]
-    add_weights(outputs, record(), {"two", "gone"})
-    assert outputs[0].routed_experts.tolist() == MARKS_BX[1:, :3].tolist()
+    add_marks(outputs, record(), {"two", "gone"})
+    assert outputs[0].routed_experts.tolist() == MARKS_BX[1:, :4].tolist()
     assert [output.routed_experts for output in outputs[1:]] == [None, None]
     short = EngineCoreOutput("two", [5])
-    add_weights([short], record(), {"two"})
-    assert short.routed_experts.tolist() == MARKS_BX[1:2, :3].tolist()
+    add_marks([short], record(), {"two"})
+    assert short.routed_experts.tolist() == MARKS_BX[1:2, :4].tolist()
 
 
 def test_parts_of_a_stream_take_several_rows_of_a_step_or_some_of_them() -> None:
-    chunks = [MARKS_BX[:1, :3], MARKS_BX[1:, :3]]
+    chunks = [MARKS_BX[:1, :4], MARKS_BX[1:, :4]]
     for counts in ([1, 2], [2, 1], [3], [1, 1, 1]):
         takeover, taken = Takeover(), []
         for count in counts:
@@ -137,7 +171,7 @@ def test_a_report_has_a_row_for_each_token_that_is_handed_out() -> None:
     processor.update_scheduler_stats(outputs[0].scheduler_stats)
     (report,) = reports
     assert report.weights_TS.tolist() == MARKS_BX[[1, 2, 0], :3].tolist()
-    assert report.num_agreeing_T.tolist() == MARKS_BX[[1, 2, 0], 4].astype(int).tolist()
+    assert report.num_agreeing_T.tolist() == MARKS_BX[[1, 2, 0], 5].astype(int).tolist()
 
 
 def test_a_given_response_gives_the_token_of_each_position() -> None:

@@ -1,4 +1,5 @@
-"""The gate's weights of every generated token: those of the reference, under everything that touches scheduling."""
+"""The gate's weights of every generated token, those of the reference, and whether it was drafted: under everything
+that touches scheduling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ultrafuser.gating.model.decoding import Generation
 from ultrafuser.gating.model.fusion import load_fusion, save_fusion
 from ultrafuser.gating.model.materialize import materialize
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
-from ultrafuser.server.engine.client.weight_stream import History, Takeover
+from ultrafuser.server.engine.client.mark_stream import History, Takeover
 from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 
 ASKING = {GATE_WEIGHTS: True}
@@ -30,8 +31,8 @@ TOLERANCE = 1e-4
 
 
 def weights_of(output: RequestOutput) -> Any:
-    """What the engine gives with a final output, before anyone has taken it over."""
-    return output.outputs[0].routed_experts
+    """The weights of a final output."""
+    return output.outputs[0].gate_weights
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -72,7 +73,7 @@ def merged(first: CompletionOutput, second: CompletionOutput) -> CompletionOutpu
 
 
 def test_parts_of_a_stream_carry_their_own_tokens_weights_also_when_they_are_merged() -> None:
-    rows = [np.full((1, 3), token, dtype=np.float32) for token in range(5)]
+    rows = [np.array([[token, token, token, token % 2]], dtype=np.float32) for token in range(5)]
     chunks = rows[:1]
     history = History(chunks)
     takeover = Takeover()
@@ -82,10 +83,11 @@ def test_parts_of_a_stream_carry_their_own_tokens_weights_also_when_they_are_mer
     chunks += rows[1:]
     joined = merged(part([11], History(chunks)), part([12, 13], History(chunks)))
     takeover.take(joined)
-    assert joined.gate_weights[:, 0].tolist() == [1, 2, 3]
+    assert joined.gate_weights.tolist() == [[1] * 3, [2] * 3, [3] * 3]
+    assert joined.drafted.tolist() == [True, False, True]
     nothing = part([], History(chunks))
     takeover.take(nothing)
-    assert nothing.gate_weights is None
+    assert (nothing.gate_weights, nothing.drafted) == (None, None)
     assert nothing.routed_experts is None
 
 
