@@ -19,12 +19,10 @@ if sys.platform == "linux":
     ctypes.CDLL(None).mallopt(-3, 2**20)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Give each folder's tests to one process: they share servers and engines, which are slow to start."""
-    for item in items:
-        folder = item.path.parent.relative_to(item.config.rootpath).parts[:3]
-        item.add_marker(pytest.mark.xdist_group("/".join(folder)))
+    folder = item.path.parent.relative_to(item.config.rootpath).parts[:3]
+    item.add_marker(pytest.mark.xdist_group("/".join(folder)))
 
 
 @pytest.fixture(scope="session")

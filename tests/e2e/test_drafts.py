@@ -1,5 +1,5 @@
-"""A server that runs ahead, over the wire: the answers of one that does not, several tokens an event with all that is
-told of each, marks of drafted tokens, and what became of the drafts."""
+"""A server that always runs ahead, over the wire: the answers of one that does where it pays, several tokens an event
+with all that is told of each, marks of drafted tokens, and what became of the drafts."""
 
 import re
 from collections.abc import Iterator
@@ -100,7 +100,6 @@ def test_events_of_several_tokens_tell_of_each_what_one_by_one_is_told(
     assert 0 < sum(drafted) < 30
     assert not drafted[0], "nothing is there to run ahead from"
     assert choices_in(chunks)[-1]["drafted"]["mean"] == choice["drafted"]["mean"] == sum(drafted) / 40
-    assert plain["drafted"] == {"content": [False] * 40, "mean": 0.0}
 
 
 @ROUTES
@@ -158,7 +157,6 @@ def test_each_of_several_responses_has_its_own(
     plain = ask(server, asked, path)
     for choice, own in zip(whole["choices"], plain["choices"], strict=True):
         check_same(told_of_tokens(choice), told_of_tokens(own), drafted_too=False)
-        assert own["drafted"]["mean"] == 0
         check_same(all_told(chunks, choice["index"]), told_of_tokens(choice), drafted_too=False)
         assert any(token[1] for token in all_told(chunks, choice["index"]))
     assert len({str(choice["token_ids"]) for choice in whole["choices"]}) == 3
