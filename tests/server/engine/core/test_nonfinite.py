@@ -105,7 +105,7 @@ def test_tokens_before_the_nan_are_handed_out(engine_of: Engines, configuration:
         (output,) = engine.generate([Arrival(BATCH[0], params)])
     assert output.outputs[0].finish_reason == "error"
     assert list(output.outputs[0].token_ids) == given[:4]
-    assert output.outputs[0].routed_experts.shape == (4, 3)
+    assert output.outputs[0].gate_weights.shape == (4, 3)
     assert sum(len(report.weights_TS) for report in engine.reports) == 4
     assert blamed(engine) == ["math"]
 
@@ -126,7 +126,7 @@ def test_no_neighbour_changes_by_one_bit(engine_of: Engines, configuration: str)
         assert sick.outputs[0].finish_reason == ("error" if token == POISON else "stop")
         completions = [output.outputs[0] for output in outputs]
         logprobs = [[{i: lp.logprob for i, lp in step.items()} for step in own.logprobs] for own in completions]
-        seen.append((logprobs, [own.routed_experts.tolist() for own in completions]))
+        seen.append((logprobs, [own.gate_weights.tolist() for own in completions]))
     assert seen[0] == seen[1]
 
 
