@@ -85,7 +85,8 @@ def test_completions_carry_the_gates_weights_if_they_are_asked_for(llm: FusedLLM
     )
     wanted = judge.generation(own, 8).gate_weights
     assert asked.outputs[0].gate_weights == pytest.approx(wanted.numpy(), abs=1e-4)
-    assert plain.outputs[0].gate_weights is None
+    assert asked.outputs[0].drafted.tolist() == [False] * 8
+    assert (plain.outputs[0].gate_weights, plain.outputs[0].drafted) == (None, None)
 
 
 TWO_ENGINES = """

@@ -137,11 +137,24 @@ def test_a_given_response_was_not_drafted(engine_of: Callable[[str], InProcessEn
     before, _ = counted_by_vllm(engine)
     (given,) = random_prompts([30], seed=9)
     params = greedy(30, extra_args={FORCED_TOKEN_IDS: given} | ASKING)
-    (output,), rounds = rounds_of(engine, engine.drafter, [Arrival(BATCH[0], params)])
+    beside = Arrival(BATCH[1], greedy(NUM_TOKENS, extra_args=ASKING))
+    (output, neighbour), rounds = rounds_of(engine, engine.drafter, [Arrival(BATCH[0], params), beside])
     assert list(output.outputs[0].token_ids) == given
     assert output.outputs[0].drafted.tolist() == [False] * 30
-    assert rounds == []
-    assert counted_by_vllm(engine)[0] - before > 20
+    assert sum(own.num_tokens for own in rounds) == NUM_TOKENS - 1
+    assert sum(own.num_accepted for own in rounds) == sum(neighbour.outputs[0].drafted) > 0
+    assert counted_by_vllm(engine)[0] - before > 20 + sum(own.num_drafts for own in rounds)
+
+
+def test_what_held_behind_an_end_is_not_counted(engine_of: Callable[[str], InProcessEngine]) -> None:
+    engine = engine_of("drafts")
+    wanted = {own: engine.tokens([Arrival(BATCH[own], greedy(9))])[0] for own in range(len(BATCH))}
+    number, token_ids = next((own, token_ids) for own, token_ids in wanted.items() if token_ids[3] not in token_ids[:3])
+    right = Guessing(engine, lambda outputs: token_ids[len(outputs) : len(outputs) + 4])
+    params = greedy(9, stop_token_ids=[token_ids[3]], extra_args=ASKING)
+    (output,), rounds = rounds_of(engine, right, [Arrival(BATCH[number], params)])
+    assert output.outputs[0].drafted.tolist() == [False, True, True, True]
+    assert rounds == [Round(0, "leading", 4, 3, 3, None)]
 
 
 def test_without_speculation_nothing_is_drafted(engine_of: Callable[[str], InProcessEngine]) -> None:
