@@ -73,8 +73,11 @@ class SamplingDefaults(_Section):
 class SpeculationSettings(_Section):
     """Tokens are guessed ahead and verified by all specialists at once: the same text in fewer steps."""
 
-    drafter: Literal["leading", "ngram"] = "leading"
-    """Who guesses: the specialist with the largest weight, or what followed the same tokens before."""
+    drafter: Literal["leading", "ngram", "head"] = "leading"
+    """Who guesses: the specialist with the largest weight, what followed the same tokens before, or a trained head."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """The head's folder; of the drafter `head` alone."""
 
     max_tokens: Annotated[int, Field(ge=0, le=16)] = 0
     """Most tokens guessed ahead for a request; 0 guesses none. How many it is, each step decides by what it costs."""
@@ -88,6 +91,9 @@ class SpeculationSettings(_Section):
             raise FusionError(
                 f"engine.speculation.min_tokens: {self.min_tokens} is more than max_tokens, {self.max_tokens}; lower it"
             )
+        if (self.drafter == "head") != (self.path is not None):
+            way_out = "name the head's folder" if self.path is None else "leave it out, or set drafter: head"
+            raise FusionError(f"engine.speculation.path: is {self.path}, the drafter {self.drafter}; {way_out}")
         return self
 
 
