@@ -11,10 +11,12 @@ from vllm.distributed import get_tp_group
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from ultrafuser.gating.model.draft_head import load_draft_head
 from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.extra_args import forced_token_ids
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
+from ultrafuser.server.engine.worker.head_drafter import HeadDrafter
 from ultrafuser.server.engine.worker.lookahead import Ahead, Lookahead
 
 
@@ -25,13 +27,32 @@ class Speculation:
         """`runners[0]` is the leader."""
         self._runners, self._leader = runners, runners[0]
         self.lookahead = Lookahead(settings.min_tokens, settings.max_tokens, is_free=settings.drafter == "ngram")
+        self.head = self._load_head(settings)
+        self._features_BD: Tensor | None = None
         self.drafter: Drafter
-        if settings.drafter == "ngram":
+        if self.head is not None:
+            self.drafter = self.head
+        elif settings.drafter == "ngram":
             self.drafter = NgramDrafter(self._leader, num_shared_ids)
         else:
             self.drafter = LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)
         self._leading: dict[str, int] = {}
         self._plan: dict[str, Ahead] = {}
+
+    def _load_head(self, settings: SpeculationSettings) -> HeadDrafter | None:
+        if settings.path is None:
+            return None
+        return HeadDrafter(self._leader, load_draft_head(settings.path), self.lookahead.draft_pass)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory that is taken whatever is drafted."""
+        return 0 if self.head is None else self.head.num_bytes
+
+    def see(self, hidden_SBD: Sequence[Tensor], marks_XB: Tensor) -> None:
+        """Last hidden states of a step's rows that end in a token, before they are drawn; marks begin with weights."""
+        if self.head is not None:
+            self._features_BD = self.head.features(hidden_SBD, marks_XB[: len(self._runners)])
 
     def go_on(self, ending: Sequence[Row], marks_XB: Tensor | None, seconds: float | None) -> None:
         """Learn from a step whose tokens all runners know, and draft what follows them.
@@ -41,6 +62,11 @@ class Speculation:
         if seconds is not None:
             self.lookahead.step.add(len(ending), seconds)
         self._learn(ending)
+        if self.head is not None:
+            self.head.forget_all_but(self._leader.input_batch.req_id_to_index)
+            if self._features_BD is not None:
+                self.head.read(ending, self._features_BD)
+            self._features_BD = None
         self._leading = {} if marks_XB is None else self._last_leading(ending, marks_XB)
         drafts = self._draft(self._leading)
         self._leader._draft_token_ids = [drafts.get(request, []) for request in self._leader.input_batch.req_ids]
@@ -59,7 +85,8 @@ class Speculation:
 
     def _last_leading(self, ending: Sequence[Row], marks_XB: Tensor) -> dict[str, int]:
         """Which specialist has the largest weight at the last token of each request."""
-        leading_B = marks_XB[: len(self._runners)].argmax(dim=0).tolist()
+        # One head drafts for all, and what was learned of it counts for all.
+        leading_B = [0] * len(ending) if self.head else marks_XB[: len(self._runners)].argmax(dim=0).tolist()
         return {
             row.request: leading
             for row, leading in zip(ending, leading_B, strict=True)
@@ -71,7 +98,9 @@ class Speculation:
         wanted = {request: self._num_wanted(request, self._leader.requests[request]) for request in leading}
         given = {request: forced_token_ids(self._leader.requests[request].sampling_params) for request in leading}
         sampled = {own: index for own, index in leading.items() if given[own] is None and wanted[own]}
-        self._plan = self._agreed(self.lookahead.choose(sampled, len(self._runners))) if sampled else {}
+        self._plan = (
+            self._agreed(self.lookahead.choose(sampled, 1 if self.head else len(self._runners))) if sampled else {}
+        )
         drafts = self.drafter.propose(self._plan) if self._plan else {}
         for request, response in given.items():
             if response is not None:
