@@ -113,9 +113,7 @@ class DraftHead(nn.Module):
 
     def inputs(self, embeddings_BD: Tensor, features_BD: Tensor) -> Tensor:
         """What the layer reads [B, 2 D]: the token's embedding beside the feature, each brought to one scale."""
-        dtype = self.fuse.weight.dtype
-        pair = (self.token_norm(embeddings_BD.to(dtype)), self.feature_norm(features_BD))
-        return torch.cat(pair, dim=-1)
+        return torch.cat([_normed(self.token_norm, embeddings_BD), _normed(self.feature_norm, features_BD)], dim=-1)
 
     def keys_values(self, inputs_BX: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, K, E] of positions, for those after them to attend to."""
@@ -133,14 +131,20 @@ class DraftHead(nn.Module):
     def states(self, features_BD: Tensor, attended_BX: Tensor) -> Tensor:
         """The layer's output [B, D], which is also the feature of the next position as long as no better is known."""
         states_BD = features_BD + self.mix(attended_BX)
-        gate, up = self.gate_up(self.mlp_norm(states_BD)).chunk(2, dim=-1)
+        gate, up = self.gate_up(_normed(self.mlp_norm, states_BD)).chunk(2, dim=-1)
         result_BD: Tensor = states_BD + self.down(nn.functional.silu(gate) * up)
         return result_BD
 
     def scores(self, states_BD: Tensor) -> Tensor:
         """Logits [B, V] of the draft vocabulary."""
-        logits_BV: Tensor = self.output(self.output_norm(states_BD))
+        logits_BV: Tensor = self.output(_normed(self.output_norm, states_BD))
         return logits_BV
+
+
+def _normed(norm: nn.RMSNorm, states_BD: Tensor) -> Tensor:
+    """In the type of the weights, which under autocast is not that of the states."""
+    normed_BD: Tensor = norm(states_BD.to(norm.weight.dtype))
+    return normed_BD
 
 
 def rotate(heads_BHE: Tensor, positions_B: Tensor, theta: float) -> Tensor:

@@ -117,7 +117,7 @@ def _one_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FusionError):
-        return ".".join(filter(None, [key, str(cause)]))
+        return str(cause) if key and str(cause).startswith(key) else ".".join(filter(None, [key, str(cause)]))
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key; known here: {', '.join(_known_keys(first['loc'][:-1]))}"
     if first["type"] == "missing":

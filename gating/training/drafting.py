@@ -72,7 +72,7 @@ def draft_head_config(inputs: RunInputs, num_draft_ids: int) -> DraftHeadConfig:
         num_heads=num_heads,
         num_kv_heads=max(own for own in (1, 2, 3, 4, 8) if num_heads % own == 0),
         head_size=HEAD_SIZE,
-        intermediate_size=2 * hidden_sizes[0],
+        intermediate_size=hidden_sizes[0],
         window=inputs.settings.draft_window,
     )
 
