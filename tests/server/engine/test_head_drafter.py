@@ -117,6 +117,39 @@ def test_wrong_drafts_do_not_wear_the_memory_of_a_response_out(
     assert num_steps > 100
 
 
+def test_how_far_the_head_goes_is_decided_by_what_it_costs_for_all_requests_together(
+    tiny_fusion: Path, heads: dict[str, Path], judge: Judge
+) -> None:
+    speculation = {"drafter": "head", "path": str(heads["trained"]), "max_tokens": 4}
+    with InProcessEngine(tiny_fusion, speculation=speculation) as engine:
+        plans: list[dict[str, Ahead]] = []
+
+        class Noted(Watched):
+            def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+                plans.append(dict(plan))
+                return super().propose(plan)
+
+        outputs, _ = serve(engine, Noted(engine), [Arrival(own, greedy(NUM_TOKENS)) for own in BATCH])
+        assert engine.runner.speculation is not None
+        lookahead = engine.runner.speculation.lookahead
+    assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
+    assert any(len(plan) == len(BATCH) for plan in plans)
+    assert all(len(set(plan.values())) == 1 for plan in plans), "one drafter, and one length, for all"
+    assert lookahead.draft_pass.num_samples == sum(any(own.num_tokens for own in plan.values()) for plan in plans)
+
+
+@pytest.mark.slow
+def test_two_ranks_draft_with_one_head_each(tiny_fusion: Path, heads: dict[str, Path], judge: Judge) -> None:
+    """Each holds all of it; embeddings are gathered from both."""
+    speculation = {"drafter": "head", "path": str(heads["trained"]), "min_tokens": 4, "max_tokens": 4}
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_seqs": 8}
+    with InProcessEngine(tiny_fusion, speculation=speculation, **options) as engine:
+        tokens = engine.tokens([Arrival(own, greedy(NUM_TOKENS), step=index) for index, own in enumerate(BATCH)])
+        num_steps = len(engine.reports)
+    assert tokens == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
+    assert num_steps < NUM_TOKENS / 2 + len(BATCH), "both ranks know what the head has learnt"
+
+
 def test_a_request_that_is_aborted_leaves_its_ring(
     engine_with: Callable[[str, str], InProcessEngine], judge: Judge
 ) -> None:
