@@ -15,7 +15,7 @@ from ultrafuser.gating.model.gate import gate_digest
 from ultrafuser.gating.model.inspection import shared_vocabulary
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.model.responses import response_states
-from ultrafuser.gating.training.drafting import DraftLearner, collate_responses, fresh_draft_head
+from ultrafuser.gating.training.draft_learner import DraftLearner, collate_responses, fresh_draft_head
 
 Prompts = list[list[int]]
 NO_TOKEN = -1

@@ -24,7 +24,7 @@ from ultrafuser.gating.model.cache import Report
 from ultrafuser.gating.model.gate import Gate, fresh_gate, load_gate
 from ultrafuser.gating.model.loading import add_adapter, load_frozen, load_one_frozen
 from ultrafuser.gating.model.schema import FRESH_GATE
-from ultrafuser.gating.training.drafting import (
+from ultrafuser.gating.training.draft_learner import (
     DraftLearner,
     collate_responses,
     draft_head_config,

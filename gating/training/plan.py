@@ -15,7 +15,7 @@ from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
 from ultrafuser.gating.model.inspection import FusedModelInfo
 from ultrafuser.gating.model.loading import add_adapter, empty_model
 from ultrafuser.gating.model.schema import FusionConfig
-from ultrafuser.gating.training.drafting import draft_head_config
+from ultrafuser.gating.training.draft_learner import draft_head_config
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.settings import TrainSettings
 

@@ -17,7 +17,7 @@ from ultrafuser.gating.model.fusion import save_fusion
 from ultrafuser.gating.model.gate import Gate, save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
 from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
-from ultrafuser.gating.training.drafting import DraftLearner
+from ultrafuser.gating.training.draft_learner import DraftLearner
 from ultrafuser.gating.training.inputs import RunInputs, without_draft_head
 from ultrafuser.gating.training.learner import Learner
 

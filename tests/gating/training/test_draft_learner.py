@@ -14,7 +14,7 @@ from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.gating.model.gate import fresh_gate, fuse
-from ultrafuser.gating.training.drafting import (
+from ultrafuser.gating.training.draft_learner import (
     DISCOUNT,
     DraftLearner,
     collate_responses,
