@@ -1,5 +1,7 @@
 """What guessing ahead gains: tokens a second with the leading specialist's drafts, against decoding one by one.
 
+A fusion file that says how to speculate (`--fusion trained/head`) is measured as it says.
+
 Run: python -m benchmarks.speculation [--quick]
 """
 
@@ -95,7 +97,8 @@ def measure(options: Options) -> list[Comparison]:
     fusion, info = options.load()
     engines = {}
     if options.runs_fused:
-        engines["drafts"] = fused_engine(_with(fusion, SpeculationSettings(max_tokens=MAX_DRAFTS)))
+        speculation = fusion.engine.speculation or SpeculationSettings(max_tokens=MAX_DRAFTS)
+        engines["drafts"] = fused_engine(_with(fusion, speculation))
     if options.runs_baseline:
         engines["without"] = fused_engine(_with(fusion, None))
         engines["one model"] = plain_engine(_with(fusion, None), info)

@@ -76,7 +76,7 @@ class HeadDrafter:
     def read(self, rows: Sequence[Row], features_BD: Tensor) -> None:
         """Take in a step's rows that end in a token, once all tokens are known; `features` had their states.
 
-        Rows behind a wrong draft are passed over.
+        Rows behind a wrong draft are passed over. Of a prompt that is read in chunks there is no such row but its last.
         """
         outputs = {row.request: self._leader.requests[row.request].output_token_ids for row in rows}
         kept = [index for index, row in enumerate(rows) if row.position < len(outputs[row.request])]
@@ -161,6 +161,8 @@ class HeadDrafter:
         for request in self._rings.keys() - requests.keys():
             ring = self._rings.pop(request)
             self._positions_RC[ring] = NOTHING
+            # What is not looked at counts zero times its value, which is no number if the value is none.
+            self._values_RCKE[ring] = 0
             self._free.append(ring)
             del self._latest[request]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.draft_heads import write_random_head, write_trained_head
 from tests.server.engine.conftest import BUDGET_16, PRESSURE
@@ -165,6 +166,37 @@ def test_a_request_that_is_aborted_leaves_its_ring(
     engine.generate([Arrival(BATCH[0], greedy(3))])
     (kept,) = head._rings.values()
     assert (head._positions_RC[[index for index in range(len(head._positions_RC)) if index != kept]] == NOTHING).all()
+
+
+def test_what_is_no_number_ends_with_its_request(
+    engine_with: Callable[[str, str], InProcessEngine], judge: Judge
+) -> None:
+    """A ring's next owner does not look at what was in it, but would have added zero times NaN."""
+    engine = engine_with("trained", "normal")
+    head = Watched(engine).head
+    engine.generate([Arrival(BATCH[0], greedy(3))])
+    (ring,) = head._rings.values()
+    head._values_RCKE[ring] = float("nan")
+    head._keys_RCKE[ring] = float("nan")
+    head.forget_all_but({})
+    assert head._free[-1] == ring, "it is the next that is given away"
+    outputs, num_steps = serve(engine, head, [Arrival(own, greedy(NUM_TOKENS)) for own in BATCH])
+    assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
+    assert num_steps < NUM_TOKENS / 2
+
+
+def test_the_rehearsal_of_a_full_step_leaves_no_trace(
+    engine_with: Callable[[str, str], InProcessEngine], judge: Judge
+) -> None:
+    engine = engine_with("trained", "normal")
+    head = Watched(engine).head
+    head.forget_all_but({})
+    with torch.inference_mode():
+        engine.runner.profile_run()
+    assert (head._positions_RC == NOTHING).all()
+    outputs, num_steps = serve(engine, head, [Arrival(BATCH[1], greedy(NUM_TOKENS))])
+    assert list(outputs[0].outputs[0].token_ids) == judge.tokens(BATCH[1], NUM_TOKENS)
+    assert num_steps < NUM_TOKENS / 2
 
 
 def test_what_the_head_takes_stands_in_the_memory_profile(
