@@ -164,6 +164,8 @@ class TrainSettings(CommandSettings):
             )
         if self.cache_states and self.stage != 1:
             raise TrainError("cache_states: only stage 1 can cache, as specialists that learn change; leave it out")
+        if self.fresh_gate and self.drafter:
+            raise TrainError("fresh_gate: a draft head is trained for the gate that the fusion has; leave it out")
         if self.specialist is not None and self.learn == "full":
             raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
         return self

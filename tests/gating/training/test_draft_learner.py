@@ -165,9 +165,3 @@ def test_a_fusion_that_learns_on_loses_its_head(run: Any, tmp_path: Path) -> Non
     learnt = run(fusion=str(path), stage=1, steps=1, output=str(tmp_path / "gate"))
     assert load_fusion(learnt).engine.speculation is None
     assert inspect_fusion(load_fusion(learnt)).num_shared_ids == NUM_IDS
-
-
-@pytest.mark.parametrize("others", [{"stage": 1}, {"specialist": "text"}])
-def test_a_head_is_trained_alone(settings_of: Any, others: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"stage: name either a stage"):
-        settings_of(drafter=True, **others)
