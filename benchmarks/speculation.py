@@ -1,5 +1,7 @@
 """What guessing ahead gains: tokens a second with the leading specialist's drafts, against decoding one by one.
 
+A fusion file that says how to speculate (`--fusion trained/head`) is measured as it says.
+
 Run: python -m benchmarks.speculation [--quick]
 """
 

@@ -3,6 +3,7 @@
 UserError              what was asked for cannot be done
 ├─ FusionError         the fusion file, or a model that it names
 ├─ GateError           a gate's file
+├─ DraftHeadError      a draft head's folder
 └─ CommandError        what a command is asked for: a flag, a folder
    ├─ DataError        a file of conversations, of a test set, of a benchmark
    ├─ TrainError       a training run
@@ -27,6 +28,10 @@ class FusionError(UserError):
 
 class GateError(UserError):
     """A gate file does not fit the specialists; names the file and the key."""
+
+
+class DraftHeadError(UserError):
+    """A draft head does not fit the fusion; names the folder and the key."""
 
 
 class CommandError(UserError):

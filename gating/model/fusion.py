@@ -80,6 +80,9 @@ def save_fusion(config: FusionConfig, path: str | Path) -> None:
     for section in [content, *content["specialists"]]:
         for key in section.keys() & {"model", "adapter", "gate"}:
             section[key] = _relative(section[key], folder)
+    speculation = content.get("engine", {}).get("speculation", {})
+    if "path" in speculation:
+        speculation["path"] = _relative(speculation["path"], folder)
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     Path(path).write_text(text, encoding="utf-8")
 
@@ -114,7 +117,7 @@ def _one_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FusionError):
-        return ".".join(filter(None, [key, str(cause)]))
+        return str(cause) if key and str(cause).startswith(key) else ".".join(filter(None, [key, str(cause)]))
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key; known here: {', '.join(_known_keys(first['loc'][:-1]))}"
     if first["type"] == "missing":
@@ -151,7 +154,17 @@ def _resolve(config: FusionConfig, folder: Path) -> FusionConfig:
     gate = config.gate
     if gate is not None and not gate.startswith(PACKAGE_SCHEME):
         gate = _absolute(gate, folder)
-    return config.model_copy(update={"specialists": tuple(specialists), "gate": gate})
+    engine = resolve_draft_head(config.engine, folder)
+    return config.model_copy(update={"specialists": tuple(specialists), "gate": gate, "engine": engine})
+
+
+def resolve_draft_head(engine: EngineSettings, folder: Path) -> EngineSettings:
+    """The settings with an absolute path of the draft head, if one is named."""
+    speculation = engine.speculation
+    if speculation is None or speculation.path is None:
+        return engine
+    resolved = speculation.model_copy(update={"path": _absolute(speculation.path, folder)})
+    return engine.model_copy(update={"speculation": resolved})
 
 
 def _resolve_source(source: str, folder: Path, key: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from ultrafuser.gating.errors import CommandError, FusionError, GateError
+from ultrafuser.gating.errors import CommandError, DraftHeadError, FusionError, GateError
 from ultrafuser.gating.files import read_json
 from ultrafuser.gating.model.schema import FRESH_GATE, PACKAGE_SCHEME, FusionConfig, SpecialistConfig
 from ultrafuser.gating.templates import TemplateError, fold_messages
@@ -72,6 +72,7 @@ def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
     tokenizers = [_read_tokenizer(item, f"specialists.{index}") for index, item in enumerate(config.specialists)]
     vocab_sizes = tuple(int(model_config.vocab_size) for model_config in model_configs)
     num_shared_ids = _num_shared_ids(config, vocab_sizes, tokenizers)
+    _check_draft_head(config, hidden_sizes, shared_vocabulary(tokenizers[0], num_shared_ids))
     for eos_id in config.eos_token_ids:
         if eos_id >= num_shared_ids:
             raise FusionError(
@@ -190,6 +191,26 @@ def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
         check_gate(config.gate, config.specialist_names, hidden_sizes)
     except GateError as error:
         raise FusionError(f"gate: {error}") from error
+
+
+def _check_draft_head(config: FusionConfig, hidden_sizes: tuple[int, ...], vocabulary: str) -> None:
+    from ultrafuser.gating.model.draft_head import check_draft_head
+    from ultrafuser.gating.model.gate import gate_digest
+
+    speculation = config.engine.speculation
+    if speculation is None or speculation.path is None or not speculation.max_tokens:
+        return
+    try:
+        check_draft_head(speculation.path, config.specialist_names, hidden_sizes, vocabulary, gate_digest(config.gate))
+    except DraftHeadError as error:
+        raise FusionError(f"engine.speculation.path: {error}") from error
+
+
+def shared_vocabulary(tokenizer: "PreTrainedTokenizerBase", num_shared_ids: int) -> str:
+    """Digest of the tokens that all specialists share, by any one's tokenizer."""
+    from ultrafuser.gating.model.draft_head import vocabulary_digest
+
+    return vocabulary_digest(_tokens(tokenizer, num_shared_ids))
 
 
 def _max_model_len(config: FusionConfig, model_configs: Sequence["PreTrainedConfig"]) -> int:

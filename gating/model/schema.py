@@ -73,9 +73,12 @@ class SamplingDefaults(_Section):
 class SpeculationSettings(_Section):
     """Tokens are guessed ahead and verified by all specialists at once: the same text in fewer steps."""
 
-    drafter: Literal["leading", "ngram"] | None = None
-    """Who guesses: the specialist with the largest weight (`leading`), or what followed the same tokens before
-    (`ngram`); null: whichever is worth more, decided for each request in each step."""
+    drafter: Literal["leading", "ngram", "head"] | None = None
+    """Who guesses: the specialist with the largest weight (`leading`), what followed the same tokens before (`ngram`),
+    or a trained head (`head`); null: one of the first two, whichever is worth more for a request in a step."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """The head's folder; of the drafter `head` alone."""
 
     max_tokens: Annotated[int, Field(ge=0, le=16)] = 4
     """Most tokens guessed ahead for a request; 0 guesses none. How many it is, each step decides by what it costs."""
@@ -89,6 +92,9 @@ class SpeculationSettings(_Section):
             raise FusionError(
                 f"engine.speculation.min_tokens: {self.min_tokens} is more than max_tokens, {self.max_tokens}; lower it"
             )
+        if (self.drafter == "head") != (self.path is not None):
+            way_out = "name the head's folder" if self.path is None else "leave it out, or set drafter: head"
+            raise FusionError(f"engine.speculation.path: is {self.path}, the drafter {self.drafter}; {way_out}")
         return self
 
 

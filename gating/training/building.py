@@ -8,20 +8,33 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.data.batches import collate_hidden_states, collate_rows
-from ultrafuser.gating.data.hidden_states import cache_hidden_states, hidden_state_sources, resolve_dtype
+from ultrafuser.gating.data.hidden_states import (
+    CachedHiddenStates,
+    cache_hidden_states,
+    hidden_state_sources,
+    resolve_dtype,
+)
 from ultrafuser.gating.model.cache import Report
 from ultrafuser.gating.model.gate import Gate, fresh_gate, load_gate
-from ultrafuser.gating.model.loading import add_adapter, load_frozen
+from ultrafuser.gating.model.loading import add_adapter, load_frozen, load_one_frozen
 from ultrafuser.gating.model.schema import FRESH_GATE
+from ultrafuser.gating.training.draft_learner import (
+    DraftLearner,
+    collate_responses,
+    draft_head_config,
+    draft_vocabulary,
+    fresh_draft_head,
+)
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import CachedLearner, FusedLearner, Learner
 from ultrafuser.gating.training.sampler import BalancedBatches, ProportionalBatches
-from ultrafuser.gating.training.trainer import FusedTrainer
+from ultrafuser.gating.training.trainer import Collate, FusedTrainer
 
 LearnerAndRows = tuple[Learner, Dataset[Any], Mapping[str, Dataset[Any]]]
 """What learns, and the rows to train and, by domain, to evaluate on."""
@@ -38,19 +51,25 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
     micro_batch = inputs.micro_batch(arguments.world_size)
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro_batch
     arguments.gradient_accumulation_steps = batches.micro_batches_per_step
-    is_cached = inputs.settings.cache_states
-    learner, rows, eval_rows = (
-        _cached(inputs, micro_batch, device, on_progress) if is_cached else _whole(inputs, device)
-    )
+    settings = inputs.settings
+    collate: Collate = collate_rows
+    if settings.drafter:
+        learner, rows, eval_rows = _drafting(inputs, micro_batch, device, on_progress)
+        collate = partial(collate_responses, eos_token_id=inputs.fusion.eos_token_ids[0])
+    elif settings.cache_states:
+        learner, rows, eval_rows = _cached(inputs, micro_batch, device, on_progress)
+        collate = collate_hidden_states
+    else:
+        learner, rows, eval_rows = _whole(inputs, device)
     return FusedTrainer(
         learner,
         arguments,
         rows=rows,
         batches=batches,
-        collate=collate_hidden_states if is_cached else collate_rows,
+        collate=collate,
         eval_rows=eval_rows,
-        specialists=inputs.fusion.specialist_names,
-        gate_learning_rate=inputs.settings.gate_learning_rate,
+        name_marks=partial(_name_marks, inputs),
+        gate_learning_rate=settings.gate_learning_rate,
         provenance=provenance,
     )
 
@@ -75,7 +94,34 @@ def _whole(inputs: RunInputs, device: torch.device) -> LearnerAndRows:
     return learner, inputs.rows.dataset, {domain: own.dataset for domain, own in inputs.eval_rows.items()}
 
 
+def _name_marks(inputs: RunInputs, domain: str) -> list[str]:
+    if inputs.settings.drafter:
+        return [f"{mark}_{domain}" for mark in DraftLearner.MARKS]
+    return [f"gate_{domain}_{name}" for name in inputs.fusion.specialist_names]
+
+
 def _cached(inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report) -> LearnerAndRows:
+    rows, eval_rows, output_weights = _cached_rows(inputs, micro_batch, device, on_progress)
+    learner = CachedLearner(output_weights, _gate(inputs), inputs.info.num_shared_ids, inputs.settings.chunk_size)
+    return learner, rows, eval_rows
+
+
+def _drafting(inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report) -> LearnerAndRows:
+    settings, fusion, info = inputs.settings, inputs.fusion, inputs.info
+    rows, eval_rows, output_weights = _cached_rows(inputs, micro_batch, device, on_progress)
+    draft_ids_V = draft_vocabulary(rows.tokens(0, rows.offsets[-1])[1], settings.draft_vocabulary, info.num_shared_ids)
+    leader = load_one_frozen(fusion, 0, resolve_dtype(settings.precision, device))
+    embeddings_VD = leader.get_input_embeddings().weight.detach()[: info.num_shared_ids].clone()
+    output_weights = [own[draft_ids_V] for own in output_weights]
+    head = fresh_draft_head(draft_head_config(inputs, len(draft_ids_V)), draft_ids_V, output_weights[0].float())
+    learner = DraftLearner(head, _gate(inputs), embeddings_VD, output_weights, settings.draft_tokens)
+    return learner, rows, eval_rows
+
+
+def _cached_rows(
+    inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report
+) -> tuple[CachedHiddenStates, dict[str, CachedHiddenStates], list[Tensor]]:
+    """To train on, to evaluate on by domain, and the specialists' output layers [V, D_s]."""
     dtype = resolve_dtype(inputs.settings.precision, device)
     cache = partial(
         cache_hidden_states,
@@ -88,8 +134,7 @@ def _cached(inputs: RunInputs, micro_batch: int, device: torch.device, on_progre
     )
     rows, output_weights = cache(inputs.rows.dataset)
     eval_rows = {domain: cache(own.dataset)[0] for domain, own in inputs.eval_rows.items()}
-    learner = CachedLearner(output_weights, _gate(inputs), inputs.info.num_shared_ids, inputs.settings.chunk_size)
-    return learner, rows, eval_rows
+    return rows, eval_rows, output_weights
 
 
 def _gate(inputs: RunInputs) -> Gate:
@@ -126,7 +171,8 @@ def _arguments(inputs: RunInputs, device: torch.device) -> TrainingArguments:
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         # Frozen specialists are in their type already, and the gate's arithmetic is float32 in every precision.
-        bf16=settings.trains_specialists and resolve_dtype(settings.precision, device) == torch.bfloat16,
+        bf16=(settings.trains_specialists or settings.drafter)
+        and resolve_dtype(settings.precision, device) == torch.bfloat16,
         use_cpu=device.type == "cpu",
         seed=settings.seed,
         average_tokens_across_devices=True,

@@ -16,7 +16,7 @@ from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.cache import Report, cache_folder
 from ultrafuser.gating.model.fusion import load_fusion
-from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion
+from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion, shared_vocabulary
 from ultrafuser.gating.model.loading import identify, prepare
 from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig
 from ultrafuser.gating.training.settings import TrainSettings
@@ -69,6 +69,15 @@ class RunInputs:
         return digests
 
     @property
+    def vocabulary(self) -> str:
+        """Digest of the tokens that the specialists share."""
+        from transformers import AutoTokenizer
+
+        leader = self.fusion.specialists[0]
+        tokenizer = AutoTokenizer.from_pretrained(leader.model, revision=leader.revision)
+        return shared_vocabulary(tokenizer, self.info.num_shared_ids)
+
+    @property
     def models(self) -> list[Any]:
         """What identifies the models of `fusion`."""
         return [{"name": item.name, **identify(item)} for item in self.fusion.specialists]
@@ -114,6 +123,7 @@ def _check_keys(domains: Sequence[str], specialists: Sequence[str]) -> None:
 
 def choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     """The specialists that take part, with a gate file that exists, or a fresh gate."""
+    loaded = without_draft_head(loaded)
     if settings.specialist is not None:
         chosen = [item for item in loaded.specialists if item.name == settings.specialist]
         if not chosen:
@@ -126,3 +136,11 @@ def choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     if settings.fresh_gate or (settings.stage == 1 and not has_gate):
         return loaded.model_copy(update={"gate": FRESH_GATE})
     return loaded
+
+
+def without_draft_head(fusion: FusionConfig) -> FusionConfig:
+    """The fusion without a trained draft head, which what learns here would make one of another model."""
+    speculation = fusion.engine.speculation
+    if speculation is None or speculation.path is None:
+        return fusion
+    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update={"speculation": None})})

@@ -42,7 +42,7 @@ class Learner(nn.Module):
 
         Returns:
             `loss`: the sum over the batch's tokens divided by the step's tokens; `tokens_N`: each token's loss, and
-            `weights_SN`: the gate's weights, both detached.
+            `marks_XN`: what else an evaluation means over tokens, here the gate's weights; both detached.
         """
         hidden_states = self.hidden_states(**batch)
         if self.fusion_gate is None:
@@ -52,7 +52,7 @@ class Learner(nn.Module):
         layers = self.output_layers()
         loss = fused_loss(hidden_states, layers, weights_SN, labels, self.num_shared_ids, self.chunk_size)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": loss.total / count, "tokens_N": loss.tokens_N, "weights_SN": weights_SN.detach()}
+        return {"loss": loss.total / count, "tokens_N": loss.tokens_N, "marks_XN": weights_SN.detach()}
 
     def hidden_states(self, **batch: Any) -> list[Tensor]:
         """S tensors [N, D_s] that predict the labels."""

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from ultrafuser.gating.data.hidden_states import resolve_dtype
+from ultrafuser.gating.model.draft_head import DraftHead
 from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
 from ultrafuser.gating.model.inspection import FusedModelInfo
 from ultrafuser.gating.model.loading import add_adapter, empty_model
 from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.training.draft_learner import draft_head_config
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.settings import TrainSettings
 
@@ -77,15 +79,19 @@ def describe(inputs: RunInputs, device: torch.device, num_processes: int) -> lis
     datasets = [own.dataset for own in inputs.all_rows]
     tokens = inputs.micro_batch(num_processes) * max(max(dataset["length"][:]) for dataset in datasets)
     lines = [f"{size.name}: {size.num_parameters:,} parameters, {size.num_trained:,} learn" for size in sizes]
-    num_gate = _num_gate(info) if len(sizes) > 1 else 0
-    if num_gate:
-        lines.append(f"gate: {num_gate:,} parameters, all learn")
+    num_others = _num_gate(info) if len(sizes) > 1 else 0
+    if settings.drafter:
+        num_others = _num_draft_head(inputs)
+        lines.append(f"draft head: {num_others:,} parameters at most, all learn")
+    elif num_others:
+        lines.append(f"gate: {num_others:,} parameters, all learn")
+    memory = _memory(settings, info, sizes, dtype, num_others, tokens)
     return [
         *lines,
         *_steps(settings, rows, num_processes),
         "memory of one process, computed, not measured (FSDP2 divides the first two by the number of processes, but"
         f" gathers {_gib(_gathered(settings, sizes, dtype))} for a step):",
-        *(f"  {name}: {_gib(size)}" for name, size in _memory(settings, info, sizes, dtype, num_gate, tokens).items()),
+        *(f"  {name}: {_gib(size)}" for name, size in memory.items()),
         *_disk(settings, info, dtype, sum(sum(dataset["num_response_tokens"][:]) for dataset in datasets)),
     ]
 
@@ -108,12 +114,12 @@ def _memory(
     info: FusedModelInfo,
     sizes: Sequence[ModelSize],
     dtype: torch.dtype,
-    num_gate: int,
+    num_others: int,
     tokens: int,
 ) -> dict[str, int]:
-    num_trained = sum(size.num_trained for size in sizes) + num_gate
+    num_trained = sum(size.num_trained for size in sizes) + num_others
     all_parameters = sum(size.num_parameters for size in sizes)
-    frozen = sum(size.num_output for size in sizes) if settings.cache_states else all_parameters
+    frozen = sum(size.num_output for size in sizes) if settings.reads_cached_states else all_parameters
     if settings.trains_specialists and not settings.uses_adapters:
         frozen = 0
     logits = 3 * len(sizes) * settings.chunk_size * info.num_shared_ids * 4
@@ -128,7 +134,7 @@ def _memory(
 def _gathered(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: torch.dtype) -> int:
     """What is whole in every process during a step although it is sharded: all but the decoder layers, and its
     gradients if it learns. Decoder layers are gathered one after the other."""
-    count = sum(size.num_output if settings.cache_states else size.num_outside_layers for size in sizes)
+    count = sum(size.num_output if settings.reads_cached_states else size.num_outside_layers for size in sizes)
     learns = settings.trains_specialists and not settings.uses_adapters
     return count * dtype.itemsize * (2 if learns else 1)
 
@@ -154,7 +160,7 @@ def _activations(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: tor
 
 
 def _disk(settings: TrainSettings, info: FusedModelInfo, dtype: torch.dtype, response_tokens: int) -> list[str]:
-    if not settings.cache_states:
+    if not settings.reads_cached_states:
         return []
     num_bytes = response_tokens * sum(info.hidden_sizes) * dtype.itemsize
     return [f"disk for cached hidden states: {_gib(num_bytes)} (one specialist is in memory while they are computed)"]
@@ -163,6 +169,12 @@ def _disk(settings: TrainSettings, info: FusedModelInfo, dtype: torch.dtype, res
 def _num_gate(info: FusedModelInfo) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Gate(info.hidden_sizes, DEFAULT_WIDTH).parameters())
+
+
+def _num_draft_head(inputs: RunInputs) -> int:
+    num_draft_ids = min(inputs.settings.draft_vocabulary, inputs.info.num_shared_ids)
+    with torch.device("meta"):
+        return sum(own.numel() for own in DraftHead(draft_head_config(inputs, num_draft_ids)).parameters())
 
 
 def _gib(num_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""A trained fusion as a folder: fusion.yaml, gate, adapters or models, manifest; served and evaluated like any other.
+"""A trained fusion as a folder: fusion.yaml, gate, adapters, models or draft head, manifest; served like any other.
 
 Knows fusion files and what specialists write. Does not know how anything learnt what it did.
 """
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from ultrafuser.gating.commands.run_folder import MANIFEST_FILE
 from ultrafuser.gating.files import replacing, write_json
+from ultrafuser.gating.model.draft_head import DraftHead, save_draft_head
 from ultrafuser.gating.model.fusion import save_fusion
 from ultrafuser.gating.model.gate import Gate, save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
-from ultrafuser.gating.model.schema import SpecialistConfig
-from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
+from ultrafuser.gating.training.draft_learner import DraftLearner
+from ultrafuser.gating.training.inputs import RunInputs, without_draft_head
 from ultrafuser.gating.training.learner import Learner
 
 
@@ -48,8 +50,13 @@ def save_results(
         elif own.adapter is not None and Path(own.adapter).is_dir():
             own = _copy_adapter(folder, own)
         specialists.append(own)
-    changes: dict[str, Any] = {"specialists": tuple(specialists)}
-    if learner.fusion_gate is not None:
+    changes: dict[str, Any] = {
+        "specialists": tuple(specialists),
+        "engine": without_draft_head(inputs.loaded).engine,
+    }
+    if isinstance(learner, DraftLearner):
+        changes["engine"] = _save_draft_head(folder / "draft-head", inputs, learner, state)
+    elif learner.fusion_gate is not None:
         gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width)
         gate.load_state_dict(_below(state, "fusion_gate."))
         with replacing(folder / "gate.safetensors") as partial:
@@ -59,6 +66,20 @@ def save_results(
     with replacing(folder / "fusion.yaml") as partial:
         save_fusion(inputs.loaded.model_copy(update=changes), partial)
     return folder / "fusion.yaml"
+
+
+def _save_draft_head(
+    folder: Path, inputs: RunInputs, learner: DraftLearner, state: Mapping[str, Tensor]
+) -> EngineSettings:
+    """Write the head, and have the engine draft with it: as far ahead as it learnt to, unless the file says how far."""
+    head = DraftHead(learner.draft_head.config)
+    head.load_state_dict({**_below(state, "draft_head."), "draft_ids_V": learner.draft_head.draft_ids_V})
+    save_draft_head(head, folder)
+    before = inputs.loaded.engine.speculation or SpeculationSettings()
+    changes: dict[str, Any] = {"drafter": "head", "path": str(folder.resolve())}
+    if not before.max_tokens:
+        changes["max_tokens"] = inputs.settings.draft_tokens
+    return inputs.loaded.engine.model_copy(update={"speculation": before.model_copy(update=changes)})
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -52,6 +52,9 @@ class TrainSettings(CommandSettings):
     specialist: str | None = None
     """Instead of a stage: train this specialist alone, in its own template, by a low-rank adapter."""
 
+    drafter: bool = False
+    """Instead of a stage: train a draft head, on rows whose responses the fused model itself has given."""
+
     eval_data: tuple[str, ...] = ()
     """Conversations to evaluate on during training; as data."""
 
@@ -121,6 +124,15 @@ class TrainSettings(CommandSettings):
     fresh_gate: bool = False
     """Start from an untrained gate although the fusion names one."""
 
+    draft_vocabulary: Count = 8192
+    """Tokens that a draft head can guess: the most frequent ones of the responses."""
+
+    draft_tokens: Annotated[int, Field(ge=1, le=16)] = 4
+    """How far ahead a draft head learns to guess."""
+
+    draft_window: Annotated[int, Field(ge=1, le=2**20)] = 256
+    """Latest tokens of a response that a draft head looks at; in the engine each request has memory for so many."""
+
     chunk_size: Count = 256
     """Response tokens whose logits exist at the same time in the loss."""
 
@@ -146,10 +158,14 @@ class TrainSettings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":
-        if (self.stage is None) == (self.specialist is None):
-            raise TrainError("stage: name either a stage (--stage 1, --stage 2) or one specialist (--specialist NAME)")
+        if (self.stage is not None) + (self.specialist is not None) + self.drafter != 1:
+            raise TrainError(
+                "stage: name either a stage (--stage 1, --stage 2), one specialist (--specialist NAME) or --drafter"
+            )
         if self.cache_states and self.stage != 1:
             raise TrainError("cache_states: only stage 1 can cache, as specialists that learn change; leave it out")
+        if self.fresh_gate and self.drafter:
+            raise TrainError("fresh_gate: a draft head is trained for the gate that the fusion has; leave it out")
         if self.specialist is not None and self.learn == "full":
             raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
         return self
@@ -176,8 +192,13 @@ class TrainSettings(CommandSettings):
 
     @property
     def trains_specialists(self) -> bool:
-        """Whether anything but the gate learns."""
-        return self.stage != 1
+        """Whether they learn; else a gate or a draft head does, over states of theirs."""
+        return self.stage != 1 and not self.drafter
+
+    @property
+    def reads_cached_states(self) -> bool:
+        """Whether hidden states are computed once and kept."""
+        return self.cache_states or self.drafter
 
     @property
     def uses_adapters(self) -> bool:
@@ -208,8 +229,8 @@ parse_settings = partial(
     parse_command,
     TrainSettings,
     prog="ultrafuser train",
-    usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME)",
-    description="Train a fused model's gate, its gate and specialists together, or one specialist alone.",
+    usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME | --drafter)",
+    description="Train a fused model's gate, its gate and specialists together, one specialist alone, or a draft head.",
     positional="fusion",
 )
 """Reads the command line of `ultrafuser train`, as `parse_command` does."""

@@ -42,7 +42,7 @@ class FusedTrainer(Trainer):
         batches: which rows each micro-batch holds.
         collate: rows to a batch.
         eval_rows: rows to evaluate on, by domain; may be empty.
-        specialists: names, for the metrics.
+        name_marks: names of the learner's marks in the log, by domain.
         gate_learning_rate: the gate's own, or None for the same.
         provenance: goes into every checkpoint.
     """
@@ -56,7 +56,7 @@ class FusedTrainer(Trainer):
         batches: BalancedBatches,
         collate: Collate,
         eval_rows: Mapping[str, Dataset[Any]],
-        specialists: Sequence[str],
+        name_marks: Callable[[str], Sequence[str]],
         gate_learning_rate: float | None,
         provenance: Mapping[str, Any],
     ) -> None:
@@ -64,7 +64,7 @@ class FusedTrainer(Trainer):
         self._rows = rows
         self._batches = batches
         self._eval_rows = dict(eval_rows)
-        self._specialists = tuple(specialists)
+        self._name_marks = name_marks
         self._gate_learning_rate = gate_learning_rate
         self._provenance = dict(provenance)
         self._step_loss: Tensor | None = None
@@ -208,7 +208,7 @@ class FusedTrainer(Trainer):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss in nats per response token and mean gate weights, of every domain; `eval_loss` is their mean.
+        """Mean loss in nats per response token and mean marks, of every domain; `eval_loss` is the mean of losses.
 
         Weighted by tokens, whatever the batches: Transformers' own loop means over batches.
         """
@@ -217,11 +217,11 @@ class FusedTrainer(Trainer):
         own = [self._shares(rows) for rows in self._eval_rows.values()]
         self.callback_handler.eval_dataloader = range(sum(len(shares) for shares in own))  # the progress bar's length
         for (domain, rows), shares in zip(self._eval_rows.items(), own, strict=True):
-            loss, weights_S = self._evaluate_domain(rows, shares)
+            names = self._name_marks(domain)
+            loss, marks_X = self._evaluate_domain(rows, shares, len(names))
             losses.append(loss)
             metrics[f"{metric_key_prefix}_loss_{domain}"] = loss
-            for name, weight in zip(self._specialists, weights_S, strict=True):
-                metrics[f"{metric_key_prefix}_gate_{domain}_{name}"] = weight
+            metrics |= {f"{metric_key_prefix}_{name}": mark for name, mark in zip(names, marks_X, strict=True)}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         self._evaluation = (self.state.global_step, dict(metrics))
         self.log(dict(metrics))
@@ -236,12 +236,14 @@ class FusedTrainer(Trainer):
         return metrics if step == self.state.global_step else self.evaluate()
 
     @torch.no_grad()
-    def _evaluate_domain(self, rows: Dataset[Any], shares: list[list[int]]) -> tuple[float, list[float]]:
+    def _evaluate_domain(
+        self, rows: Dataset[Any], shares: list[list[int]], num_marks: int
+    ) -> tuple[float, list[float]]:
         """Sums over this process's share of the rows, then over all processes."""
         model = self.model
         assert model is not None
         model.eval()
-        sums = torch.zeros(2 + len(self._specialists), dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(2 + num_marks, dtype=torch.float64, device=self.args.device)
         loader = DataLoader(rows, batch_sampler=[share or [0] for share in shares], collate_fn=self.data_collator)
         for share, batch in zip(shares, loader, strict=True):
             batch = self._prepare_inputs(batch)
@@ -250,11 +252,11 @@ class FusedTrainer(Trainer):
                 continue
             sums[0] += outputs["tokens_N"].double().sum()
             sums[1] += len(outputs["tokens_N"])
-            sums[2:] += outputs["weights_SN"].double().sum(dim=1)
+            sums[2:] += outputs["marks_XN"].double().sum(dim=1)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         drop_gathered(model)
-        total, count, *weights = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return total / count, [weight / count for weight in weights]
+        total, count, *marks = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return total / count, [mark / count for mark in marks]
 
     def _shares(self, rows: Any) -> list[list[int]]:
         """This process's rows in batches, as many as the first process has; the last may be empty."""

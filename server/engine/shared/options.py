@@ -6,6 +6,7 @@ on the list stops the start by name: an untested option could break lockstep wit
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,7 +14,13 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from ultrafuser.gating.errors import UserError
-from ultrafuser.gating.model.fusion import EngineSettings, FusedModelInfo, FusionConfig, inspect_fusion
+from ultrafuser.gating.model.fusion import (
+    EngineSettings,
+    FusedModelInfo,
+    FusionConfig,
+    inspect_fusion,
+    resolve_draft_head,
+)
 from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.dtype import dtypes_of
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
@@ -37,7 +44,7 @@ OWN_OPTIONS = frozenset({"max_step_seconds", "speculation"})
 DEFAULT_MAX_STEP_SECONDS = 1.0
 """On a CPU, where a long prompt in one piece would hold all others up for minutes."""
 
-OPTIONS_OF_MODELS = frozenset({"max_model_len", "tensor_parallel_size"})
+OPTIONS_OF_MODELS = frozenset({"max_model_len", "speculation", "tensor_parallel_size"})
 """Options that must fit every specialist: the fusion is inspected again with them."""
 
 
@@ -110,7 +117,7 @@ def override_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> 
         raise EngineOptionError(
             f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
         ) from error
-    return fusion.model_copy(update={"engine": engine})
+    return fusion.model_copy(update={"engine": resolve_draft_head(engine, Path.cwd())})
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:

@@ -87,16 +87,16 @@ class NgramDrafter:
 
 
 class EitherDrafter:
-    """A specialist that goes on, or what was seen before, as the plan says for each request."""
+    """One that goes on, or what was seen before, as the plan says for each request."""
 
-    def __init__(self, leading: LeadingDrafter, ngram: NgramDrafter) -> None:
-        self._leading, self._ngram = leading, ngram
+    def __init__(self, going_on: Drafter, ngram: NgramDrafter) -> None:
+        self._going_on, self._ngram = going_on, ngram
 
     def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
         """Guesses of the two together."""
         looked_up = {request: ahead for request, ahead in plan.items() if ahead.drafter == NGRAM}
         others = {request: ahead for request, ahead in plan.items() if ahead.drafter != NGRAM}
-        return self._ngram.propose(looked_up) | self._leading.propose(others)
+        return self._ngram.propose(looked_up) | self._going_on.propose(others)
 
 
 def _what_followed(token_ids: NDArray[np.int32]) -> tuple[int, NDArray[np.int32]]:

@@ -56,12 +56,19 @@ class FusedModelRunner:
         self._mixer = self._load_mixer()
         self._prompt_logprobs = PromptLogprobs(self.runners, self._mixer)
 
+    @property
+    def model_memory_usage(self) -> int:
+        """Bytes of weights, and of what is allocated with them: what vLLM's memory profiling does not see itself."""
+        return self.specialists.model_memory_usage + (0 if self.speculation is None else self.speculation.num_bytes)
+
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Run every specialist once with the largest batch, then mix and sample once with all their results held."""
         self.specialists.profile_run(*args, **kwargs)
         with set_current_vllm_config(self.leader.vllm_config):
             rows = largest_step(self.runners)
             self._mixer.fuse_into_leader(rows, rows[0].rows, StepClock(self.leader.device))
+            if self.speculation is not None and self.speculation.head is not None:
+                self.speculation.head.rehearse([own.hidden_RD for own in rows])
             self.leader._dummy_sampler_run(rows[0].hidden_RD[: self.leader.max_num_reqs])
             self.leader._sync_device()
 
@@ -106,6 +113,8 @@ class FusedModelRunner:
         ]
         fused_RV, marks_XB = self._mixer.fuse_into_leader(specialists, ending, self._clock)
         self.leader.execute_model_state = states[0]._replace(logits=fused_RV)
+        if self.speculation is not None:
+            self.speculation.see([own.hidden_of(ending) for own in specialists], marks_XB)
         return marks_XB
 
     def _draw(

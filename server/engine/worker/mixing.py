@@ -38,6 +38,10 @@ class Rows:
         index_of = {(row.request, row.position): index for index, row in enumerate(self.rows)}
         return [index_of[row.request, row.position] for row in wanted]
 
+    def hidden_of(self, wanted: Sequence[Row]) -> Tensor:
+        """Hidden states [B, D] of another runner's rows."""
+        return _take(self.hidden_RD, self.indices_of(wanted))
+
 
 class Mixer:
     """The paper's gate and sum: fused logits = sum_s softmax_s(g(h_s)) * o_s, in float32 (paper, The model)."""

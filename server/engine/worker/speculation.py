@@ -13,12 +13,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from ultrafuser.gating.model.draft_head import load_draft_head
 from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.extra_args import forced_token_ids
 from ultrafuser.server.engine.shared.round import Decision, Undrafted
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.drafting import Drafter, EitherDrafter, LeadingDrafter, NgramDrafter
 from ultrafuser.server.engine.worker.experience import MIN_SAMPLES
+from ultrafuser.server.engine.worker.head_drafter import HeadDrafter
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead, Lookahead, Match
 
 
@@ -43,16 +45,33 @@ class Speculation:
         self._runners, self._leader = runners, runners[0]
         self._max_tokens, self.num_shared_ids = settings.max_tokens, num_shared_ids
         self.lookahead = Lookahead(settings.min_tokens, settings.max_tokens, only_looks_up=settings.drafter == "ngram")
-        leading = LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)
+        self.head = self._load_head(settings)
+        self._features_BD: Tensor | None = None
+        going_on = self.head or LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)
         ngram = NgramDrafter(self._leader, num_shared_ids)
-        self._ngram = None if settings.drafter == "leading" else ngram
-        drafters: dict[str | None, Drafter] = {"leading": leading, "ngram": ngram, None: EitherDrafter(leading, ngram)}
-        self.drafter = drafters[settings.drafter]
+        self._ngram = ngram if settings.drafter in (None, "ngram") else None
+        drafters: dict[str | None, Drafter] = {"ngram": ngram, None: EitherDrafter(going_on, ngram)}
+        self.drafter = drafters.get(settings.drafter, going_on)
         self._looked_up: dict[str, _LookedUp] = {}
         self._kind = settings.drafter or "leading"
         self._leading: dict[str, int] = {}
         self._plan: dict[str, Ahead] = {}
         self.decisions = {}
+
+    def _load_head(self, settings: SpeculationSettings) -> HeadDrafter | None:
+        if settings.path is None:
+            return None
+        return HeadDrafter(self._leader, load_draft_head(settings.path), self.lookahead.draft_pass)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory that is taken whatever is drafted."""
+        return 0 if self.head is None else self.head.num_bytes
+
+    def see(self, hidden_SBD: Sequence[Tensor], marks_XB: Tensor) -> None:
+        """Last hidden states of a step's rows that end in a token, before they are drawn; marks begin with weights."""
+        if self.head is not None:
+            self._features_BD = self.head.features(hidden_SBD, marks_XB[: len(self._runners)])
 
     def go_on(self, ending: Sequence[Row], marks_XB: Tensor | None, seconds: float | None) -> None:
         """Learn from a step whose tokens all runners know, and draft what follows them.
@@ -62,6 +81,11 @@ class Speculation:
         if seconds is not None:
             self.lookahead.step.add(len(ending), seconds)
         self._learn(ending)
+        if self.head is not None:
+            self.head.forget_all_but(self._leader.input_batch.req_id_to_index)
+            if self._features_BD is not None:
+                self.head.read(ending, self._features_BD)
+            self._features_BD = None
         self._leading = {} if marks_XB is None else self._last_leading(ending, marks_XB)
         drafts = self._draft(self._leading)
         self._leader._draft_token_ids = [drafts.get(request, []) for request in self._leader.input_batch.req_ids]
@@ -90,7 +114,8 @@ class Speculation:
 
     def _last_leading(self, ending: Sequence[Row], marks_XB: Tensor) -> dict[str, int]:
         """Which specialist has the largest weight at the last token of each request."""
-        leading_B = marks_XB[: len(self._runners)].argmax(dim=0).tolist()
+        # One head drafts for all, and what was learned of it counts for all.
+        leading_B = [0] * len(ending) if self.head else marks_XB[: len(self._runners)].argmax(dim=0).tolist()
         return {
             row.request: leading
             for row, leading in zip(ending, leading_B, strict=True)
@@ -138,7 +163,7 @@ class Speculation:
 
     def _choose(self, leading: dict[str, int]) -> dict[str, Ahead]:
         matches = {request: Match(own.num_matched, len(own.token_ids)) for request, own in self._looked_up.items()}
-        return self.lookahead.choose(leading, len(self._runners), matches)
+        return self.lookahead.choose(leading, 1 if self.head else len(self._runners), matches)
 
     def _agreed(self, plan: dict[str, Ahead]) -> dict[str, Ahead]:
         """The first rank's plan: clocks differ, and ranks with plans of their own would wait for each other forever."""

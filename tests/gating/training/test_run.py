@@ -23,7 +23,9 @@ from ultrafuser.gating.training.trainer import FusedTrainer
 NAMES = ("text", "code", "math")
 
 
-@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2, "lora_dropout": 0.3}], ids=["gate", "adapters"])
+@pytest.mark.parametrize(
+    "options", [{"stage": 1}, {"stage": 2, "lora_dropout": 0.3}, {"drafter": True}], ids=["gate", "adapters", "head"]
+)
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     run, settings_of, tmp_path, monkeypatch, options
 ):

@@ -44,6 +44,13 @@ def test_the_cache_folder_of_the_caller_is_the_default():
         ([*REQUIRED, "--stage", "1", "--learning-rate", "fast"], "--learning-rate: Input should be a valid number"),
         ([*REQUIRED, "--stage", "1", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
         ([*REQUIRED, "--stage", "2", "--cache-states"], "--cache-states: only stage 1 can cache"),
+        ([*REQUIRED, "--drafter", "--cache-states"], "--cache-states: only stage 1 can cache"),
+        ([*REQUIRED, "--drafter", "--stage", "1"], "--stage: name either a stage"),
+        ([*REQUIRED, "--drafter", "--specialist", "text"], "--stage: name either a stage"),
+        (
+            [*REQUIRED, "--drafter", "--fresh-gate"],
+            "--fresh-gate: a draft head is trained for the gate that the fusion",
+        ),
         (
             [*REQUIRED, "--specialist", "code", "--learn", "full"],
             "--learn: a specialist alone is trained by an adapter",

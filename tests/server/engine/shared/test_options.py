@@ -15,6 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.gpu_worker import Worker
 
 import ultrafuser.server.engine
+from tests.draft_heads import write_random_head
 from tests.fakes import write_tiny_fusion
 from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
 from ultrafuser.gating.errors import FusionError, UserError
@@ -246,6 +247,21 @@ def test_without_drafts_vllm_is_told_of_none(tiny_fusion: Path, given: dict[str,
 def test_speculation_that_cannot_be_is_refused(tiny_fusion: Path, given: dict[str, Any], message: str) -> None:
     fusion = load_fusion(tiny_fusion)
     with pytest.raises(UserError, match=message):
+        engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})
+
+
+def test_a_head_that_is_named_beside_the_file_is_looked_for_where_the_command_is_given(
+    tiny_fusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random_head(tiny_fusion, tmp_path / "heads" / "one")
+    monkeypatch.chdir(tmp_path)
+    fusion = load_fusion(tiny_fusion)
+    given = {"drafter": "head", "path": "heads/one", "max_tokens": 2}
+    arguments = engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})
+    told = arguments["additional_config"][ADDITIONAL_CONFIG_KEY]["speculation"]
+    assert told["path"] == str(tmp_path / "heads" / "one")
+    (tmp_path / "heads" / "one" / "model.safetensors").unlink()
+    with pytest.raises(FusionError, match=r"^engine\.speculation\.path: .*heads/one: has no model\.safetensors"):
         engine_arguments(fusion, inspect_fusion(fusion), {"speculation": given})
 
 

@@ -14,7 +14,8 @@ from tests.server.engine.harness import Arrival, InProcessEngine, Noisy, greedy,
 from ultrafuser.server.engine.shared.extra_args import DRAFTED, FORCED_TOKEN_IDS
 from ultrafuser.server.engine.shared.round import Round, Undrafted
 from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
-from ultrafuser.server.engine.worker.lookahead import Ahead, Cost, Lookahead
+from ultrafuser.server.engine.worker.experience import Cost
+from ultrafuser.server.engine.worker.lookahead import Ahead, Lookahead
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (50, 50, 50), (5, 90, 33), (64, 1, 2)]
 BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
