@@ -75,10 +75,10 @@ def _save_draft_head(
     head = DraftHead(learner.draft_head.config)
     head.load_state_dict({**_below(state, "draft_head."), "draft_ids_V": learner.draft_head.draft_ids_V})
     save_draft_head(head, folder)
-    before = inputs.loaded.engine.speculation or SpeculationSettings()
-    changes: dict[str, Any] = {"drafter": "head", "path": str(folder.resolve())}
-    if not before.max_tokens:
-        changes["max_tokens"] = inputs.settings.draft_tokens
+    before = inputs.loaded.engine.speculation
+    if before is None or not before.max_tokens:
+        before = SpeculationSettings(max_tokens=inputs.settings.draft_tokens)
+    changes = {"drafter": "head", "path": str(folder.resolve())}
     return inputs.loaded.engine.model_copy(update={"speculation": before.model_copy(update=changes)})
 
 
