@@ -172,11 +172,11 @@ def test_tokens_behind_drafts_follow_the_fused_distribution(
     params = SamplingParams(temperature=1.0, top_k=4, max_tokens=3, ignore_eos=True, n=num_draws, seed=77)
     ((output,), _) = serve(engine, drafter, [Arrival(prompts, params)])
     drawn = Counter(tuple(own.token_ids[:2]) for own in output.outputs)
-    share_of_first = first_V[list(second_of)].softmax(dim=0).tolist()
+    share_of_first = first_V[list(second_of)].double().softmax(dim=0).tolist()
     expected = {
         (first, second): num_draws * share * own_share
         for (first, seconds), share in zip(likeliest.items(), share_of_first, strict=True)
-        for second, own_share in zip(seconds, second_of[first][seconds].softmax(dim=0).tolist(), strict=True)
+        for second, own_share in zip(seconds, second_of[first][seconds].double().softmax(dim=0).tolist(), strict=True)
     }
     assert set(drawn) <= set(expected)
     assert drafter.num_drafted == num_draws
