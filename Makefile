@@ -29,7 +29,7 @@ serve: $(STAMP) ## Serve a fused model: HOST=, PORT=, FUSION= (a preset or a fil
 	@exec $(BIN)/ultrafuser serve $(FUSION) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(STAMP) ## Run the tests in two processes: ARGS= goes to pytest, e.g. ARGS="-n 0 -k gate" for one
-	@exec $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) ## Check format, style, the arrows between rooms, and types
 	@$(BIN)/ruff format --check .

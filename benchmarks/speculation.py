@@ -1,6 +1,6 @@
 """What guessing ahead gains: tokens a second with the leading specialist's drafts, against decoding one by one.
 
-A fusion file that says how to speculate (`--fusion trained/head`) is measured as it says.
+What a fusion file says itself (`--fusion trained/head`) is measured beside what is chosen by default.
 
 Run: python -m benchmarks.speculation [--quick]
 """
@@ -177,17 +177,18 @@ def measure(options: Options) -> list[Comparison]:
     # All stay to the end: vLLM would take the process's communication groups away with the first that ends.
     drafting = without = one_model = None
     if options.runs_fused:
-        drafting = fused_engine(fusion, CHOSEN)
+        most = max(settings.max_tokens for settings in ways(fusion).values())
+        drafting = fused_engine(fusion, SpeculationSettings(max_tokens=most))
     if options.runs_baseline:
         without, one_model = fused_engine(fusion), plain_engine(fusion, info)
     comparisons = []
     for case in sizes.cases:
-        turns = list(_turns(case, drafting, without, one_model))
+        turns = list(_turns(case, ways(fusion), drafting, without, one_model))
         blocks = take_turns(turns, _questions(fusion, case, sizes))
         for name in (turn.name for turn in turns if turn.drafting is not None):
             is_chosen = name == "chosen"
             title = case.name if is_chosen else f"{case.name}, {name}"
-            comparisons.append(compare_rates(title, blocks, name, case.bar if is_chosen else None))
+            comparisons.append(compare_rates(title, blocks, name, case.bar if name in ways(fusion) else None))
         if case.batch == 1:
             comparisons.append(compare_times(f"{case.name}, against one specialist", blocks))
     return comparisons
@@ -203,8 +204,18 @@ class Turn:
     settings: SpeculationSettings = CHOSEN
 
 
+def ways(fusion: FusionConfig) -> dict[str, SpeculationSettings]:
+    """How tokens are guessed ahead in every case: as by default, and as the fusion file says, if it does."""
+    own = fusion.engine.speculation
+    return {"chosen": CHOSEN} | ({} if own is None or not own.max_tokens else {"as the file says": own})
+
+
 def _turns(
-    case: Case, drafting: "StepEngine | None", without: "StepEngine | None", one_model: "StepEngine | None"
+    case: Case,
+    ways_in_every_case: Mapping[str, SpeculationSettings],
+    drafting: "StepEngine | None",
+    without: "StepEngine | None",
+    one_model: "StepEngine | None",
 ) -> Iterator[Turn]:
     if without is not None:
         yield Turn("without", without)
@@ -212,7 +223,7 @@ def _turns(
         yield Turn("one model", one_model)
     if drafting is not None:
         changing = Drafting(drafting)
-        for name, settings in {"chosen": CHOSEN, **(ONLY | FIXED if case.is_fixed_too else {})}.items():
+        for name, settings in {**ways_in_every_case, **(ONLY | FIXED if case.is_fixed_too else {})}.items():
             yield Turn(name, drafting, changing, settings)
 
 

@@ -234,7 +234,7 @@ FUSION = [
         [
             Panel(
                 "Tokens a round",
-                "What a request is given in a step: 1 without speculation or where no draft holds.",
+                "What a request is given in a step: 1 where no draft holds; empty without speculation.",
                 "short",
                 {"mean": mean("fused_tokens_per_round")},
             ),

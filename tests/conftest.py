@@ -2,10 +2,12 @@
 
 import ctypes
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.materialize import materialize
@@ -19,10 +21,17 @@ if sys.platform == "linux":
     ctypes.CDLL(None).mallopt(-3, 2**20)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give each folder's tests to one process: they share servers and engines, which are slow to start."""
-    folder = item.path.parent.relative_to(item.config.rootpath).parts[:3]
-    item.add_marker(pytest.mark.xdist_group("/".join(folder)))
+class FolderScheduling(LoadScopeScheduling):
+    """Gives a folder's tests to one process: they share servers and engines, which are slow to start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "/".join(PurePosixPath(nodeid.partition("::")[0]).parent.parts[:3])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FolderScheduling:
+    """xdist's own groups, by mark, are lost with this pytest."""
+    return FolderScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

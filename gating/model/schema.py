@@ -70,10 +70,13 @@ class SamplingDefaults(_Section):
     """Most tokens of a response; null leaves only the room in the context."""
 
 
+DrafterName = Literal["leading", "ngram", "head"]
+
+
 class SpeculationSettings(_Section):
     """Tokens are guessed ahead and verified by all specialists at once: the same text in fewer steps."""
 
-    drafter: Literal["leading", "ngram", "head"] | None = None
+    drafter: DrafterName | None = None
     """Who guesses: the specialist with the largest weight (`leading`), what followed the same tokens before (`ngram`),
     or a trained head (`head`); null: one of the first two, whichever is worth more for a request in a step."""
 

@@ -17,13 +17,13 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from ultrafuser.gating.model.schema import SpeculationSettings
+from ultrafuser.gating.model.schema import DrafterName
 from ultrafuser.server.engine.shared.report import GATE, StepReport
 from ultrafuser.server.engine.shared.round import Round, Undrafted
 
 _SHARES = (0.01, 0.05, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 0.95, 0.99, 1.0)
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_DRAFTERS = get_args(SpeculationSettings.model_fields["drafter"].annotation)
+_DRAFTERS = get_args(DrafterName)
 _NUM_DRAFTS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 _SHORT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 from ultrafuser.server.engine.shared.report import StepReport
 from ultrafuser.server.engine.shared.round import Round
 from ultrafuser.server.engine.shared.step import Span
+from ultrafuser.server.serving import step_metrics
 from ultrafuser.server.serving.step_metrics import BulkHistogram, StepMetrics, entropy_ratio
 
 NAMES = itertools.count()
@@ -47,6 +48,14 @@ def test_a_histogram_filled_at_once_is_the_one_filled_value_by_value() -> None:
     assert found["count", None] == 7
     assert found["sum", None] == pytest.approx(registry.get_sample_value("plain_sum"))
     REGISTRY.unregister(bulk)
+
+
+def test_every_drafter_is_there_before_it_drafts_and_no_other() -> None:
+    """A series that begins with its first increment hides that from `increase()`."""
+    StepMetrics(["text", "code", "math"])
+    for counter in (step_metrics.DRAFT_TOKENS, step_metrics.ACCEPTED_TOKENS):
+        (family,) = counter.collect()
+        assert {sample.labels["drafter"] for sample in family.samples} == {"leading", "ngram", "head"}
 
 
 def test_a_step_is_counted() -> None:
