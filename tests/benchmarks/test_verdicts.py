@@ -136,7 +136,7 @@ def test_prompts_without_streams_have_first_tokens_only() -> None:
 def test_drafts_are_judged_by_pairs_of_blocks_and_by_one_model() -> None:
     def blocks(*seconds: float, num_drafts: int = 0) -> list[speculation.Block]:
         answers = [list(range(16)), list(range(16))]
-        return [speculation.Block(answers, num_rounds=10, num_drafts=num_drafts, seconds=own) for own in seconds]
+        return [speculation.Block(answers, 30, num_rounds=10, num_drafts=num_drafts, seconds=own) for own in seconds]
 
     taken = {
         "chosen": blocks(1.0, 2.0, 1.0, num_drafts=25),

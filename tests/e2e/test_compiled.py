@@ -25,7 +25,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerP
     folder = tmp_path_factory.mktemp("compiled")
     fusion = write_tiny_fusion(folder / "fusion", engine={"enforce_eager": False})
     # A cache of its own: what another run has compiled would not be compiled here.
-    server = ServerProcess(fusion, folder / "log", environ={"VLLM_CACHE_ROOT": str(folder / "cache")})
+    drafts = ("--speculation", '{"min_tokens": 2}')
+    server = ServerProcess(fusion, folder / "log", *drafts, environ={"VLLM_CACHE_ROOT": str(folder / "cache")})
     try:
         server.wait_until_ready()
         yield server, fusion
@@ -38,8 +39,8 @@ def test_the_greedy_response_is_the_references(compiled: tuple[ServerProcess, Pa
     expected, _ = answer(load_fusion(fusion), MESSAGES, max_new_tokens=48)
     assert expected.top2_gap.min() > 1e-3
     body: dict[str, Any] = {"messages": MESSAGES, "temperature": 0, "max_tokens": 48, "ignore_eos": True}
-    response = httpx.post(
-        f"{server.url}/v1/chat/completions", json={**body, "return_token_ids": True}, timeout=60
-    ).json()
-    assert response["choices"][0]["token_ids"] == expected.token_ids
+    body |= {"return_token_ids": True, "drafted": True}
+    (choice,) = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
+    assert choice["token_ids"] == expected.token_ids
+    assert choice["drafted"]["mean"] > 0, "compiled specialists run ahead, too"
     assert list((fusion.parent.parent / "cache").rglob("*.py")), "nothing was compiled"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from ultrafuser.server.engine.worker.experience import Cost
+from ultrafuser.server.engine.worker.experience import DraftCost
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead
 from ultrafuser.server.engine.worker.running_ahead import run_ahead
 
@@ -46,7 +46,7 @@ class Drafter(Protocol):
 class LeadingDrafter:
     """A specialist goes on alone: one pass a draft for all requests that it drafts for."""
 
-    def __init__(self, runners: Sequence[GPUModelRunner], num_shared_ids: int, cost: Cost) -> None:
+    def __init__(self, runners: Sequence[GPUModelRunner], num_shared_ids: int, cost: DraftCost) -> None:
         """`cost` is told what a pass took."""
         self._runners, self._num_shared_ids, self._cost = runners, num_shared_ids, cost
 
@@ -61,7 +61,7 @@ class LeadingDrafter:
             longest = max(plan[request].num_tokens for request in requests)
             start = time.perf_counter()
             drafts = run_ahead(self._runners[drafter], requests, longest, self._num_shared_ids)
-            self._cost.add(len(requests), (time.perf_counter() - start) / longest)
+            self._cost.add(drafter, len(requests), (time.perf_counter() - start) / longest)
             found |= {own: tokens[: plan[own].num_tokens] for own, tokens in zip(requests, drafts, strict=True)}
         return found
 

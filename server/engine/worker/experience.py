@@ -57,6 +57,29 @@ class Cost:
         return max(mean + slope * (num_rows - mean_rows), mean / 10)
 
 
+class DraftCost:
+    """Seconds of a draft's pass, for each drafter: specialists differ in size."""
+
+    def __init__(self) -> None:
+        self._all = Cost()
+        self._of_drafters: dict[int, Cost] = defaultdict(Cost)
+
+    @property
+    def num_samples(self) -> int:
+        """Passes that were measured, whoever drafted."""
+        return self._all.num_samples
+
+    def add(self, drafter: int, num_rows: int, seconds: float) -> None:
+        """A drafter's pass over so many rows took so long."""
+        self._all.add(num_rows, seconds)
+        self._of_drafters[drafter].add(num_rows, seconds)
+
+    def of(self, drafter: int, num_rows: int) -> float:
+        """Expected seconds of a drafter's pass; of one that was hardly measured as long as the others'."""
+        own = self._of_drafters.get(drafter)
+        return (self._all if own is None or own.num_samples < MIN_SAMPLES else own).of(num_rows)
+
+
 class Acceptance:
     """How often a draft was right whose predecessors were: of one kind of drafts, lately."""
 
@@ -73,6 +96,9 @@ class Acceptance:
         return (self._right + PRIOR_WEIGHT * prior) / (self._all + PRIOR_WEIGHT)
 
 
+_UNKNOWN = Acceptance()
+
+
 class Experience:
     """How often drafts were right: of one drafter for one kind of requests, and for each request."""
 
@@ -87,12 +113,8 @@ class Experience:
 
     def rate(self, request: str, drafter: int, kind: int) -> float:
         """The share of right drafts to expect, between 0 and 1."""
-        return self._of_requests[request, drafter].rate(self._of_kinds[drafter, kind].rate(PRIOR_RIGHT))
-
-    @property
-    def kinds(self) -> set[tuple[int, int]]:
-        """Drafters, and kinds of requests, of which something is known."""
-        return set(self._of_kinds)
+        of_kind = self._of_kinds.get((drafter, kind), _UNKNOWN).rate(PRIOR_RIGHT)
+        return self._of_requests.get((request, drafter), _UNKNOWN).rate(of_kind)
 
     def forget_all_but(self, requests: Iterable[str]) -> None:
         """Drop what is known of requests that have ended."""

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.gating.model.draft_head import DraftHead, attend
 from ultrafuser.server.engine.shared.row import Row
-from ultrafuser.server.engine.worker.experience import Cost
+from ultrafuser.server.engine.worker.experience import DraftCost
 from ultrafuser.server.engine.worker.lookahead import Ahead
 
 NOTHING = -1
@@ -40,7 +40,7 @@ class _Latest:
 class HeadDrafter:
     """One head drafts for all requests at once: a pass of it a draft."""
 
-    def __init__(self, leader: GPUModelRunner, head: DraftHead, cost: Cost) -> None:
+    def __init__(self, leader: GPUModelRunner, head: DraftHead, cost: DraftCost) -> None:
         """`leader`, whose weights need not be loaded yet, lends its embeddings; `cost` is told what a pass took."""
         self._leader, self._cost = leader, cost
         self._head = head.to(leader.device, leader.model_config.dtype)
@@ -100,7 +100,7 @@ class HeadDrafter:
         longest = max(plan[request].num_tokens for request in requests)
         start = time.perf_counter()
         drafts = self._run_ahead(requests, longest)
-        self._cost.add(len(requests), (time.perf_counter() - start) / longest)
+        self._cost.add(0, len(requests), (time.perf_counter() - start) / longest)
         return {own: tokens[: plan[own].num_tokens] for own, tokens in zip(requests, drafts, strict=True)}
 
     @torch.inference_mode()

@@ -7,17 +7,17 @@ second, none included. Knows numbers and names of requests; neither runners nor 
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ultrafuser.server.engine.worker.experience import MIN_SAMPLES, Cost, Experience
+from ultrafuser.server.engine.worker.experience import MIN_SAMPLES, Cost, DraftCost, Experience
 
 NGRAM = -1
 """In the place of a specialist that drafts: what followed the same tokens before."""
 
 STEPS_BETWEEN_TRIALS = 50
-"""Where drafts do not pay, one step in so many tries one all the same: what they are worth may have changed."""
+"""Where a specialist's drafts do not pay, one step in so many tries one all the same: their worth may have changed."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ class Lookahead:
         """Between `min_tokens` and `max_tokens` drafts a request; `only_looks_up`: no specialist drafts."""
         self._lengths = range(min_tokens, max_tokens + 1)
         self._runs_ahead = not only_looks_up
-        self.step, self.draft_pass = Cost(), Cost()
+        self.step, self.draft_pass = Cost(), DraftCost()
         self.experience = Experience()
-        self._num_undrafted = 0
+        self._num_steps_without: dict[int, int] = defaultdict(int)
+        """By specialist: in how many steps it led a request that went on, but drafted for none of those."""
+        self._num_steps_since_trial = 0
 
     def choose(
         self, leading: Mapping[str, int], num_specialists: int, matches: Mapping[str, Match] | None = None
     ) -> dict[str, Ahead]:
         """How each request goes on, by the specialist that leads it and by what was looked up for it, if anything."""
         drafters = dict(leading) if self._runs_ahead else dict.fromkeys(leading, NGRAM)
-        shortest, longest = self._lengths[0], self._lengths[-1]
-        if shortest == longest:
-            return {request: Ahead(own, longest) for request, own in drafters.items()}
+        shortest = self._lengths[0]
         if self.step.num_samples < MIN_SAMPLES:
             return {request: Ahead(own, shortest) for request, own in drafters.items()}
         if self._runs_ahead and self.draft_pass.num_samples < MIN_SAMPLES:
@@ -76,15 +76,21 @@ class Lookahead:
         return self._try_now_and_then(plan, leading) if self._runs_ahead else plan
 
     def _try_now_and_then(self, plan: dict[str, Ahead], leading: Mapping[str, int]) -> dict[str, Ahead]:
-        """What a specialist's drafts are worth is known only if there are some."""
-        if any(own.num_tokens for own in plan.values()):
-            self._num_undrafted = 0
+        """What a specialist's drafts are worth is known only if there are some: one step in so many has a trial, of the
+        specialist that has not drafted for longest, whatever others do meanwhile."""
+        for specialist in set(leading.values()):
+            self._num_steps_without[specialist] += 1
+        for request, ahead in plan.items():
+            if ahead.num_tokens and ahead.drafter == leading[request]:
+                self._num_steps_without[ahead.drafter] = 0
+        self._num_steps_since_trial += 1
+        stalest = max(leading.values(), key=lambda own: self._num_steps_without[own])
+        if min(self._num_steps_since_trial, self._num_steps_without[stalest]) < STEPS_BETWEEN_TRIALS:
             return plan
-        self._num_undrafted += 1
-        if self._num_undrafted % STEPS_BETWEEN_TRIALS:
-            return plan
-        request = max(leading, key=lambda own: self.experience.rate(own, leading[own], leading[own]))
-        return {**plan, request: Ahead(leading[request], 1)}
+        self._num_steps_since_trial = self._num_steps_without[stalest] = 0
+        led = [request for request, own in leading.items() if own == stalest]
+        request = max(led, key=lambda own: self.experience.rate(own, stalest, stalest))
+        return {**plan, request: Ahead(stalest, max(1, self._lengths[0]))}
 
 
 class _Prospects:
@@ -98,19 +104,16 @@ class _Prospects:
 
     def best(self, drafters: Mapping[str, int]) -> tuple[float, dict[str, Ahead]]:
         """Most tokens a second, with one length for all requests of a drafter; and how each request goes on."""
-        groups: dict[int, list[str]] = defaultdict(list)
+        requests: dict[int, list[str]] = defaultdict(list)
         for request, drafter in drafters.items():
-            groups[drafter].append(request)
-        gains = {
-            drafter: [sum(own) for own in zip(*(self._gain(own, drafter) for own in requests), strict=True)]
-            for drafter, requests in groups.items()
-        }
+            requests[drafter].append(request)
+        groups = {drafter: self._group(drafter, own) for drafter, own in requests.items()}
         lengths = dict.fromkeys(groups, self._lengths[0])
         for drafter in groups:
             trials = [{**lengths, drafter: length} for length in self._lengths]
-            lengths = max(trials, key=lambda trial: self._tokens_a_second(trial, gains, groups))
+            lengths = max(trials, key=lambda trial: self._tokens_a_second(trial, groups))
         plan = {own: Ahead(drafter, self._longest(own, drafter, lengths[drafter])) for own, drafter in drafters.items()}
-        return self._tokens_a_second(lengths, gains, groups), plan
+        return self._tokens_a_second(lengths, groups), plan
 
     def worth_looking_up(self) -> list[list[str]]:
         """Requests for which something was found: all, and those of which it is the better guess."""
@@ -133,14 +136,28 @@ class _Prospects:
     def _longest(self, request: str, drafter: int, length: int) -> int:
         return min(length, self._matches[request].num_tokens) if drafter == NGRAM else length
 
-    def _tokens_a_second(
-        self, lengths: Mapping[int, int], gains: Mapping[int, list[float]], groups: Mapping[int, list[str]]
-    ) -> float:
+    def _group(self, drafter: int, requests: Sequence[str]) -> "_Group":
+        most = range(self._lengths[-1] + 1)
+        longest = [self._longest(request, drafter, most[-1]) for request in requests]
+        return _Group(
+            gains=[sum(own) for own in zip(*(self._gain(request, drafter) for request in requests), strict=True)],
+            num_rows=[sum(1 + min(length, own) for own in longest) for length in most],
+            pass_seconds=0.0 if drafter == NGRAM else self._known.draft_pass.of(drafter, len(requests)),
+        )
+
+    def _tokens_a_second(self, lengths: Mapping[int, int], groups: Mapping[int, "_Group"]) -> float:
         num_tokens, num_rows, seconds = 0.0, 0, 0.0
         for drafter, length in lengths.items():
-            requests = groups[drafter]
-            num_tokens += gains[drafter][length]
-            num_rows += sum(1 + self._longest(request, drafter, length) for request in requests)
-            if length and drafter != NGRAM:
-                seconds += length * self._known.draft_pass.of(len(requests))
+            group = groups[drafter]
+            num_tokens += group.gains[length]
+            num_rows += group.num_rows[length]
+            seconds += length * group.pass_seconds
         return num_tokens / (seconds + self._known.step.of(num_rows))
+
+
+class _Group(NamedTuple):
+    """All requests of a drafter: tokens to expect and rows, by the number of drafts of each; seconds of a draft."""
+
+    gains: list[float]
+    num_rows: list[int]
+    pass_seconds: float

@@ -56,6 +56,7 @@ class Speculation:
         self._kind = settings.drafter or "leading"
         self._leading: dict[str, int] = {}
         self._plan: dict[str, Ahead] = {}
+        self._num_drafts: dict[str, int] = {}
         self.decisions = {}
 
     def _load_head(self, settings: SpeculationSettings) -> HeadDrafter | None:
@@ -95,11 +96,13 @@ class Speculation:
         rows: dict[str, list[Row]] = {}
         for row in ending:
             rows.setdefault(row.request, []).append(row)
-        for request, (first, *drafts) in rows.items():
-            if drafts and request in self._plan and self._plan[request].drafter != NGRAM:
+        for request, (first, *_) in rows.items():
+            # Those that the grammar refused, or that had no room, were as much in vain as wrong ones.
+            num_drafts = self._num_drafts.get(request)
+            if num_drafts and self._plan[request].drafter != NGRAM:
                 num_right = self._num_outputs(request) - first.position - 1
                 leading, drafter = self._leading[request], self._plan[request].drafter
-                self.lookahead.experience.add(request, drafter, leading, len(drafts), num_right)
+                self.lookahead.experience.add(request, drafter, leading, num_drafts, num_right)
             if request in self._looked_up:
                 self._compare(request, self._looked_up[request])
         self.lookahead.experience.forget_all_but(self._leader.requests)
@@ -127,14 +130,18 @@ class Speculation:
         wanted = {request: self._num_wanted(request, self._leader.requests[request]) for request in leading}
         given = {request: forced_token_ids(self._leader.requests[request].sampling_params) for request in leading}
         sampled = {own: index for own, index in leading.items() if given[own] is None and wanted[own]}
-        self._looked_up = self._look_up(sampled)
-        self._plan = self._agreed(self._choose(sampled)) if sampled else {}
+        self._looked_up = {}
+        self._plan = self._agree(sampled) if sampled else {}
         guesses = self.drafter.propose(self._plan) if self._plan else {}
-        drafts = {request: self._up_to_the_end(request, token_ids) for request, token_ids in guesses.items()}
+        drafts = {
+            request: self._up_to_the_end(request, token_ids[: wanted[request]])
+            for request, token_ids in guesses.items()
+        }
+        self._num_drafts = {request: len(token_ids) for request, token_ids in drafts.items()}
         for request, response in given.items():
             if response is not None:
-                drafts[request] = list(response[self._num_outputs(request) :])
-        drafts = {request: token_ids[: wanted[request]] for request, token_ids in drafts.items()}
+                num_before = self._num_outputs(request)
+                drafts[request] = list(response[num_before : num_before + wanted[request]])
         sampling = [request for request, response in given.items() if response is None]
         self.decisions = {request: self._decision(request, bool(drafts.get(request))) for request in sampling}
         return drafts
@@ -148,7 +155,8 @@ class Speculation:
             is_last = params.max_tokens is not None and params.max_tokens - self._num_outputs(request) <= 1
             return Decision(None, Undrafted.LAST_TOKEN if is_last else Undrafted.CONTEXT)
         ahead = self._plan[request]
-        if ahead.num_tokens or (ahead.drafter == NGRAM and not self._looked_up[request].token_ids):
+        looked_up = self._looked_up.get(request) if ahead.drafter == NGRAM else None
+        if ahead.num_tokens or (looked_up is not None and not looked_up.token_ids):
             return Decision(None, Undrafted.NOTHING_FOUND)
         is_measured = self.lookahead.step.num_samples >= MIN_SAMPLES
         return Decision(None, Undrafted.UNPAID if is_measured else Undrafted.UNMEASURED)
@@ -161,14 +169,16 @@ class Speculation:
             for request in requests
         }
 
-    def _choose(self, leading: dict[str, int]) -> dict[str, Ahead]:
-        matches = {request: Match(own.num_matched, len(own.token_ids)) for request, own in self._looked_up.items()}
-        return self.lookahead.choose(leading, 1 if self.head else len(self._runners), matches)
-
-    def _agreed(self, plan: dict[str, Ahead]) -> dict[str, Ahead]:
+    def _agree(self, leading: dict[str, int]) -> dict[str, Ahead]:
         """The first rank's plan: clocks differ, and ranks with plans of their own would wait for each other forever."""
         group = get_tp_group()
+        plan = self._choose(leading) if group.is_first_rank else {}
         return plan if group.world_size == 1 else group.broadcast_object(plan, src=0)
+
+    def _choose(self, leading: dict[str, int]) -> dict[str, Ahead]:
+        self._looked_up = self._look_up(leading)
+        matches = {request: Match(own.num_matched, len(own.token_ids)) for request, own in self._looked_up.items()}
+        return self.lookahead.choose(leading, 1 if self.head else len(self._runners), matches)
 
     def _num_wanted(self, request: str, state: CachedRequestState) -> int:
         """How many drafts may help: the last token needs none, and near the end of the context not all have room."""

@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import chisquare
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from tests.reference import read
@@ -21,7 +22,7 @@ from tests.server.engine.judge import Judge
 from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 from ultrafuser.server.engine.worker import verifying
 from ultrafuser.server.engine.worker.drafting import Drafter, EitherDrafter, LeadingDrafter, NgramDrafter
-from ultrafuser.server.engine.worker.experience import Cost
+from ultrafuser.server.engine.worker.experience import DraftCost
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (50, 50, 50), (5, 90, 33), (64, 1, 2), (40, 33, 31)]
@@ -104,7 +105,7 @@ class Alternating:
 def drafter_of_kind(kind: str, engine: InProcessEngine) -> Drafter:
     """One of our drafters for the engine."""
     runners = engine.runner.runners
-    leading, ngram = LeadingDrafter(runners, 320, Cost()), NgramDrafter(runners[0], 320)
+    leading, ngram = LeadingDrafter(runners, 320, DraftCost()), NgramDrafter(runners[0], 320)
     kinds: dict[str, Drafter] = {
         "leading": leading,
         "ngram": ngram,
@@ -125,15 +126,86 @@ def test_each_drafter_leaves_the_tokens_as_they_are(
     assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
 
 
-def test_what_pays_is_chosen_by_what_was_measured(engine_of: Callable[[str], InProcessEngine], judge: Judge) -> None:
-    """As it runs by default: drafts of both kinds are weighed, those that were only looked up included."""
+def test_what_runs_by_default_leaves_the_tokens_as_they_are(
+    engine_of: Callable[[str], InProcessEngine], judge: Judge
+) -> None:
     engine = engine_of("speculation")
     arrivals = [Arrival(prompts, greedy(NUM_TOKENS), step=index) for index, prompts in enumerate(BATCH)]
     outputs = engine.generate(arrivals)
     assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
-    assert engine.runner.speculation is not None
-    kinds = engine.runner.speculation.lookahead.experience.kinds
-    assert {drafter for drafter, _ in kinds} > {NGRAM}
+
+
+class Telling:
+    """Guesses as it is told, by the request's tokens so far."""
+
+    def __init__(self, engine: InProcessEngine, guess: Callable[[int], list[int]]) -> None:
+        self._requests, self._guess = engine.runner.leader.requests, guess
+
+    def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """The guesses."""
+        return {own: self._guess(len(self._requests[own].output_token_ids)) for own in plan}
+
+
+@pytest.fixture
+def learned(engine_of: Callable[[str], InProcessEngine], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
+    """What an engine learns of drafts from now on: by whom, of what kind, how many, how many were right."""
+
+    def listen(configuration: str) -> list[Any]:
+        speculation = engine_of(configuration).runner.speculation
+        assert speculation is not None
+        found: list[Any] = []
+        monkeypatch.setattr(speculation.lookahead.experience, "add", lambda _, *own: found.append(own))
+        return found
+
+    return listen
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 4])
+def test_it_is_learned_how_many_drafts_held(
+    engine_of: Callable[[str], InProcessEngine], judge: Judge, learned: Callable[[str], list[Any]], num_right: int
+) -> None:
+    engine, answer, found = engine_of("drafts"), list(judge.tokens(BATCH[0], 17)), learned("drafts")
+
+    def guess(num_outputs: int) -> list[int]:
+        right = answer[num_outputs : num_outputs + num_right]
+        return (right + [(token + 1) % 256 for token in answer[num_outputs + len(right) :]])[:4]
+
+    (output,), _ = serve(engine, Telling(engine, guess), [Arrival(BATCH[0], greedy(17))])
+    assert list(output.outputs[0].token_ids) == answer
+    num_rounds = 16 // (num_right + 1)
+    assert [own[2:] for own in found][: num_rounds - 4] == [(4, num_right)] * (num_rounds - 4)
+    assert {drafter == leading for drafter, leading, *_ in found} == {True}
+
+
+def test_drafts_that_the_grammar_refuses_are_learned_as_wrong(
+    engine_of: Callable[[str], InProcessEngine], learned: Callable[[str], list[Any]]
+) -> None:
+    engine, found = engine_of("drafts"), learned("drafts")
+    params = greedy(20, ignore_eos=False, structured_outputs=StructuredOutputsParams(choice=["xyzxyz"]))
+    serve(engine, Telling(engine, lambda _: [5, 5]), [Arrival(BATCH[0], params)])
+    assert len(found) >= 5
+    assert {own[2:] for own in found} == {(2, 0)}
+
+
+def test_what_was_looked_up_is_compared_with_what_came_though_nobody_took_it(
+    engine_of: Callable[[str], InProcessEngine],
+    judge: Judge,
+    learned: Callable[[str], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, answer, found = engine_of("speculation"), list(judge.tokens(BATCH[0], 17)), learned("speculation")
+    speculation = engine.runner.speculation
+    assert speculation is not None
+    requests = engine.runner.leader.requests
+
+    def look_up(request: str, num_tokens: int) -> tuple[int, list[int]]:
+        place = len(requests[request].output_token_ids)
+        return 3, [*answer[place : place + 1], 256]  # one right, one that never comes
+
+    assert speculation._ngram is not None
+    monkeypatch.setattr(speculation._ngram, "look_up", look_up)
+    serve(engine, Telling(engine, lambda _: []), [Arrival(BATCH[0], greedy(17))])
+    assert [own for own in found if own[0] == NGRAM] == [(NGRAM, 3, 1, 1)] * 15
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -177,7 +249,7 @@ def test_seeded_tokens_and_logprobs_are_those_without_drafts(
     ]
     wanted = [told(own) for own in engine_of("sync").generate(arrivals)]
     engine = engine_of(configuration)
-    outputs, _ = serve(engine, Noisy(LeadingDrafter(engine.runner.runners, 320, Cost())), arrivals)
+    outputs, _ = serve(engine, Noisy(LeadingDrafter(engine.runner.runners, 320, DraftCost())), arrivals)
     assert [told(own) for own in outputs] == wanted
 
 

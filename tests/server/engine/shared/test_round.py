@@ -14,7 +14,7 @@ from tests.server.engine.harness import Arrival, InProcessEngine, Noisy, greedy,
 from ultrafuser.server.engine.shared.extra_args import DRAFTED, FORCED_TOKEN_IDS
 from ultrafuser.server.engine.shared.round import Round, Undrafted
 from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter, NgramDrafter
-from ultrafuser.server.engine.worker.experience import Cost
+from ultrafuser.server.engine.worker.experience import DraftCost
 from ultrafuser.server.engine.worker.lookahead import Ahead, Lookahead
 
 LENGTHS = [(13, 16, 36), (100, 20, 7), (50, 50, 50), (5, 90, 33), (64, 1, 2)]
@@ -82,7 +82,7 @@ def counted_by_vllm(engine: InProcessEngine) -> tuple[float, float]:
 def test_marks_are_those_of_drafts_that_held(engine_of: Callable[[str], InProcessEngine]) -> None:
     """Draft by draft: those that agree with the response up to the first that does not."""
     engine = engine_of("drafts")
-    drafter = Remembering(engine, Noisy(LeadingDrafter(engine.runner.runners, 320, Cost())))
+    drafter = Remembering(engine, Noisy(LeadingDrafter(engine.runner.runners, 320, DraftCost())))
     arrivals = [Arrival(own, greedy(NUM_TOKENS, extra_args=ASKING), step=2 * i) for i, own in enumerate(BATCH)]
     names = engine.next_ids(len(arrivals))
     outputs, rounds = rounds_of(engine, drafter, arrivals)
@@ -220,7 +220,7 @@ def test_it_is_told_whether_drafts_do_not_pay_or_nobody_knows(
     monkeypatch.setattr(lookahead.step, "add", lambda *_: None)
     for _ in range(3 if reason == Undrafted.UNPAID else 0):
         lookahead.step.__class__.add(lookahead.step, 1, 1.0)
-        lookahead.draft_pass.add(1, 100.0)
+        lookahead.draft_pass.add(0, 1, 100.0)
     monkeypatch.setattr(engine.runner.speculation, "lookahead", lookahead)
     _, rounds = rounds_of(engine, engine.drafter, [Arrival(BATCH[0], greedy(9))])
     assert reasons(rounds) == {reason: 7, Undrafted.LAST_TOKEN: 1}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from ultrafuser.server.engine.worker.experience import MIN_SAMPLES
+from ultrafuser.server.engine.worker.experience import MIN_SAMPLES, DraftCost
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead, Lookahead, Match
 
 NUM_SPECIALISTS = 3
@@ -15,7 +15,7 @@ Rate = Callable[[int, int], float]
 
 
 class Machine:
-    """What an engine would take for its steps, and give; random, but the same each time."""
+    """What an engine would take for its steps, and give; random, but the same each time. What it measures is noisy."""
 
     def __init__(self, step: tuple[float, float], draft_pass: float, rate: Rate, noise: float = 0.0) -> None:
         """`step` is the time of a step without rows and that of a row."""
@@ -31,12 +31,11 @@ class Machine:
             drafters = {ahead.drafter for ahead in drafted}
             for drafter in drafters:
                 own = [ahead.num_tokens for ahead in drafted if ahead.drafter == drafter]
-                pass_seconds = self._noisy(self._draft_pass)
-                lookahead.draft_pass.add(len(own), pass_seconds)
-                seconds += max(own) * pass_seconds
+                lookahead.draft_pass.add(drafter, len(own), self._noisy(self._draft_pass))
+                seconds += max(own) * self._draft_pass
             num_rows = len(plan) + sum(ahead.num_tokens for ahead in plan.values())
-            step_seconds = self._noisy(self._step[0] + self._step[1] * num_rows)
-            lookahead.step.add(num_rows, step_seconds)
+            step_seconds = self._step[0] + self._step[1] * num_rows
+            lookahead.step.add(num_rows, self._noisy(step_seconds))
             seconds += step_seconds
             for request, ahead in plan.items():
                 num_right = 0
@@ -77,7 +76,7 @@ def test_no_fixed_length_is_much_quicker(step: tuple[float, float], right: float
 
     chosen = rate_of(Lookahead(0, LONGEST))
     fixed = [rate_of(Lookahead(length, length)) for length in range(LONGEST + 1)]
-    assert chosen > 0.92 * max(fixed)
+    assert chosen > 0.95 * max(fixed)
 
 
 def test_drafts_that_are_never_right_are_tried_one_step_in_fifty() -> None:
@@ -95,6 +94,27 @@ def test_drafts_that_become_right_are_found_again() -> None:
     lookahead.experience.forget_all_but([])
     _, num_drafts = Machine(CPU, 0.9, own_drafts(1.0)).serve(lookahead, ALONE, 1000)
     assert min(num_drafts[-20:]) >= 2
+
+
+def test_drafts_that_become_right_are_found_again_beside_other_drafts_that_hold() -> None:
+    """Of another kind of requests, or looked up: those must not keep a specialist from being tried."""
+    lookahead = learned(right=0.0, looked_up_right=1.0)
+    two = {"a": 0, "b": 1}
+    found = {request: Match(5, LONGEST) for request in two}
+    tried = [lookahead.choose(two, NUM_SPECIALISTS, found if step % 20 else None) for step in range(500)]
+    num_tried = {own: sum(plan[own] == Ahead(two[own], 1) for plan in tried) for own in two}
+    assert all(num_tried.values()), "each of them"
+    assert sum(num_tried.values()) <= 10, "one step in fifty"
+
+
+def test_a_specialists_pass_is_taken_at_its_own_cost() -> None:
+    cost = DraftCost()
+    for _ in range(20):
+        cost.add(0, 1, 1.0)
+        cost.add(1, 1, 10.0)
+    assert cost.of(0, 1) == pytest.approx(1.0)
+    assert cost.of(1, 1) == pytest.approx(10.0)
+    assert 1 < cost.of(2, 1) < 10, "of one that was never measured as long as the others'"
 
 
 def test_one_specialist_drafts_for_all_where_each_alone_would_cost_a_pass() -> None:
