@@ -190,3 +190,15 @@ class FusionConfig(_Section):
     def specialist_names(self) -> tuple[str, ...]:
         """Names of the specialists in the file's order."""
         return tuple(specialist.name for specialist in self.specialists)
+
+    def alone(self, specialist: SpecialistConfig) -> "FusionConfig":
+        """The fusion with one model in the place of all, without a gate and a draft head."""
+        changes = {"specialists": (specialist,), "gate": None}
+        return self.without_draft_head().model_copy(update=changes)
+
+    def without_draft_head(self) -> "FusionConfig":
+        """The fusion without a trained draft head, which is of no use to any other models or gate than its own."""
+        speculation = self.engine.speculation
+        if speculation is None or speculation.path is None:
+            return self
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"speculation": None})})

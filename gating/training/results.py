@@ -18,7 +18,7 @@ from ultrafuser.gating.model.gate import Gate, save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
 from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
 from ultrafuser.gating.training.draft_learner import DraftLearner
-from ultrafuser.gating.training.inputs import RunInputs, without_draft_head
+from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import Learner
 
 
@@ -52,7 +52,7 @@ def save_results(
         specialists.append(own)
     changes: dict[str, Any] = {
         "specialists": tuple(specialists),
-        "engine": without_draft_head(inputs.loaded).engine,
+        "engine": inputs.loaded.without_draft_head().engine,
     }
     if isinstance(learner, DraftLearner):
         changes["engine"] = _save_draft_head(folder / "draft-head", inputs, learner, state)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.draft_heads import config_for, write_random_head
+from tests.draft_heads import config_for
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head, rotate, save_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
@@ -18,16 +18,6 @@ from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fus
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.fixture
-def with_head(tiny_copy: Path) -> Path:
-    """fusion.yaml of a copy that drafts with a head beside it."""
-    write_random_head(tiny_copy, tiny_copy.parent / "head")
-    content = yaml.safe_load(tiny_copy.read_text())
-    content["engine"]["speculation"] = {"drafter": "head", "path": "head", "max_tokens": 3}
-    tiny_copy.write_text(yaml.safe_dump(content))
-    return tiny_copy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
