@@ -53,9 +53,14 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
     arguments.gradient_accumulation_steps = batches.micro_batches_per_step
     settings = inputs.settings
     collate: Collate = collate_rows
+    learner: Learner
     if settings.drafter:
         learner, rows, eval_rows = _drafting(inputs, micro_batch, device, on_progress)
-        collate = partial(collate_responses, eos_token_id=inputs.fusion.eos_token_ids[0])
+        collate = partial(
+            collate_responses,
+            eos_token_id=inputs.fusion.eos_token_ids[0],
+            draft_ids_V=learner.draft_head.draft_ids_V,
+        )
     elif settings.cache_states:
         learner, rows, eval_rows = _cached(inputs, micro_batch, device, on_progress)
         collate = collate_hidden_states
@@ -106,7 +111,9 @@ def _cached(inputs: RunInputs, micro_batch: int, device: torch.device, on_progre
     return learner, rows, eval_rows
 
 
-def _drafting(inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report) -> LearnerAndRows:
+def _drafting(
+    inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report
+) -> tuple[DraftLearner, Dataset[Any], Mapping[str, Dataset[Any]]]:
     settings, fusion, info = inputs.settings, inputs.fusion, inputs.info
     rows, eval_rows, output_weights = _cached_rows(inputs, micro_batch, device, on_progress)
     draft_ids_V = draft_vocabulary(rows.tokens(0, rows.offsets[-1])[1], settings.draft_vocabulary, info.num_shared_ids)
