@@ -121,7 +121,9 @@ def _drafting(
     embeddings_VD = leader.get_input_embeddings().weight.detach()[: info.num_shared_ids].clone()
     output_weights = [own[draft_ids_V] for own in output_weights]
     head = fresh_draft_head(draft_head_config(inputs, len(draft_ids_V)), draft_ids_V, output_weights[0].float())
-    learner = DraftLearner(head, _gate(inputs), embeddings_VD, output_weights, settings.draft_tokens)
+    # The gate that engine and reference have, an untrained one too, which is the same for every seed of a run.
+    gate = load_gate(str(fusion.gate), fusion.specialist_names, info.hidden_sizes)
+    learner = DraftLearner(head, gate, embeddings_VD, output_weights, settings.draft_tokens)
     return learner, rows, eval_rows
 
 

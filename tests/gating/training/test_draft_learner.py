@@ -15,6 +15,8 @@ from ultrafuser.gating.data.batches import response_ids
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.gating.model.gate import fresh_gate, fuse
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training.building import build
 from ultrafuser.gating.training.draft_learner import (
     DISCOUNT,
     DraftLearner,
@@ -217,6 +219,18 @@ def test_a_run_writes_a_fusion_that_drafts_with_its_head(run: Any, tiny_path: Pa
         f"eval_{mark}_{domain}" for mark in ("accepted", "first", "outside") for domain in ("text", "code", "math")
     } < metrics.keys()
     assert 0 < metrics["eval_outside_text"] < 1
+
+
+def test_a_head_learns_beside_the_gate_that_the_reference_has(tiny_copy: Path, settings_of: Any) -> None:
+    content = yaml.safe_load(tiny_copy.read_text())
+    tiny_copy.write_text(yaml.safe_dump({**content, "gate": "package:fresh"}))
+    inputs = gather_inputs(settings_of(fusion=str(tiny_copy), drafter=True, seed=1))
+    own = build(inputs, torch.device("cpu"), lambda label, share: None, {}).learner.fusion_gate
+    reference = UltraFuserForCausalLM.from_fusion(load_fusion(tiny_copy)).fusion_gate
+    assert own is not None
+    assert reference is not None
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(own.state_dict()[name], tensor), name
 
 
 def test_a_fusion_that_learns_on_loses_its_head(run: Any, tmp_path: Path) -> None:
