@@ -197,8 +197,14 @@ class FusionConfig(_Section):
         return self.without_draft_head().model_copy(update=changes)
 
     def without_draft_head(self) -> "FusionConfig":
-        """The fusion without a trained draft head, which is of no use to any other models or gate than its own."""
-        speculation = self.engine.speculation
-        if speculation is None or speculation.path is None:
+        """The fusion without a trained draft head, which is of no use to any other models or gate than its own.
+
+        How far ahead tokens are guessed, if the file says it, stays: another drafter guesses as far, or none where it
+        is off.
+        """
+        before = self.engine.speculation
+        if before is None or before.path is None:
             return self
-        return self.model_copy(update={"engine": self.engine.model_copy(update={"speculation": None})})
+        numbers = before.model_dump(include={"max_tokens", "min_tokens"}, exclude_unset=True)
+        speculation = SpeculationSettings(**numbers) if numbers else None
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"speculation": speculation})})

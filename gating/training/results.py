@@ -75,11 +75,16 @@ def _save_draft_head(
     head = DraftHead(learner.draft_head.config)
     head.load_state_dict({**_below(state, "draft_head."), "draft_ids_V": learner.draft_head.draft_ids_V})
     save_draft_head(head, folder)
-    before = inputs.loaded.engine.speculation
-    if before is None or not before.max_tokens:
-        before = SpeculationSettings(max_tokens=inputs.settings.draft_tokens)
-    changes = {"drafter": "head", "path": str(folder.resolve())}
-    return inputs.loaded.engine.model_copy(update={"speculation": before.model_copy(update=changes)})
+    before = inputs.loaded.engine.speculation or SpeculationSettings()
+    is_said = "max_tokens" in before.model_fields_set and before.max_tokens > 0
+    max_tokens = before.max_tokens if is_said else inputs.settings.draft_tokens
+    speculation = SpeculationSettings(
+        drafter="head",
+        path=str(folder.resolve()),
+        max_tokens=max_tokens,
+        min_tokens=min(before.min_tokens, max_tokens),
+    )
+    return inputs.loaded.engine.model_copy(update={"speculation": speculation})
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
 
 NAMES = ["text", "code", "math"]
@@ -82,7 +83,7 @@ def test_variants_of_a_fusion_with_a_draft_head_can_be_served(with_head, tmp_pat
     assert main(["eval", str(with_head), "--variants", str(tmp_path / "out"), "--cache", str(cache)]) == 0
     for path in (tmp_path / "out").iterdir():
         variant = load_fusion(path)
-        assert variant.engine.speculation is None
+        assert variant.engine.speculation == SpeculationSettings(max_tokens=3)
         assert inspect_fusion(variant).hidden_sizes == (64,)
 
 

@@ -13,7 +13,7 @@ from tests.draft_heads import config_for
 from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.data.batches import response_ids
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head
-from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
 from ultrafuser.gating.model.gate import fresh_gate, fuse
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.training.building import build
@@ -26,6 +26,7 @@ from ultrafuser.gating.training.draft_learner import (
     fresh_draft_head,
 )
 from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.results import save_results
 
 NUM_IDS, WINDOW, LENGTH = 320, 5, 12
 EVEN_IDS = torch.arange(0, NUM_IDS, 2)
@@ -233,8 +234,51 @@ def test_a_head_learns_beside_the_gate_that_the_reference_has(tiny_copy: Path, s
         assert torch.equal(own.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        (None, {"max_tokens": 3}),
+        ({"drafter": "ngram"}, {"max_tokens": 3}),
+        ({"drafter": "ngram", "max_tokens": 6, "min_tokens": 2}, {"max_tokens": 6, "min_tokens": 2}),
+        ({"max_tokens": 4}, {}),  # the default, which need not be written
+        ({"max_tokens": 0}, {"max_tokens": 3}),
+        ({"min_tokens": 4}, {"max_tokens": 3, "min_tokens": 3}),
+    ],
+)
+def test_the_engine_drafts_as_far_as_the_file_said_or_else_as_the_head_learnt(
+    settings_of: Any, tiny_copy: Path, tmp_path: Path, learner: DraftLearner, said: Any, written: dict[str, int]
+) -> None:
+    content = yaml.safe_load(tiny_copy.read_text())
+    content["engine"]["speculation"] = said
+    tiny_copy.write_text(yaml.safe_dump(content))
+    inputs = gather_inputs(settings_of(fusion=str(tiny_copy), drafter=True, draft_tokens=3))
+    path = save_results(tmp_path / "out", inputs, learner, dict(learner.named_parameters()), {})
+    found = yaml.safe_load(path.read_text())["engine"]["speculation"]
+    assert found == {"drafter": "head", "path": "./draft-head", **written}
+    assert load_fusion(path).engine.speculation is not None, "a file that can be read"
+
+
 def test_a_fusion_that_learns_on_loses_its_head(run: Any, tmp_path: Path) -> None:
     path = run(drafter=True, draft_vocabulary=100, steps=1, output=str(tmp_path / "head"))
     learnt = run(fusion=str(path), stage=1, steps=1, output=str(tmp_path / "gate"))
     assert load_fusion(learnt).engine.speculation is None
     assert inspect_fusion(load_fusion(learnt)).num_shared_ids == NUM_IDS
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kept"),
+    [
+        ({}, None),
+        ({"max_tokens": 0}, {"max_tokens": 0}),
+        ({"max_tokens": 6, "min_tokens": 2}, {"max_tokens": 6, "min_tokens": 2}),
+        ({"min_tokens": 1}, {"min_tokens": 1}),
+    ],
+)
+def test_a_fusion_without_its_head_guesses_as_far_as_its_file_says(
+    with_head: Path, numbers: dict[str, int], kept: dict[str, int] | None
+) -> None:
+    content = yaml.safe_load(with_head.read_text())
+    content["engine"]["speculation"] = {"drafter": "head", "path": "head", **numbers}
+    with_head.write_text(yaml.safe_dump(content))
+    save_fusion(load_fusion(with_head).without_draft_head(), with_head)
+    assert yaml.safe_load(with_head.read_text())["engine"].get("speculation") == kept
