@@ -68,7 +68,7 @@ def write_trained_head(
         [own[: config.num_draft_ids] for own in weights],
         num_guesses=4,
     )
-    collate = partial(collate_responses, eos_token_id=NO_TOKEN)
+    collate = partial(collate_responses, eos_token_id=NO_TOKEN, draft_ids_V=draft_ids_V)
     batch = collate([(states_of(model, prompts, tokens), torch.tensor(tokens)) for prompts, tokens in answers])
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     for _ in range(150):

@@ -106,8 +106,8 @@ def _write_variants(settings: EvalSettings, on_progress: "Report") -> None:
         on_progress=on_progress,
     )
     for model in (*prepared.specialists, *merged):
-        changes = {"name": f"{loaded.name}-{model.name}", "specialists": (model,), "gate": None}
-        save_fusion(loaded.model_copy(update=changes), folder / f"{model.name}.yaml")
+        variant = loaded.alone(model).model_copy(update={"name": f"{loaded.name}-{model.name}"})
+        save_fusion(variant, folder / f"{model.name}.yaml")
         print(folder / f"{model.name}.yaml")
     for note in notes:
         print(note, file=sys.stderr)

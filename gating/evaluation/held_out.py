@@ -109,7 +109,7 @@ class ReadingTask:
 
     def read_alone(self, model: SpecialistConfig) -> Reading:
         """A prepared model in the leader's place; its losses are under its name."""
-        single = self.prepared.model_copy(update={"specialists": (model,), "gate": None})
+        single = self.prepared.alone(model)
         return self._read(single, inspect_fusion(single).hidden_sizes, {model.name: alone(0, 1)}, model.name)
 
     def _read(self, fusion: FusionConfig, hidden_sizes: Sequence[int], mixes: Mapping[str, Mix], label: str) -> Reading:

@@ -80,7 +80,7 @@ def _find_base(loaded: FusionConfig, base: str | None, cache_dir: Path, on_progr
     changes: dict[str, Any] = {"name": BASE, "adapter": None}
     if base is not None:
         changes |= {"model": base, "revision": None}
-    alone = loaded.model_copy(update={"specialists": (leader.model_copy(update=changes),), "gate": None})
+    alone = loaded.alone(leader.model_copy(update=changes))
     return materialize(alone, cache_dir, on_progress).specialists[0]
 
 

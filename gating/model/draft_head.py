@@ -30,6 +30,7 @@ from ultrafuser.gating.model.schema import Count
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_DRAFT_IDS = "draft_ids_V"
 _WAY_OUT = "train a head for this fusion (ultrafuser train --drafter), or choose another drafter"
 
 
@@ -63,7 +64,7 @@ class DraftHeadConfig(BaseModel):
     window: Count = 256
     """Latest positions of a response that are attended to: what a request's cache holds."""
 
-    rope_theta: float = 10_000.0
+    rope_theta: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10_000.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -178,20 +179,26 @@ def save_draft_head(head: DraftHead, folder: str | Path, dtype: torch.dtype = to
 
 
 def check_draft_head(
-    folder: str | Path, specialists: Sequence[str], hidden_sizes: Sequence[int], vocabulary: str, gate: str
+    folder: str | Path,
+    specialists: Sequence[str],
+    hidden_sizes: Sequence[int],
+    vocabulary: str,
+    num_shared_ids: int,
+    gate: str,
 ) -> DraftHeadConfig:
-    """Check a head's configuration, and names and shapes of its weights, against the fusion; reads no weights.
+    """Check a head's configuration and its weights against the fusion; reads no weights but the head's.
 
     Args:
         folder: the head's.
         specialists: names, in the fusion's order.
         hidden_sizes: theirs.
         vocabulary: digest of the tokens they share (`vocabulary_digest`).
+        num_shared_ids: how many these are.
         gate: the gate's digest (`gating/model/gate.py`).
 
     Raises:
         DraftHeadError: a file that is missing or unreadable, other specialists, sizes or tokens, another gate, other
-            weights.
+            weights, weights that are not finite, a draft vocabulary that is none.
     """
     config = _read_config(Path(folder))
     wanted = {
@@ -205,6 +212,7 @@ def check_draft_head(
         if found != own:
             raise DraftHeadError(f"{folder}: {key}: the head was trained for {found}, the fusion has {own}; {_WAY_OUT}")
     _check_weights(Path(folder), config)
+    _check_values(Path(folder) / WEIGHTS_FILE, num_shared_ids)
     return config
 
 
@@ -259,3 +267,29 @@ def _check_weights(folder: Path, config: DraftHeadConfig) -> None:
             raise DraftHeadError(
                 f"{path}: {name}: shape is {shapes.get(name)}, need {wanted.get(name)}; copy the whole folder"
             )
+
+
+def _check_values(path: Path, num_shared_ids: int) -> None:
+    """Of a file with the right names and shapes, one tensor in memory at a time."""
+    with safe_open(str(path), framework="pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            is_vocabulary = name == _DRAFT_IDS
+            if fault := _vocabulary_fault(tensor, num_shared_ids) if is_vocabulary else _weight_fault(tensor):
+                raise DraftHeadError(f"{path}: {name}: {fault}; copy the whole folder, or {_WAY_OUT}")
+
+
+def _vocabulary_fault(ids_V: Tensor, num_shared_ids: int) -> str | None:
+    if ids_V.dtype not in (torch.int32, torch.int64):
+        return f"token ids must be whole numbers of 32 or 64 bits, these are {ids_V.dtype}"
+    if bool((ids_V.diff() <= 0).any()):
+        return "token ids must ascend, each named once"
+    if int(ids_V[0]) < 0 or int(ids_V[-1]) >= num_shared_ids:
+        return f"token ids {int(ids_V[0])} to {int(ids_V[-1])} are not all of the {num_shared_ids} that are shared"
+    return None
+
+
+def _weight_fault(weight: Tensor) -> str | None:
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"weights must be float32, bfloat16 or float16, these are {weight.dtype}"
+    return None if bool(weight.isfinite().all()) else "holds a value that is not finite"

@@ -1,6 +1,6 @@
 """Looks at the models of a fusion before any weight is read: do they fit each other, the gate and the engine?
 
-Reads configurations, tokenizers and the gate's header. Does not know vLLM. It refuses what no engine
+Reads configurations, tokenizers, the gate's header and a draft head. Does not know vLLM. It refuses what no engine
 could fuse exactly: other KV caches than full attention, tokenizers that disagree, a gate of other sizes.
 """
 
@@ -52,11 +52,12 @@ class FusedModelInfo:
 
 
 def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
-    """Check a materialized fusion and say what it is made of; reads no weights.
+    """Check a materialized fusion and say what it is made of; reads no weights but a draft head's.
 
     Raises:
         FusionError: one line that names the key: missing files, models that are not plain full-attention decoders,
-            tokenizers that disagree, unknown EOS ids, a gate of other sizes or names, a context nobody can hold.
+            tokenizers that disagree, unknown EOS ids, a gate of other sizes or names, a draft head of others or with
+            weights that are not finite, a context nobody can hold.
     """
     _check_gate_exists(config)
     model_configs = [_read_config(item, f"specialists.{index}") for index, item in enumerate(config.specialists)]
@@ -72,7 +73,7 @@ def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
     tokenizers = [_read_tokenizer(item, f"specialists.{index}") for index, item in enumerate(config.specialists)]
     vocab_sizes = tuple(int(model_config.vocab_size) for model_config in model_configs)
     num_shared_ids = _num_shared_ids(config, vocab_sizes, tokenizers)
-    _check_draft_head(config, hidden_sizes, shared_vocabulary(tokenizers[0], num_shared_ids))
+    _check_draft_head(config, hidden_sizes, shared_vocabulary(tokenizers[0], num_shared_ids), num_shared_ids)
     for eos_id in config.eos_token_ids:
         if eos_id >= num_shared_ids:
             raise FusionError(
@@ -193,7 +194,9 @@ def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
         raise FusionError(f"gate: {error}") from error
 
 
-def _check_draft_head(config: FusionConfig, hidden_sizes: tuple[int, ...], vocabulary: str) -> None:
+def _check_draft_head(
+    config: FusionConfig, hidden_sizes: tuple[int, ...], vocabulary: str, num_shared_ids: int
+) -> None:
     from ultrafuser.gating.model.draft_head import check_draft_head
     from ultrafuser.gating.model.gate import gate_digest
 
@@ -201,7 +204,14 @@ def _check_draft_head(config: FusionConfig, hidden_sizes: tuple[int, ...], vocab
     if speculation is None or speculation.path is None or not speculation.max_tokens:
         return
     try:
-        check_draft_head(speculation.path, config.specialist_names, hidden_sizes, vocabulary, gate_digest(config.gate))
+        check_draft_head(
+            speculation.path,
+            config.specialist_names,
+            hidden_sizes,
+            vocabulary,
+            num_shared_ids,
+            gate_digest(config.gate),
+        )
     except DraftHeadError as error:
         raise FusionError(f"engine.speculation.path: {error}") from error
 

@@ -63,14 +63,13 @@ def load_frozen(fusion: FusionConfig, dtype: torch.dtype) -> nn.ModuleList:
     """
     bare = [item.model_copy(update={"adapter": None}) for item in fusion.specialists]
     gate = FRESH_GATE if len(bare) > 1 else None
-    plain = fusion.model_copy(update={"specialists": tuple(bare), "gate": gate})
+    plain = fusion.without_draft_head().model_copy(update={"specialists": tuple(bare), "gate": gate})
     return UltraFuserForCausalLM.from_fusion(plain, dtype=dtype).specialists.requires_grad_(False)
 
 
 def load_one_frozen(fusion: FusionConfig, index: int, dtype: torch.dtype) -> Any:
     """One specialist alone, as `load_frozen`."""
-    one = fusion.model_copy(update={"specialists": (fusion.specialists[index],), "gate": None})
-    return load_frozen(one, dtype)[0]
+    return load_frozen(fusion.alone(fusion.specialists[index]), dtype)[0]
 
 
 def add_adapter(model: Any, adapter: str | None, *, rank: int, alpha: int, dropout: float) -> None:

@@ -193,3 +193,21 @@ class FusionConfig(_Section):
     def specialist_names(self) -> tuple[str, ...]:
         """Names of the specialists in the file's order."""
         return tuple(specialist.name for specialist in self.specialists)
+
+    def alone(self, specialist: SpecialistConfig) -> "FusionConfig":
+        """The fusion with one model in the place of all, without a gate and a draft head."""
+        changes = {"specialists": (specialist,), "gate": None}
+        return self.without_draft_head().model_copy(update=changes)
+
+    def without_draft_head(self) -> "FusionConfig":
+        """The fusion without a trained draft head, which is of no use to any other models or gate than its own.
+
+        How far ahead tokens are guessed, if the file says it, stays: another drafter guesses as far, or none where it
+        is off.
+        """
+        before = self.engine.speculation
+        if before is None or before.path is None:
+            return self
+        numbers = before.model_dump(include={"max_tokens", "min_tokens"}, exclude_unset=True)
+        speculation = SpeculationSettings(**numbers) if numbers else None
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"speculation": speculation})})

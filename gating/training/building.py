@@ -53,9 +53,14 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
     arguments.gradient_accumulation_steps = batches.micro_batches_per_step
     settings = inputs.settings
     collate: Collate = collate_rows
+    learner: Learner
     if settings.drafter:
         learner, rows, eval_rows = _drafting(inputs, micro_batch, device, on_progress)
-        collate = partial(collate_responses, eos_token_id=inputs.fusion.eos_token_ids[0])
+        collate = partial(
+            collate_responses,
+            eos_token_id=inputs.fusion.eos_token_ids[0],
+            draft_ids_V=learner.draft_head.draft_ids_V,
+        )
     elif settings.cache_states:
         learner, rows, eval_rows = _cached(inputs, micro_batch, device, on_progress)
         collate = collate_hidden_states
@@ -106,7 +111,9 @@ def _cached(inputs: RunInputs, micro_batch: int, device: torch.device, on_progre
     return learner, rows, eval_rows
 
 
-def _drafting(inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report) -> LearnerAndRows:
+def _drafting(
+    inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report
+) -> tuple[DraftLearner, Dataset[Any], Mapping[str, Dataset[Any]]]:
     settings, fusion, info = inputs.settings, inputs.fusion, inputs.info
     rows, eval_rows, output_weights = _cached_rows(inputs, micro_batch, device, on_progress)
     draft_ids_V = draft_vocabulary(rows.tokens(0, rows.offsets[-1])[1], settings.draft_vocabulary, info.num_shared_ids)
@@ -114,7 +121,9 @@ def _drafting(inputs: RunInputs, micro_batch: int, device: torch.device, on_prog
     embeddings_VD = leader.get_input_embeddings().weight.detach()[: info.num_shared_ids].clone()
     output_weights = [own[draft_ids_V] for own in output_weights]
     head = fresh_draft_head(draft_head_config(inputs, len(draft_ids_V)), draft_ids_V, output_weights[0].float())
-    learner = DraftLearner(head, _gate(inputs), embeddings_VD, output_weights, settings.draft_tokens)
+    # The gate that engine and reference have, an untrained one too, which is the same for every seed of a run.
+    gate = load_gate(str(fusion.gate), fusion.specialist_names, info.hidden_sizes)
+    learner = DraftLearner(head, gate, embeddings_VD, output_weights, settings.draft_tokens)
     return learner, rows, eval_rows
 
 

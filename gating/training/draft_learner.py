@@ -4,13 +4,12 @@ After EAGLE-3's training-time test: every position guesses several tokens ahead,
 own output where it has no states yet, as in the engine. Input and label always share one prefix, the response as it
 is. Knows cached hidden states and the head; knows no engine.
 
-Shape suffixes: S specialists, B responses, T positions of a response (right-padded), N response tokens of a batch, C
-positions that are attended to, M guesses that count, D hidden size, K heads of keys, G queries of a key, E size of a
-head, V draft vocabulary.
+Shape suffixes: S specialists, B responses, T positions of a response (right-padded), N response tokens of a batch, M
+positions that count, C positions that are attended to or of a chunk, L guesses of a position, D hidden size, K heads of
+keys, G queries of a key, E size of a head, V draft vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,19 +27,29 @@ DISCOUNT = 0.8
 """What a guess counts, as a share of the one before it (EAGLE-3's)."""
 
 
-def collate_responses(rows: Sequence[tuple[list[Tensor], Tensor]], eos_token_id: int) -> dict[str, Any]:
-    """Cached rows as a batch of single responses: `hidden_states` S x [B, T, D_s] and `labels` [B, T].
+def collate_responses(
+    rows: Sequence[tuple[list[Tensor], Tensor]], eos_token_id: int, draft_ids_V: Tensor
+) -> dict[str, Any]:
+    """Cached rows as a batch of single responses.
 
     A response ends with its EOS, the last one of a row also where it was cut; the engine, too, knows nothing of the
     turns before.
+
+    Returns:
+        `hidden_states`: S x [B, T, D_s]; `tokens` [B, T]: those of the responses, -100 beyond their ends; `labels`
+        [B, T]: what each position is to guess, the next token, -100 where none follows or no guess could be right
+        because it is outside the draft vocabulary. The loss is a mean over labels.
     """
     responses = [part for states, labels_R in rows for part in _split(states, labels_R, eos_token_id)]
     pad = nn.utils.rnn.pad_sequence
+    tokens_BT = pad([tokens_R for _, tokens_R in responses], batch_first=True, padding_value=IGNORED_LABEL)
+    labels_BT = _later(tokens_BT, 1, fill=IGNORED_LABEL)
     return {
         "hidden_states": [
             pad([states[index] for states, _ in responses], batch_first=True) for index in range(len(rows[0][0]))
         ],
-        "labels": pad([labels_R for _, labels_R in responses], batch_first=True, padding_value=IGNORED_LABEL),
+        "tokens": tokens_BT,
+        "labels": labels_BT.where(torch.isin(labels_BT, draft_ids_V), IGNORED_LABEL),
     }
 
 
@@ -92,17 +101,6 @@ def fresh_draft_head(config: DraftHeadConfig, draft_ids_V: Tensor, output_VD: Te
     return head
 
 
-@dataclass(frozen=True)
-class _Targets:
-    """What each position is to guess: the token after its own."""
-
-    distribution_BTV: Tensor
-    """float32, over the draft vocabulary."""
-
-    token_BT: Tensor
-    """The token that was drawn, as a column of the draft vocabulary; -1 where it is none of them, or none follows."""
-
-
 class DraftLearner(Learner):
     """A draft head over hidden states that were computed before; gate, embeddings and output layers are frozen.
 
@@ -110,8 +108,8 @@ class DraftLearner(Learner):
     """
 
     MARKS = ("accepted", "first", "outside")
-    """How many guesses from this position on are right, at most `num_guesses`; whether the first one is; and whether
-    the token to guess is outside the draft vocabulary."""
+    """Of a round, which begins at this position: how many guesses are right, at most `num_guesses`. Of a position that
+    a token follows: whether the first guess is right; whether that token is outside the draft vocabulary."""
 
     def __init__(
         self, head: DraftHead, gate: Gate, embeddings_VD: Tensor, output_weights: Sequence[Tensor], num_guesses: int
@@ -128,61 +126,86 @@ class DraftLearner(Learner):
     ) -> dict[str, Tensor]:
         """Soft cross-entropy of every guess against the fused distribution restricted to the draft vocabulary.
 
-        A guess whose token was outside the vocabulary counts nothing, as no guess could be right.
-
         Args:
-            labels: [B, T] response tokens, -100 beyond a response's end.
-            num_items_in_batch: response tokens of the whole step; default: the batch's.
-            batch: `hidden_states`, S x [B, T, D_s], each of which predicts the label at its place.
+            labels: [B, T], as `collate_responses` makes them.
+            num_items_in_batch: labels of the whole step; default: the batch's.
+            batch: `hidden_states` and `tokens`, likewise.
 
         Returns:
-            `loss`: summed over guesses, discounted by how far ahead, and divided by the tokens; `tokens_N`: each
-            position's loss of its first guess; `marks_XN`; both detached.
+            `loss`: summed over guesses, discounted by how far ahead, and divided by the number of labels; `tokens_N`:
+            of each label the loss of its first guess; `marks_XN`, and of which tokens they count, `is_counted_XN`; all
+            but the first detached.
         """
-        hidden_states: Sequence[Tensor] = batch["hidden_states"]
+        hidden_states, tokens_BT = batch["hidden_states"], batch["tokens"]
         assert self.fusion_gate is not None
         with torch.no_grad():
             weights_SBT = self.fusion_gate(hidden_states)
-            targets = self._targets(hidden_states, weights_SBT, labels)
-            embeddings_BTD = self._embeddings(labels.clamp(min=0))
+            embeddings_BTD = self._embeddings(tokens_BT.clamp(min=0))
         features_BTD = self.draft_head.features(hidden_states, weights_SBT)
         is_label_BT = labels != IGNORED_LABEL
-        total = features_BTD.new_zeros((), dtype=torch.float32)
-        first_BT = torch.zeros_like(labels, dtype=torch.float32)
-        # Whether all guesses from a position on were right so far; each guess looks one position further.
-        is_right_BT, accepted_BT = is_label_BT, torch.zeros_like(first_BT)
+        states = []
         chain = _Chain(self.draft_head)
-        for ahead in range(min(self._num_guesses, labels.shape[1])):
+        for _ in range(min(self._num_guesses, labels.shape[1])):
             states_BTD = chain.step(embeddings_BTD, features_BTD)
-            losses_BT, guessed_BT = self._compare(states_BTD, targets, ahead)
-            total = total + DISCOUNT**ahead * losses_BT.sum()
-            is_right_BT = is_right_BT & _later(guessed_BT, ahead)
-            accepted_BT += is_right_BT
-            first_BT = losses_BT.detach() if ahead == 0 else first_BT
+            states.append(states_BTD[is_label_BT])
             features_BTD = _earlier(states_BTD, 1)
-        is_outside_BT = _later(is_label_BT, 1) & (targets.token_BT < 0)
-        marks = torch.stack([accepted_BT, (accepted_BT > 0).float(), is_outside_BT.float()])
-        count = int(is_label_BT.sum()) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / count, "tokens_N": first_BT[is_label_BT], "marks_XN": marks[:, is_label_BT]}
+        next_states = [own_BTD[:, 1:][is_label_BT[:, :-1]] for own_BTD in hidden_states]
+        next_weights_SM = weights_SBT[:, :, 1:][:, is_label_BT[:, :-1]]
+        columns_M = torch.searchsorted(self.draft_head.draft_ids_V, labels[is_label_BT])
+        losses_LM, is_right_LM = self._compare(torch.stack(states), next_states, next_weights_SM, columns_M)
+        ahead_L = torch.arange(len(states), device=labels.device)
+        # No chain that began within the response is so far ahead at its first positions.
+        is_made_LM = is_label_BT.nonzero()[:, 1] >= ahead_L[:, None]
+        total = (losses_LM * is_made_LM * DISCOUNT ** ahead_L[:, None]).sum()
+        count = len(columns_M) if num_items_in_batch is None else num_items_in_batch
+        marks_XBT, is_counted_XBT = _marks(tokens_BT, is_label_BT, is_right_LM)
+        is_token_BT = tokens_BT != IGNORED_LABEL
+        return {
+            "loss": total / max(count, 1),
+            "tokens_N": losses_LM[0].detach(),
+            "marks_XN": marks_XBT[:, is_token_BT],
+            "is_counted_XN": is_counted_XBT[:, is_token_BT],
+        }
 
-    def _targets(self, hidden_states: Sequence[Tensor], weights_SBT: Tensor, labels_BT: Tensor) -> _Targets:
-        pairs = zip(hidden_states, self._output_weights, weights_SBT, strict=True)
-        mixed = (weights_BT.unsqueeze(-1) * (own @ rows_VD.T).float() for own, rows_VD, weights_BT in pairs)
-        logits_BTV = sum(mixed, start=weights_SBT.new_zeros(()))
-        ids_V = self.draft_head.draft_ids_V
-        columns_BT = torch.searchsorted(ids_V, labels_BT.clamp(min=0)).clamp(max=len(ids_V) - 1)
-        columns_BT = columns_BT.where(ids_V[columns_BT] == labels_BT, -1)
-        return _Targets(_later(logits_BTV.softmax(dim=-1), 1), _later(columns_BT, 1, fill=-1))
+    def _compare(
+        self, states_LMD: Tensor, next_states: Sequence[Tensor], next_weights_SM: Tensor, columns_M: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses [L, M] of the guesses at each position that counts, and whether they are right.
 
-    def _compare(self, states_BTD: Tensor, targets: _Targets, ahead: int) -> tuple[Tensor, Tensor]:
-        """The losses [B, T] of the guesses that are made at each position, and whether they are right."""
-        counts_BT = targets.token_BT >= 0
-        counts_BT = counts_BT & (torch.arange(counts_BT.shape[1], device=counts_BT.device) >= ahead)
-        scores_MV = self.draft_head.scores(states_BTD[counts_BT]).float()
-        losses_M = -(targets.distribution_BTV[counts_BT] * scores_MV.log_softmax(dim=-1)).sum(dim=-1)
-        right_M = scores_MV.argmax(dim=-1) == targets.token_BT[counts_BT]
-        losses_BT = torch.zeros_like(counts_BT, dtype=torch.float32).masked_scatter(counts_BT, losses_M)
-        return losses_BT, torch.zeros_like(counts_BT).masked_scatter(counts_BT, right_M)
+        `next_states` are S tensors [M, D_s], from which the token that is guessed was drawn, `columns_M` which one of
+        the draft vocabulary it is.
+        """
+        pairs = zip(next_states, self._output_weights, next_weights_SM, strict=True)
+        mixed = (weights_M.unsqueeze(-1) * (own @ rows_VD.T).float() for own, rows_VD, weights_M in pairs)
+        distribution_MV = sum(mixed, start=next_weights_SM.new_zeros(())).softmax(dim=-1)
+        scores_LMV = self.draft_head.scores(states_LMD).float()
+        losses_LM = -(distribution_MV * scores_LMV.log_softmax(dim=-1)).sum(dim=-1)
+        return losses_LM, scores_LMV.argmax(dim=-1) == columns_M
+
+
+def _marks(tokens_BT: Tensor, is_label_BT: Tensor, is_right_LM: Tensor) -> tuple[Tensor, Tensor]:
+    """`DraftLearner.MARKS` [X, B, T] of all positions, and of which of them each counts."""
+    # Whether all guesses from a position on were right so far; each guess looks one position further.
+    is_right_BT, accepted_BT = torch.ones_like(is_label_BT), torch.zeros_like(tokens_BT)
+    for ahead, is_right_M in enumerate(is_right_LM):
+        is_right_BT = is_right_BT & _later(torch.zeros_like(is_label_BT).masked_scatter(is_label_BT, is_right_M), ahead)
+        accepted_BT = accepted_BT + is_right_BT
+    is_followed_BT = _later(tokens_BT != IGNORED_LABEL, 1)
+    marks = torch.stack([accepted_BT, accepted_BT > 0, ~is_label_BT]).float()
+    return marks, torch.stack([_round_begins(accepted_BT, is_followed_BT), is_followed_BT, is_followed_BT])
+
+
+def _round_begins(accepted_BT: Tensor, is_followed_BT: Tensor) -> Tensor:
+    """Where the engine would draft: at a response's first token, then at the last one that a round has given, which is
+    one more than its right guesses."""
+    begins = torch.zeros_like(is_followed_BT, device="cpu")
+    rows = zip(begins, accepted_BT.tolist(), is_followed_BT.sum(dim=1).tolist(), strict=True)
+    for begins_T, accepted_T, length in rows:
+        position = 0
+        while position < length:
+            begins_T[position] = True
+            position += accepted_T[position] + 1
+    return begins.to(is_followed_BT.device)
 
 
 class _Chain:

@@ -123,24 +123,17 @@ def _check_keys(domains: Sequence[str], specialists: Sequence[str]) -> None:
 
 def choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     """The specialists that take part, with a gate file that exists, or a fresh gate."""
-    loaded = without_draft_head(loaded)
+    # What learns here would make it a head of another model.
+    loaded = loaded.without_draft_head()
     if settings.specialist is not None:
         chosen = [item for item in loaded.specialists if item.name == settings.specialist]
         if not chosen:
             names = ", ".join(loaded.specialist_names)
             raise TrainError(f"--specialist: {settings.specialist!r} is not in the fusion; it has {names}")
-        return loaded.model_copy(update={"specialists": tuple(chosen), "gate": None})
+        return loaded.alone(*chosen)
     if len(loaded.specialists) < 2:
         raise TrainError(f"--stage: {loaded.name} has one specialist and no gate; use --specialist to train it")
     has_gate = loaded.gate is not None and (loaded.gate == FRESH_GATE or Path(loaded.gate).is_file())
     if settings.fresh_gate or (settings.stage == 1 and not has_gate):
         return loaded.model_copy(update={"gate": FRESH_GATE})
     return loaded
-
-
-def without_draft_head(fusion: FusionConfig) -> FusionConfig:
-    """The fusion without a trained draft head, which what learns here would make one of another model."""
-    speculation = fusion.engine.speculation
-    if speculation is None or speculation.path is None:
-        return fusion
-    return fusion.model_copy(update={"engine": fusion.engine.model_copy(update={"speculation": None})})

@@ -41,8 +41,9 @@ class Learner(nn.Module):
             batch: what `hidden_states` takes.
 
         Returns:
-            `loss`: the sum over the batch's tokens divided by the step's tokens; `tokens_N`: each token's loss, and
-            `marks_XN`: what else an evaluation means over tokens, here the gate's weights; both detached.
+            `loss`: the sum over the batch's tokens divided by the step's tokens; `tokens_N`: each token's loss;
+            `marks_XN`: what else an evaluation means over tokens, here the gate's weights, and `is_counted_XN`: over
+            which, here all; all but the first detached.
         """
         hidden_states = self.hidden_states(**batch)
         if self.fusion_gate is None:
@@ -52,7 +53,12 @@ class Learner(nn.Module):
         layers = self.output_layers()
         loss = fused_loss(hidden_states, layers, weights_SN, labels, self.num_shared_ids, self.chunk_size)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": loss.total / count, "tokens_N": loss.tokens_N, "marks_XN": weights_SN.detach()}
+        return {
+            "loss": loss.total / count,
+            "tokens_N": loss.tokens_N,
+            "marks_XN": weights_SN.detach(),
+            "is_counted_XN": torch.ones_like(weights_SN, dtype=torch.bool),
+        }
 
     def hidden_states(self, **batch: Any) -> list[Tensor]:
         """S tensors [N, D_s] that predict the labels."""

@@ -18,7 +18,7 @@ from ultrafuser.gating.model.gate import Gate, save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
 from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
 from ultrafuser.gating.training.draft_learner import DraftLearner
-from ultrafuser.gating.training.inputs import RunInputs, without_draft_head
+from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import Learner
 
 
@@ -52,7 +52,7 @@ def save_results(
         specialists.append(own)
     changes: dict[str, Any] = {
         "specialists": tuple(specialists),
-        "engine": without_draft_head(inputs.loaded).engine,
+        "engine": inputs.loaded.without_draft_head().engine,
     }
     if isinstance(learner, DraftLearner):
         changes["engine"] = _save_draft_head(folder / "draft-head", inputs, learner, state)
@@ -75,11 +75,16 @@ def _save_draft_head(
     head = DraftHead(learner.draft_head.config)
     head.load_state_dict({**_below(state, "draft_head."), "draft_ids_V": learner.draft_head.draft_ids_V})
     save_draft_head(head, folder)
-    before = inputs.loaded.engine.speculation
-    if before is None or not before.max_tokens:
-        before = SpeculationSettings(max_tokens=inputs.settings.draft_tokens)
-    changes = {"drafter": "head", "path": str(folder.resolve())}
-    return inputs.loaded.engine.model_copy(update={"speculation": before.model_copy(update=changes)})
+    before = inputs.loaded.engine.speculation or SpeculationSettings()
+    is_said = "max_tokens" in before.model_fields_set and before.max_tokens > 0
+    max_tokens = before.max_tokens if is_said else inputs.settings.draft_tokens
+    speculation = SpeculationSettings(
+        drafter="head",
+        path=str(folder.resolve()),
+        max_tokens=max_tokens,
+        min_tokens=min(before.min_tokens, max_tokens),
+    )
+    return inputs.loaded.engine.model_copy(update={"speculation": speculation})
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -243,20 +243,25 @@ class FusedTrainer(Trainer):
         model = self.model
         assert model is not None
         model.eval()
-        sums = torch.zeros(2 + num_marks, dtype=torch.float64, device=self.args.device)
+        # Of the loss, then of each mark: its sum, and how many it is the sum of.
+        sums = torch.zeros(2, 1 + num_marks, dtype=torch.float64, device=self.args.device)
         loader = DataLoader(rows, batch_sampler=[share or [0] for share in shares], collate_fn=self.data_collator)
         for share, batch in zip(shares, loader, strict=True):
             batch = self._prepare_inputs(batch)
             outputs = model(**batch)
             if not share:
                 continue
-            sums[0] += outputs["tokens_N"].double().sum()
-            sums[1] += len(outputs["tokens_N"])
-            sums[2:] += outputs["marks_XN"].double().sum(dim=1)
+            is_counted_XN = outputs["is_counted_XN"]
+            sums[0, 0] += outputs["tokens_N"].double().sum()
+            sums[1, 0] += len(outputs["tokens_N"])
+            sums[0, 1:] += outputs["marks_XN"].double().where(is_counted_XN, 0).sum(dim=1)
+            sums[1, 1:] += is_counted_XN.sum(dim=1)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         drop_gathered(model)
-        total, count, *marks = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return total / count, [mark / count for mark in marks]
+        totals, counts = self.accelerator.reduce(sums, reduction="sum")
+        # Rows without a token that a draft head could guess have nothing to mean over.
+        loss, *marks = (totals / counts.clamp(min=1)).tolist()
+        return loss, marks
 
     def _shares(self, rows: Any) -> list[list[int]]:
         """This process's rows in batches, as many as the first process has; the last may be empty."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.draft_heads import write_random_head
 from tests.fakes import write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.model.fusion import load_fusion
@@ -26,6 +28,16 @@ def tiny_copy(tiny_path: Path, tmp_path: Path) -> Path:
     """A copy that a test may break."""
     shutil.copytree(tiny_path.parent, tmp_path / "copy")
     return tmp_path / "copy" / "fusion.yaml"
+
+
+@pytest.fixture
+def with_head(tiny_copy: Path) -> Path:
+    """fusion.yaml of a copy that drafts with a head beside it."""
+    write_random_head(tiny_copy, tiny_copy.parent / "head")
+    content = yaml.safe_load(tiny_copy.read_text())
+    content["engine"]["speculation"] = {"drafter": "head", "path": "head", "max_tokens": 3}
+    tiny_copy.write_text(yaml.safe_dump(content))
+    return tiny_copy
 
 
 @pytest.fixture(scope="session")

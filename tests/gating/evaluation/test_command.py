@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.gating.examples import CONVERSATIONS
-from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.__main__ import EXIT_WRONG_INPUT, main
 
 NAMES = ["text", "code", "math"]
@@ -60,6 +61,30 @@ def test_variants_are_fusion_files_of_one_model_each(tiny_path, tmp_path, cache,
     fusion = load_fusion(written[0])
     assert (fusion.name, fusion.specialist_names, fusion.gate) == ("tiny-code", ("code",), None)
     assert fusion.eos_token_ids == load_fusion(tiny_path).eos_token_ids
+
+
+def test_a_fusion_with_a_draft_head_is_measured_as_without(tiny_path, with_head, tmp_path, cache):
+    found = []
+    for fusion in (tiny_path, with_head):
+        argv = ["eval", str(fusion), "--loss", "--data", str(CONVERSATIONS), "--limit", "2", "--base", base_of(fusion)]
+        # A cache of its own: what was computed before would not be loaded again.
+        argv += ["--cache", str(tmp_path / fusion.parent.name), "--json", str(tmp_path / "loss.json")]
+        assert main(argv) == 0
+        found.append(json.loads((tmp_path / "loss.json").read_text()))
+    assert "base" in found[0]["loss"]
+    assert found[0] == found[1]
+
+
+def base_of(fusion: Path) -> str:
+    return str(fusion.parent / "text")
+
+
+def test_variants_of_a_fusion_with_a_draft_head_can_be_served(with_head, tmp_path, cache):
+    assert main(["eval", str(with_head), "--variants", str(tmp_path / "out"), "--cache", str(cache)]) == 0
+    for path in (tmp_path / "out").iterdir():
+        variant = load_fusion(path)
+        assert variant.engine.speculation == SpeculationSettings(max_tokens=3)
+        assert inspect_fusion(variant).hidden_sizes == (64,)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.draft_heads import config_for, write_random_head
+from tests.draft_heads import config_for
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head, rotate, save_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
@@ -18,16 +18,6 @@ from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fus
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.fixture
-def with_head(tiny_copy: Path) -> Path:
-    """fusion.yaml of a copy that drafts with a head beside it."""
-    write_random_head(tiny_copy, tiny_copy.parent / "head")
-    content = yaml.safe_load(tiny_copy.read_text())
-    content["engine"]["speculation"] = {"drafter": "head", "path": "head", "max_tokens": 3}
-    tiny_copy.write_text(yaml.safe_dump(content))
-    return tiny_copy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,6 +84,17 @@ def edit_weights(**changes: Any) -> Callable[[Path], None]:
         (edit_weights(mix__weight=None), "mix.weight: shape is None, need (64, 64)"),
         (edit_weights(extra=torch.zeros(2)), "extra: shape is (2,), need None"),
         (edit_weights(output__weight=torch.zeros(300, 65)), "output.weight: shape is (300, 65), need (300, 64)"),
+        (edit_config(rope_theta=0), "config.json: rope_theta: Input should be greater than or equal to 1"),
+        (edit_config(rope_theta=-10.0), "config.json: rope_theta: Input should be greater than or equal to 1"),
+        (edit_config(rope_theta="inf"), "config.json: rope_theta: Input should be a finite number"),
+        (edit_weights(draft_ids_V=torch.arange(300.0)), "draft_ids_V: token ids must be whole numbers of 32 or 64"),
+        (edit_weights(draft_ids_V=torch.arange(300).flip(0)), "draft_ids_V: token ids must ascend, each named once"),
+        (edit_weights(draft_ids_V=torch.arange(300).clamp(max=298)), "draft_ids_V: token ids must ascend"),
+        (edit_weights(draft_ids_V=torch.arange(21, 321)), "draft_ids_V: token ids 21 to 320 are not all of the 320"),
+        (edit_weights(draft_ids_V=torch.arange(-1, 299)), "draft_ids_V: token ids -1 to 298 are not all of the 320"),
+        (edit_weights(mix__weight=torch.full((64, 64), torch.nan)), "mix.weight: holds a value that is not finite;"),
+        (edit_weights(output_norm__weight=torch.full((64,), torch.inf)), "output_norm.weight: holds a value that is"),
+        (edit_weights(mix__weight=torch.zeros(64, 64).int()), "mix.weight: weights must be float32, bfloat16 or"),
         (lambda folder: cut(folder / "model.safetensors"), "model.safetensors: not a whole safetensors file"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors; copy the whole folder"),
         (lambda folder: (folder / "config.json").unlink(), "no draft head there, as it has no config.json"),

@@ -172,10 +172,12 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(run, tmp_path)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
 
 
-def test_micro_batches_add_up_to_the_whole_batch(run, tmp_path):
+@pytest.mark.parametrize("options", [{"stage": 1}, {"drafter": True, "draft_vocabulary": 20}], ids=["gate", "head"])
+def test_micro_batches_add_up_to_the_whole_batch(run, tmp_path, options):
     """The step's tokens, not each micro-batch's, divide the sum: responses of unequal length count as in one batch."""
     losses = [
-        losses_in(run(stage=1, micro_rows_per_domain=size, output=str(tmp_path / str(size))).parent) for size in (4, 1)
+        losses_in(run(**options, micro_rows_per_domain=size, output=str(tmp_path / str(size))).parent)
+        for size in (4, 1)
     ]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
 
