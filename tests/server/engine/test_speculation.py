@@ -172,8 +172,9 @@ def test_it_is_learned_how_many_drafts_held(
 
     (output,), _ = serve(engine, Telling(engine, guess), [Arrival(BATCH[0], greedy(17))])
     assert list(output.outputs[0].token_ids) == answer
-    num_rounds = 16 // (num_right + 1)
-    assert [own[2:] for own in found][: num_rounds - 4] == [(4, num_right)] * (num_rounds - 4)
+    whole = [own[2:] for own in found if own[2] == 4]  # the last ones are cut by the response's end
+    assert set(whole) == {(4, num_right)}
+    assert len(whole) >= 12 // (num_right + 1)
     assert {drafter == leading for drafter, leading, *_ in found} == {True}
 
 
