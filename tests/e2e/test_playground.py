@@ -50,8 +50,9 @@ def test_an_answer_has_a_place_for_every_token_with_the_apis_numbers(page: Page)
     panel = page.evaluate("[...document.querySelectorAll('#specialists .number')].map(e => e.textContent)")
     assert panel == [f"{mean:.3f}" for mean in means]
     assert text_of(page, "#num-tokens") == str(len(rows))
-    assert page.evaluate("document.querySelectorAll('.token.drafted').length") == 0
-    assert page.evaluate("document.querySelector('#drafted').hidden"), "this server guesses nothing ahead"
+    drafted = [mark for choice in choices for mark in choice.get("drafted", {}).get("content", [])]
+    assert page.evaluate(f"[...{TOKENS}].map(token => token.classList.contains('drafted'))") == drafted
+    assert page.evaluate("document.querySelector('#drafted').hidden") == (not any(drafted))
 
     saved = export(page)
     (turn,) = saved["turns"]
