@@ -123,7 +123,7 @@ def _drafting(
     head = fresh_draft_head(draft_head_config(inputs, len(draft_ids_V)), draft_ids_V, output_weights[0].float())
     # The gate that engine and reference have, an untrained one too, which is the same for every seed of a run.
     gate = load_gate(str(fusion.gate), fusion.specialist_names, info.hidden_sizes)
-    learner = DraftLearner(head, gate, embeddings_VD, output_weights, settings.draft_tokens)
+    learner = DraftLearner(head, gate, embeddings_VD, output_weights, settings.draft_tokens, settings.chunk_size)
     return learner, rows, eval_rows
 
 

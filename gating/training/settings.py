@@ -134,7 +134,7 @@ class TrainSettings(CommandSettings):
     """Latest tokens of a response that a draft head looks at; in the engine each request has memory for so many."""
 
     chunk_size: Count = 256
-    """Response tokens whose logits exist at the same time in the loss."""
+    """Response tokens, or guesses of a draft head, whose logits exist at the same time in the loss."""
 
     seed: Seed = 0
     """Shuffles, initialises, drops out."""
