@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.draft_heads import config_for
 from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.data.batches import response_ids
+from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
 from ultrafuser.gating.model.gate import fresh_gate, fuse
@@ -277,6 +278,13 @@ def test_a_head_learns_beside_the_gate_that_the_reference_has(tiny_copy: Path, s
     assert reference is not None
     for name, tensor in reference.state_dict().items():
         assert torch.equal(own.state_dict()[name], tensor), name
+
+
+def test_a_head_of_one_specialist_is_refused_by_the_flag_that_asked_for_it(tiny_copy: Path, settings_of: Any) -> None:
+    content = yaml.safe_load(tiny_copy.read_text())
+    tiny_copy.write_text(yaml.safe_dump({**content, "specialists": content["specialists"][:1], "gate": None}))
+    with pytest.raises(TrainError, match=r"^--drafter: tiny has one specialist; a draft head is trained for two"):
+        gather_inputs(settings_of(fusion=str(tiny_copy), drafter=True))
 
 
 @pytest.mark.parametrize(
