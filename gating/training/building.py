@@ -56,6 +56,7 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
     learner: Learner
     if settings.drafter:
         learner, rows, eval_rows = _drafting(inputs, micro_batch, device, on_progress)
+        provenance = {**provenance, "draft_vocabulary": learner.draft_vocabulary}
         collate = partial(
             collate_responses,
             eos_token_id=inputs.fusion.eos_token_ids[0],

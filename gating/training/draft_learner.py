@@ -9,6 +9,7 @@ positions that count, C positions that are attended to or of a chunk, L guesses 
 keys, G queries of a key, E size of a head, V draft vocabulary.
 """
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -129,6 +130,11 @@ class DraftLearner(Learner):
         self._num_guesses = num_guesses
         self._embeddings = nn.Embedding.from_pretrained(embeddings_VD, freeze=True)
         self._output_weights = nn.ParameterList(nn.Parameter(own, requires_grad=False) for own in output_weights)
+
+    @property
+    def draft_vocabulary(self) -> str:
+        """Digest of the ids that can be guessed, without which the weights of the head's output layer say nothing."""
+        return hashlib.sha256(str(self.draft_head.draft_ids_V.tolist()).encode()).hexdigest()
 
     def forward(
         self, *, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **batch: Any

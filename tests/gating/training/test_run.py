@@ -14,6 +14,7 @@ from ultrafuser.gating.data.batches import collate_rows
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
 from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training import building
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.inputs import gather_inputs
 from ultrafuser.gating.training.plan import measure
@@ -44,6 +45,19 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     assert losses_in(resumed.parent) == losses_in(whole.parent)
+
+
+def test_a_draft_head_goes_on_only_with_the_tokens_that_its_columns_are(run, settings_of, monkeypatch):
+    path = run(drafter=True, draft_vocabulary=20)
+    provenance = json.loads((path.parent / RUN_FOLDER / "checkpoint-4" / "provenance.json").read_text())
+    assert len(provenance["draft_vocabulary"]) == 64
+    settings = settings_of(drafter=True, draft_vocabulary=20, resume=True)
+    train(settings)
+    monkeypatch.setattr(building, "draft_vocabulary", lambda *_: torch.arange(20))
+    with pytest.raises(
+        TrainError, match=r"checkpoint-4: its draft head guesses other tokens than .* in a new --output$"
+    ):
+        train(settings)
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
