@@ -56,6 +56,7 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
     learner: Learner
     if settings.drafter:
         learner, rows, eval_rows = _drafting(inputs, micro_batch, device, on_progress)
+        provenance = {**provenance, "draft_vocabulary": learner.draft_vocabulary}
         collate = partial(
             collate_responses,
             eos_token_id=inputs.fusion.eos_token_ids[0],
@@ -123,7 +124,7 @@ def _drafting(
     head = fresh_draft_head(draft_head_config(inputs, len(draft_ids_V)), draft_ids_V, output_weights[0].float())
     # The gate that engine and reference have, an untrained one too, which is the same for every seed of a run.
     gate = load_gate(str(fusion.gate), fusion.specialist_names, info.hidden_sizes)
-    learner = DraftLearner(head, gate, embeddings_VD, output_weights, settings.draft_tokens)
+    learner = DraftLearner(head, gate, embeddings_VD, output_weights, settings.draft_tokens, settings.chunk_size)
     return learner, rows, eval_rows
 
 

@@ -9,18 +9,21 @@ positions that count, C positions that are attended to or of a chunk, L guesses 
 keys, G queries of a key, E size of a head, V draft vocabulary.
 """
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ultrafuser.gating.model.draft_head import DraftHead, DraftHeadConfig
 from ultrafuser.gating.model.gate import Gate, gate_digest
 from ultrafuser.gating.model.responses import IGNORED_LABEL
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import Learner
+from ultrafuser.gating.training.losses import DEFAULT_CHUNK_SIZE
 
 HEAD_SIZE = 64
 DISCOUNT = 0.8
@@ -112,14 +115,26 @@ class DraftLearner(Learner):
     a token follows: whether the first guess is right; whether that token is outside the draft vocabulary."""
 
     def __init__(
-        self, head: DraftHead, gate: Gate, embeddings_VD: Tensor, output_weights: Sequence[Tensor], num_guesses: int
+        self,
+        head: DraftHead,
+        gate: Gate,
+        embeddings_VD: Tensor,
+        output_weights: Sequence[Tensor],
+        num_guesses: int,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
-        """`embeddings_VD`: the leader's; `output_weights`: S matrices of the draft vocabulary's rows [V, D_s]."""
-        super().__init__(gate.requires_grad_(False), len(embeddings_VD))
+        """`embeddings_VD`: the leader's; `output_weights`: S matrices of the draft vocabulary's rows [V, D_s];
+        `chunk_size`: guesses whose scores exist at the same time."""
+        super().__init__(gate.requires_grad_(False), len(embeddings_VD), chunk_size)
         self.draft_head = head
         self._num_guesses = num_guesses
         self._embeddings = nn.Embedding.from_pretrained(embeddings_VD, freeze=True)
         self._output_weights = nn.ParameterList(nn.Parameter(own, requires_grad=False) for own in output_weights)
+
+    @property
+    def draft_vocabulary(self) -> str:
+        """Digest of the ids that can be guessed, without which the weights of the head's output layer say nothing."""
+        return hashlib.sha256(str(self.draft_head.draft_ids_V.tolist()).encode()).hexdigest()
 
     def forward(
         self, *, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **batch: Any
@@ -149,15 +164,18 @@ class DraftLearner(Learner):
             states_BTD = chain.step(embeddings_BTD, features_BTD)
             states.append(states_BTD[is_label_BT])
             features_BTD = _earlier(states_BTD, 1)
-        next_states = [own_BTD[:, 1:][is_label_BT[:, :-1]] for own_BTD in hidden_states]
-        next_weights_SM = weights_SBT[:, :, 1:][:, is_label_BT[:, :-1]]
-        columns_M = torch.searchsorted(self.draft_head.draft_ids_V, labels[is_label_BT])
-        losses_LM, is_right_LM = self._compare(torch.stack(states), next_states, next_weights_SM, columns_M)
+        is_next_BT = is_label_BT[:, :-1]
+        losses_LM, is_right_LM = self._compare(
+            torch.stack(states),
+            weights_SBT[:, :, 1:][:, is_next_BT],
+            torch.searchsorted(self.draft_head.draft_ids_V, labels[is_label_BT]),
+            [own_BTD[:, 1:][is_next_BT] for own_BTD in hidden_states],
+        )
         ahead_L = torch.arange(len(states), device=labels.device)
         # No chain that began within the response is so far ahead at its first positions.
         is_made_LM = is_label_BT.nonzero()[:, 1] >= ahead_L[:, None]
         total = (losses_LM * is_made_LM * DISCOUNT ** ahead_L[:, None]).sum()
-        count = len(columns_M) if num_items_in_batch is None else num_items_in_batch
+        count = losses_LM.shape[1] if num_items_in_batch is None else num_items_in_batch
         marks_XBT, is_counted_XBT = _marks(tokens_BT, is_label_BT, is_right_LM)
         is_token_BT = tokens_BT != IGNORED_LABEL
         return {
@@ -168,19 +186,41 @@ class DraftLearner(Learner):
         }
 
     def _compare(
-        self, states_LMD: Tensor, next_states: Sequence[Tensor], next_weights_SM: Tensor, columns_M: Tensor
+        self, states_LMD: Tensor, next_weights_SM: Tensor, columns_M: Tensor, next_states: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The losses [L, M] of the guesses at each position that counts, and whether they are right.
 
         `next_states` are S tensors [M, D_s], from which the token that is guessed was drawn, `columns_M` which one of
-        the draft vocabulary it is.
+        the draft vocabulary it is. What is as wide as the vocabulary exists for a chunk at a time, and is computed
+        again for the gradient.
         """
-        pairs = zip(next_states, self._output_weights, next_weights_SM, strict=True)
-        mixed = (weights_M.unsqueeze(-1) * (own @ rows_VD.T).float() for own, rows_VD, weights_M in pairs)
-        distribution_MV = sum(mixed, start=next_weights_SM.new_zeros(())).softmax(dim=-1)
-        scores_LMV = self.draft_head.scores(states_LMD).float()
-        losses_LM = -(distribution_MV * scores_LMV.log_softmax(dim=-1)).sum(dim=-1)
-        return losses_LM, scores_LMV.argmax(dim=-1) == columns_M
+        size = max(1, self.chunk_size // len(states_LMD))
+        # Of nothing one chunk too: its loss of 0 has a gradient, for which other processes may wait.
+        chunks = [slice(begin, begin + size) for begin in range(0, max(len(columns_M), 1), size)]
+        parts = [
+            checkpoint(
+                self._compare_chunk,
+                states_LMD[:, own],
+                next_weights_SM[:, own],
+                columns_M[own],
+                *(states_MD[own] for states_MD in next_states),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for own in chunks
+        ]
+        losses, is_right = zip(*parts, strict=True)
+        return torch.cat(losses, dim=1), torch.cat(is_right, dim=1)
+
+    def _compare_chunk(
+        self, states_LCD: Tensor, next_weights_SC: Tensor, columns_C: Tensor, *next_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        pairs = zip(next_states, self._output_weights, next_weights_SC, strict=True)
+        mixed = (weights_C.unsqueeze(-1) * (own_CD @ rows_VD.T).float() for own_CD, rows_VD, weights_C in pairs)
+        distribution_CV = sum(mixed, start=next_weights_SC.new_zeros(())).softmax(dim=-1)
+        scores_LCV = self.draft_head.scores(states_LCD).float()
+        losses_LC = -(distribution_CV * scores_LCV.log_softmax(dim=-1)).sum(dim=-1)
+        return losses_LC, scores_LCV.argmax(dim=-1) == columns_C
 
 
 def _marks(tokens_BT: Tensor, is_label_BT: Tensor, is_right_LM: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,23 +268,50 @@ class _Chain:
         return self._head.states(features_BTD, attended_BTX)
 
     def _attend(self, queries_BTKGE: Tensor, positions_T: Tensor) -> Tensor:
+        """What all positions see [B, T, H E]: a window of them at a time, with the two windows that these can see."""
         num_steps = len(self._keys_values) - 1
-        (keys_BCKE, values_BCKE), *chain = self._keys_values
+        (keys_BTKE, values_BTKE), *chain = self._keys_values
         chain = [
             (_earlier(keys, num_steps - index), _earlier(values, num_steps - index))
             for index, (keys, values) in enumerate(chain, start=1)
         ]
-        back_TC = positions_T[:, None] - positions_T
-        is_seen_TC = (back_TC >= num_steps) & (back_TC < self._head.config.window)
-        scores_BTKGC = torch.einsum("btkge,bcke->btkgc", queries_BTKGE, keys_BCKE).float()
-        scores_BTKGC = scores_BTKGC.masked_fill(~is_seen_TC[:, None, None], torch.finfo(torch.float32).min)
-        own = [torch.einsum("btkge,btke->btkg", queries_BTKGE, keys).float().unsqueeze(-1) for keys, _ in chain]
-        weights = torch.cat([scores_BTKGC, *own], dim=-1).softmax(dim=-1).to(values_BCKE.dtype)
-        length = len(positions_T)
-        attended_BTKGE = torch.einsum("btkgc,bcke->btkge", weights[..., :length], values_BCKE)
-        for index, (_, values) in enumerate(chain):
-            attended_BTKGE = attended_BTKGE + weights[..., length + index].unsqueeze(-1) * values.unsqueeze(-2)
-        return attended_BTKGE.flatten(-3)
+        window, length = self._head.config.window, len(positions_T)
+        attended = []
+        for begin in range(0, length, window):
+            own = slice(begin, begin + window)
+            seen = slice(max(0, begin - window + 1), begin + window)
+            back_TC = positions_T[own, None] - positions_T[seen]
+            attended.append(
+                checkpoint(
+                    _attend_to,
+                    queries_BTKGE[:, own],
+                    keys_BTKE[:, seen],
+                    values_BTKE[:, seen],
+                    (back_TC >= num_steps) & (back_TC < window),
+                    *(tensor_BTKE[:, own] for pair in chain for tensor_BTKE in pair),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            )
+        return torch.cat(attended, dim=1)
+
+
+def _attend_to(
+    queries_BTKGE: Tensor, keys_BCKE: Tensor, values_BCKE: Tensor, is_seen_TC: Tensor, *chain: Tensor
+) -> Tensor:
+    """Each query over what it sees of the keys, and over its own of the chain: keys and values [B, T, K, E] in turn.
+
+    Scores are as large as the keys are many: they are computed again for the gradient.
+    """
+    scores_BTKGC = torch.einsum("btkge,bcke->btkgc", queries_BTKGE, keys_BCKE).float()
+    scores_BTKGC = scores_BTKGC.masked_fill(~is_seen_TC[:, None, None], torch.finfo(torch.float32).min)
+    own = [torch.einsum("btkge,btke->btkg", queries_BTKGE, keys).float().unsqueeze(-1) for keys in chain[::2]]
+    weights = torch.cat([scores_BTKGC, *own], dim=-1).softmax(dim=-1).to(values_BCKE.dtype)
+    num_keys = keys_BCKE.shape[1]
+    attended_BTKGE = torch.einsum("btkgc,bcke->btkge", weights[..., :num_keys], values_BCKE)
+    for index, values in enumerate(chain[1::2]):
+        attended_BTKGE = attended_BTKGE + weights[..., num_keys + index].unsqueeze(-1) * values.unsqueeze(-2)
+    return attended_BTKGE.flatten(-3)
 
 
 def _earlier(tensor_BTX: Tensor, steps: int) -> Tensor:

@@ -131,6 +131,10 @@ def choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
             names = ", ".join(loaded.specialist_names)
             raise TrainError(f"--specialist: {settings.specialist!r} is not in the fusion; it has {names}")
         return loaded.alone(*chosen)
+    if len(loaded.specialists) < 2 and settings.drafter:
+        raise TrainError(
+            f"--drafter: {loaded.name} has one specialist; a draft head is trained for two or more and a gate"
+        )
     if len(loaded.specialists) < 2:
         raise TrainError(f"--stage: {loaded.name} has one specialist and no gate; use --specialist to train it")
     has_gate = loaded.gate is not None and (loaded.gate == FRESH_GATE or Path(loaded.gate).is_file())

@@ -22,6 +22,9 @@ from ultrafuser.gating.training.settings import TrainSettings
 _GIB = 1024**3
 # float32 master, its gradient, and AdamW's two moments.
 _BYTES_PER_TRAINED = 4 + 4 + 8
+_FLOAT32 = 4
+_KEPT_PER_LAYER = 16
+"""Hidden-sized values that a layer keeps of each token for the backward pass, about."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +80,25 @@ def describe(inputs: RunInputs, device: torch.device, num_processes: int) -> lis
     dtype = resolve_dtype(settings.precision, device)
     rows = {domain: len(inputs.rows.indices(domain)) for domain in inputs.domains}
     datasets = [own.dataset for own in inputs.all_rows]
-    tokens = inputs.micro_batch(num_processes) * max(max(dataset["length"][:]) for dataset in datasets)
+    micro_batch = inputs.micro_batch(num_processes)
+    num_response_tokens = [dataset["num_response_tokens"][:] for dataset in datasets]
     lines = [f"{size.name}: {size.num_parameters:,} parameters, {size.num_trained:,} learn" for size in sizes]
-    num_others = _num_gate(info) if len(sizes) > 1 else 0
     if settings.drafter:
-        num_others = _num_draft_head(inputs)
-        lines.append(f"draft head: {num_others:,} parameters at most, all learn")
-    elif num_others:
-        lines.append(f"gate: {num_others:,} parameters, all learn")
-    memory = _memory(settings, info, sizes, dtype, num_others, tokens)
+        memory, gathered = _drafting(inputs, len(sizes), dtype, micro_batch, max(map(max, num_response_tokens)))
+        lines.append(f"draft head: {_num_learning(_draft_head(inputs)):,} parameters at most, all learn")
+    else:
+        num_gate = _num_gate(info) if len(sizes) > 1 else 0
+        lines += [f"gate: {num_gate:,} parameters, all learn"] if num_gate else []
+        tokens = micro_batch * max(max(dataset["length"][:]) for dataset in datasets)
+        memory = _memory(settings, info, sizes, dtype, num_gate, tokens)
+        gathered = _gathered(settings, sizes, dtype)
     return [
         *lines,
         *_steps(settings, rows, num_processes),
         "memory of one process, computed, not measured (FSDP2 divides the first two by the number of processes, but"
-        f" gathers {_gib(_gathered(settings, sizes, dtype))} for a step):",
+        f" gathers {_gib(gathered)} for a step):",
         *(f"  {name}: {_gib(size)}" for name, size in memory.items()),
-        *_disk(settings, info, dtype, sum(sum(dataset["num_response_tokens"][:]) for dataset in datasets)),
+        *_disk(settings, info, dtype, sum(map(sum, num_response_tokens))),
     ]
 
 
@@ -131,6 +137,36 @@ def _memory(
     }
 
 
+def _drafting(
+    inputs: RunInputs, num_specialists: int, dtype: torch.dtype, micro_batch: int, longest: int
+) -> tuple[dict[str, int], int]:
+    """What a draft head's training holds, and what of it is whole in every process during a step: all weights.
+
+    Counted for rows of one response of `longest` tokens; the shorter ones of rows with several turns are padded.
+    """
+    settings, info, head = inputs.settings, inputs.info, _draft_head(inputs)
+    config, num_learning = head.config, _num_learning(head)
+    num_frozen = sum(info.hidden_sizes) * config.num_draft_ids + info.num_shared_ids * config.size
+    frozen = num_frozen * dtype.itemsize + _num_gate(info) * _FLOAT32
+    # Of each guess its scores, their logarithms and a gradient; of each position its target, mixed of all specialists.
+    num_positions = max(1, settings.chunk_size // settings.draft_tokens)
+    num_rows = 3 * settings.chunk_size + (num_specialists + 1) * num_positions
+    # Scores, weights and a gradient; a window of positions sees its own and the one before.
+    num_pairs = micro_batch * min(config.window, longest) * min(2 * config.window, longest)
+    tokens = micro_batch * longest
+    kept = (
+        settings.draft_tokens * _KEPT_PER_LAYER * config.size * _FLOAT32 + 2 * sum(info.hidden_sizes) * dtype.itemsize
+    )
+    memory = {
+        "frozen weights": frozen,
+        "trained weights, gradients and AdamW's moments": num_learning * _BYTES_PER_TRAINED,
+        "logits of a chunk of the loss": num_rows * config.num_draft_ids * _FLOAT32,
+        f"attention of a window of {config.window:,} positions": 3 * num_pairs * config.num_heads * _FLOAT32,
+        f"activations of {tokens:,} response tokens": tokens * kept,
+    }
+    return memory, frozen + 2 * num_learning * _FLOAT32
+
+
 def _gathered(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: torch.dtype) -> int:
     """What is whole in every process during a step although it is sharded: all but the decoder layers, and its
     gradients if it learns. Decoder layers are gathered one after the other."""
@@ -148,7 +184,7 @@ def _num_in_layers(model: Any) -> int:
 def _activations(settings: TrainSettings, sizes: Sequence[ModelSize], dtype: torch.dtype, tokens: int) -> int:
     """About 16 hidden-sized values a token and layer are kept for the backward pass (attention by SDPA keeps no
     matrix of scores); one with gradient checkpointing, and those of one layer; without a graph one layer's."""
-    per_layer = 16
+    per_layer = _KEPT_PER_LAYER
     if not settings.trains_specialists:
         layers = [per_layer for _ in sizes]
     elif settings.gradient_checkpointing:
@@ -171,10 +207,15 @@ def _num_gate(info: FusedModelInfo) -> int:
         return sum(parameter.numel() for parameter in Gate(info.hidden_sizes, DEFAULT_WIDTH).parameters())
 
 
-def _num_draft_head(inputs: RunInputs) -> int:
+def _draft_head(inputs: RunInputs) -> DraftHead:
+    """Without memory, with as large a vocabulary as the responses can need."""
     num_draft_ids = min(inputs.settings.draft_vocabulary, inputs.info.num_shared_ids)
     with torch.device("meta"):
-        return sum(own.numel() for own in DraftHead(draft_head_config(inputs, num_draft_ids)).parameters())
+        return DraftHead(draft_head_config(inputs, num_draft_ids))
+
+
+def _num_learning(head: DraftHead) -> int:
+    return sum(parameter.numel() for parameter in head.parameters())
 
 
 def _gib(num_bytes: int) -> str:

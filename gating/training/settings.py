@@ -30,6 +30,9 @@ Rank = Annotated[int, Field(ge=1, le=2**16)]
 PAPER_STEPS = {1: 400, 2: 5000}
 PAPER_ROWS_PER_DOMAIN = {1: 64, 2: 32}
 
+# Settings of specialists and gate, which are frozen while a draft head learns.
+_NOT_OF_DRAFTER = ("learn", "lora_rank", "lora_alpha", "lora_dropout", "gate_learning_rate", "gradient_checkpointing")
+
 # Settings that do not change what is learned: a resumed run may have others.
 _FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
 
@@ -65,10 +68,11 @@ class TrainSettings(CommandSettings):
     """How specialists learn in stage 2: a low-rank adapter each, or all of their parameters."""
 
     steps: Count | None = None
-    """Optimizer steps; default: the paper's (400 in stage 1, 5000 in stage 2)."""
+    """Optimizer steps; default: the paper's (400 in stage 1; else, a draft head's too, 5000)."""
 
     rows_per_domain: Rows | None = None
-    """Rows of every domain in one optimizer step, over all devices; default: the paper's (64, 32)."""
+    """Rows of every domain in one optimizer step, over all devices; default: the paper's (64 in stage 1; else, a
+    draft head's too, 32)."""
 
     sampling: Literal["balanced", "proportional"] = "balanced"
     """Rows of a step: as many of every domain, or (an ablation) as many in all, each row of the data equally likely."""
@@ -134,7 +138,7 @@ class TrainSettings(CommandSettings):
     """Latest tokens of a response that a draft head looks at; in the engine each request has memory for so many."""
 
     chunk_size: Count = 256
-    """Response tokens whose logits exist at the same time in the loss."""
+    """Response tokens, or guesses of a draft head, whose logits exist at the same time in the loss."""
 
     seed: Seed = 0
     """Shuffles, initialises, drops out."""
@@ -166,6 +170,9 @@ class TrainSettings(CommandSettings):
             raise TrainError("cache_states: only stage 1 can cache, as specialists that learn change; leave it out")
         if self.fresh_gate and self.drafter:
             raise TrainError("fresh_gate: a draft head is trained for the gate that the fusion has; leave it out")
+        for name in _NOT_OF_DRAFTER if self.drafter else ():
+            if name in self.model_fields_set:
+                raise TrainError(f"{name}: does nothing beside --drafter, as only the head learns; leave it out")
         if self.specialist is not None and self.learn == "full":
             raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
         return self

@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
-from ultrafuser.gating.files import note_contents, put_in_place, write_json
+from ultrafuser.gating.files import note_contents, put_in_place, read_json, write_json
 from ultrafuser.gating.training.checkpoints import CHECKPOINT_PREFIX, CONTENTS_FILE, TRAINED_FILE
 from ultrafuser.gating.training.learner import FusedLearner, Learner, trainable_parameters
 from ultrafuser.gating.training.sampler import BalancedBatches
@@ -157,6 +157,14 @@ class FusedTrainer(Trainer):
             raise TrainError(
                 f"{resume_from_checkpoint}: was written {'without' if self.is_fsdp_enabled else 'with'} sharding, which"
                 " its optimizer's state cannot change; resume it with the same accelerate configuration"
+            )
+        before = read_json(Path(resume_from_checkpoint) / PROVENANCE_FILE, "name another --output")
+        own = self._provenance.get("draft_vocabulary")
+        # A checkpoint from before it was noted has none.
+        if before.get("draft_vocabulary", own) != own:
+            raise TrainError(
+                f"{resume_from_checkpoint}: its draft head guesses other tokens than those that are most frequent in"
+                " the responses now; start in a new --output"
             )
         saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
         wanted = trainable_parameters(self.learner)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from tests.draft_heads import config_for
 from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.data.batches import response_ids
+from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
 from ultrafuser.gating.model.gate import fresh_gate, fuse
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training import draft_learner
 from ultrafuser.gating.training.building import build
 from ultrafuser.gating.training.draft_learner import (
     DISCOUNT,
@@ -113,6 +115,50 @@ def test_responses_of_which_nothing_can_be_guessed_teach_nothing(learner: DraftL
         assert float(output["loss"].detach()) == 0
         assert len(output["tokens_N"]) == 0
         assert int(output["is_counted_XN"][0].sum()) == len(tokens) - 1, "a round gives one token"
+
+
+def test_chunks_and_bands_change_memory_and_not_the_result(learner: DraftLearner, monkeypatch: Any) -> None:
+    """Nothing is kept for the gradient that is as wide as the vocabulary or as what is attended to."""
+    torch.manual_seed(3)
+    length = 50
+    row = [torch.randn(length, 64) for _ in range(3)], torch.randint(0, NUM_IDS, (length,))
+    batch = collate_responses([row], -1, EVEN_IDS)
+    num_scored: list[int] = []
+    num_seen: list[int] = []
+    score, attend_to = DraftHead.scores, draft_learner._attend_to
+
+    def scores(self: DraftHead, states: Tensor) -> Tensor:
+        num_scored.append(states[..., 0].numel())
+        return score(self, states)
+
+    def attended(queries: Tensor, keys: Tensor, values: Tensor, is_seen_TC: Tensor, *chain: Tensor) -> Tensor:
+        num_seen.append(is_seen_TC.numel())
+        return attend_to(queries, keys, values, is_seen_TC, *chain)
+
+    monkeypatch.setattr(DraftHead, "scores", scores)
+    monkeypatch.setattr(draft_learner, "_attend_to", attended)
+    found = {}
+    for chunk_size in (10_000, 7, 1):
+        learner.chunk_size = chunk_size
+        learner.zero_grad()
+        num_scored.clear()
+        widths: set[int] = set()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda own, widths=widths: widths.add(own.shape[-1]) or own,  # type: ignore[misc]
+            lambda own: own,
+        ):
+            output = learner(**batch)
+        output["loss"].backward()
+        found[chunk_size] = output, {name: own.grad for name, own in learner.draft_head.named_parameters()}
+        assert max(num_scored) <= max(chunk_size, 3), "three guesses of a position go together"
+        assert not widths & {NUM_IDS // 2, WINDOW + 1, 2 * WINDOW}, "scores of the vocabulary; of keys and one's own"
+    assert max(num_seen) <= WINDOW * 2 * WINDOW
+    whole, wanted = found.pop(10_000)
+    for output, gradients in found.values():
+        torch.testing.assert_close(output["loss"], whole["loss"], rtol=1e-5, atol=0)
+        assert torch.equal(output["marks_XN"], whole["marks_XN"])
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_accepted_guesses_count_by_the_rounds_that_the_engine_would_make() -> None:
@@ -232,6 +278,13 @@ def test_a_head_learns_beside_the_gate_that_the_reference_has(tiny_copy: Path, s
     assert reference is not None
     for name, tensor in reference.state_dict().items():
         assert torch.equal(own.state_dict()[name], tensor), name
+
+
+def test_a_head_of_one_specialist_is_refused_by_the_flag_that_asked_for_it(tiny_copy: Path, settings_of: Any) -> None:
+    content = yaml.safe_load(tiny_copy.read_text())
+    tiny_copy.write_text(yaml.safe_dump({**content, "specialists": content["specialists"][:1], "gate": None}))
+    with pytest.raises(TrainError, match=r"^--drafter: tiny has one specialist; a draft head is trained for two"):
+        gather_inputs(settings_of(fusion=str(tiny_copy), drafter=True))
 
 
 @pytest.mark.parametrize(

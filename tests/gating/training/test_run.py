@@ -14,6 +14,7 @@ from ultrafuser.gating.data.batches import collate_rows
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
 from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.training import building
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.inputs import gather_inputs
 from ultrafuser.gating.training.plan import measure
@@ -44,6 +45,19 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     assert losses_in(resumed.parent) == losses_in(whole.parent)
+
+
+def test_a_draft_head_goes_on_only_with_the_tokens_that_its_columns_are(run, settings_of, monkeypatch):
+    path = run(drafter=True, draft_vocabulary=20)
+    provenance = json.loads((path.parent / RUN_FOLDER / "checkpoint-4" / "provenance.json").read_text())
+    assert len(provenance["draft_vocabulary"]) == 64
+    settings = settings_of(drafter=True, draft_vocabulary=20, resume=True)
+    train(settings)
+    monkeypatch.setattr(building, "draft_vocabulary", lambda *_: torch.arange(20))
+    with pytest.raises(
+        TrainError, match=r"checkpoint-4: its draft head guesses other tokens than .* in a new --output$"
+    ):
+        train(settings)
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -212,6 +226,30 @@ def test_the_plan_counts_the_parameters_that_then_learn(settings_of, tiny_path, 
         assert f"parameters, {own:,} learn" in next(
             line for line in said.splitlines() if line.startswith(f"{name}: ") and "learn" in line
         )
+
+
+def test_the_plan_of_a_draft_head_counts_what_its_training_holds(settings_of, capsys, monkeypatch):
+    """It once was that of the gate: logits of the whole vocabulary, activations of the specialists."""
+    monkeypatch.setattr("ultrafuser.gating.training.plan._GIB", 1)
+    options = {"draft_vocabulary": 100, "draft_tokens": 2, "draft_window": 8, "chunk_size": 10}
+    settings = settings_of(drafter=True, plan=True, **options)
+    train(settings)
+    said = dict(
+        line.strip().rsplit(": ", 1)
+        for line in capsys.readouterr().err.splitlines()
+        if "GiB" in line and line[0] == " "
+    )
+    inputs = gather_inputs(settings)
+    longest = max(inputs.rows.dataset["num_response_tokens"][:])
+    gate = 64 * 512 + 512 + 512 + 1
+    # 320 shared ids, three specialists of 64; a head of one pair of 64, four rows of a chunk's five positions.
+    head = (3 * 64) * 64 + 128 * 64 * 3 + 64 * 64 + 64 * 128 + 64 * 64 + 4 * 64 + 100 * 64
+    assert said["frozen weights"] == f"{4 * (3 * 64 * 100 + 320 * 64 + gate):.2f} GiB"
+    assert said["trained weights, gradients and AdamW's moments"] == f"{16 * head:.2f} GiB"
+    assert said["logits of a chunk of the loss"] == f"{4 * 100 * (3 * 10 + 4 * 5):.2f} GiB"
+    assert said["attention of a window of 8 positions"] == f"{3 * 12 * 8 * min(16, longest) * 4:.2f} GiB"
+    num_bytes = 12 * longest * (2 * 16 * 64 * 4 + 2 * 3 * 64 * 4)
+    assert said[f"activations of {12 * longest:,} response tokens"] == f"{num_bytes:.2f} GiB"
 
 
 def test_the_plan_counts_what_sharding_gathers_for_a_step(settings_of):

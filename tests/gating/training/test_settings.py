@@ -28,6 +28,16 @@ def test_every_setting_is_a_flag_with_a_help_text():
     assert all(action.help for action in actions.values())
 
 
+def test_a_draft_head_has_the_defaults_that_the_help_says(capsys):
+    settings = parse_settings([*REQUIRED, "--drafter"])
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (settings.num_steps, settings.num_rows_per_domain) == (5000, 32)
+    assert "400 in stage 1; else, a draft head's too, 5000" in said
+    assert "64 in stage 1; else, a draft head's too, 32" in said
+
+
 def test_the_cache_folder_of_the_caller_is_the_default():
     assert parse_settings([*REQUIRED, "--stage", "1"], cache="/c").cache == "/c"
     assert parse_settings([*REQUIRED, "--stage", "1", "--cache", "/d"], cache="/c").cache == "/d"
@@ -50,6 +60,17 @@ def test_the_cache_folder_of_the_caller_is_the_default():
         (
             [*REQUIRED, "--drafter", "--fresh-gate"],
             "--fresh-gate: a draft head is trained for the gate that the fusion",
+        ),
+        *(
+            ([*REQUIRED, "--drafter", *flag], f"{flag[0]}: does nothing beside --drafter, as only the head learns")
+            for flag in (
+                ["--learn", "lora"],
+                ["--lora-rank", "4"],
+                ["--lora-alpha", "4"],
+                ["--lora-dropout", "0.1"],
+                ["--gate-learning-rate", "1e-3"],
+                ["--gradient-checkpointing"],
+            )
         ),
         (
             [*REQUIRED, "--specialist", "code", "--learn", "full"],
