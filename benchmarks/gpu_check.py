@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import decode_step
+from benchmarks import decode_step, speculation
 from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.result import Question
 from benchmarks.workload import Prompts, Request, conversations, random_requests, render, tiny_fusion
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
+from ultrafuser.gating.model.schema import SpeculationSettings
 
 QUESTION = Question(
     name="gpu_check",
@@ -31,7 +32,8 @@ QUESTION = Question(
     method=(
         "Exactness: greedy tokens in float32 that equal the Transformers reference on the CPU, until a step at which "
         "the reference itself is undecided. Steps: as in decode_step. Fusing: time of gate and mixing, waited for, in "
-        "a whole step. Each part runs in a process of its own."
+        "a whole step. Drafts: as in speculation, against decoding without, which keeps asynchronous scheduling and "
+        "CUDA graphs. Each part runs in a process of its own."
     ),
 )
 ALL = Bar(limit=1.0, direction="at least")
@@ -62,9 +64,9 @@ def measure(options: Options) -> list[Comparison]:
         raise SystemExit("gpu_check: no GPU answers; --quick runs the part that needs none")
     options = OnGPU(**dict(options)) if has_gpu else options
     if options.quick:
-        return check_tiny(options)
+        return check_tiny(options) + check_tiny_with_drafts(options)
     comparisons: list[Comparison] = []
-    for part in (check_tiny, check_demo, measure_steps, measure_fusing):
+    for part in (check_tiny, check_tiny_with_drafts, check_demo, measure_steps, measure_fusing, measure_drafts):
         say(f"gpu_check: {part.__name__}")
         comparisons += _in_a_process_of_its_own(part, options)
     return comparisons
@@ -72,6 +74,15 @@ def measure(options: Options) -> list[Comparison]:
 
 def check_tiny(options: Options) -> list[Comparison]:
     """Three random specialists of different depth, on random prompts of different lengths."""
+    return _check_tiny("tiny", options, None)
+
+
+def check_tiny_with_drafts(options: Options) -> list[Comparison]:
+    """The same with drafts in every step."""
+    return _check_tiny("tiny with drafts", options, SpeculationSettings(min_tokens=4, max_tokens=4))
+
+
+def _check_tiny(name: str, options: Options, drafts: SpeculationSettings | None) -> list[Comparison]:
     with tiny_fusion() as path:
         fusion, info = options.model_copy(update={"fusion": path}).load()
         lengths = [(13, 16, 36), (100, 20, 7), (1, 1, 60), (50, 50, 50)]
@@ -80,7 +91,7 @@ def check_tiny(options: Options) -> list[Comparison]:
             [ids[:length] for ids, length in zip(request.prompts, own, strict=True)]
             for request, own in zip(requests, lengths, strict=True)
         ]
-        return exactness("tiny", fusion, prompts, num_tokens=20)
+        return exactness(name, fusion, prompts, num_tokens=20, drafts=drafts)
 
 
 def check_demo(options: Options) -> list[Comparison]:
@@ -91,7 +102,13 @@ def check_demo(options: Options) -> list[Comparison]:
     return exactness(fusion.name, fusion, render(fusion, conversations(8)), num_tokens=24)
 
 
-def exactness(name: str, fusion: FusionConfig, prompts: Sequence[Prompts], num_tokens: int) -> list[Comparison]:
+def exactness(
+    name: str,
+    fusion: FusionConfig,
+    prompts: Sequence[Prompts],
+    num_tokens: int,
+    drafts: SpeculationSettings | None = None,
+) -> list[Comparison]:
     """Tokens that equal the reference's, of those that are decided; and captured graphs, if there are to be any."""
     from vllm.compilation.counter import compilation_counter
 
@@ -103,7 +120,7 @@ def exactness(name: str, fusion: FusionConfig, prompts: Sequence[Prompts], num_t
         list(generation.token_ids)[: num_decided(generation.top2_gap.tolist())]
         for generation in reference.generate(prompts, max_new_tokens=num_tokens, use_cache=True)
     ]
-    engine = fused_engine(fusion)
+    engine = fused_engine(fusion, drafts)
     answers = engine.finish([Request(own, num_tokens) for own in prompts])
     num_equal = sum(map(count_equal, answers, expected))
     comparisons = [_of(f"{name}: equal tokens", "tokens", num_equal, sum(map(len, expected)))]
@@ -140,6 +157,14 @@ def measure_fusing(options: Options) -> list[Comparison]:
         ratio = mixing.value / step.value
         comparisons.append(Comparison(case=case, unit="ms", fused=mixing, baseline=step, ratio=ratio))
     return comparisons
+
+
+def measure_drafts(options: Options) -> list[Comparison]:
+    """What guessing ahead gains, one question at a time and four mixed ones."""
+    return [
+        item.model_copy(update={"case": f"drafts, {item.case}"})
+        for item in speculation.measure(options.model_copy(update={"quick": True}))
+    ]
 
 
 @contextmanager
