@@ -1,4 +1,4 @@
-"""What guessing ahead gains: tokens a second with the leading specialist's drafts, against decoding one by one.
+"""What guessing ahead gains: tokens a second with drafts, against decoding one by one.
 
 What a fusion file says itself (`--fusion trained/head`) is measured beside what is chosen by default.
 
