@@ -124,9 +124,12 @@ class ContinuousBatching:
         self._free += self._engine.step()
 
 
-def fused_engine(fusion: FusionConfig, speculation: SpeculationSettings | None = None) -> StepEngine:
-    """The fused engine of a materialized fusion; without `speculation` one step is one token of every request."""
-    settings = {"speculation": speculation or SpeculationSettings(max_tokens=0)}
+def fused_engine(fusion: FusionConfig, **settings: Any) -> StepEngine:
+    """The fused engine of a materialized fusion, some of whose engine settings are others.
+
+    Without `speculation` one step is one token of every request.
+    """
+    settings = {"speculation": SpeculationSettings(max_tokens=0), **settings}
     fusion = fusion.model_copy(update={"engine": fusion.engine.model_copy(update=settings)})
     with _in_this_process():
         return StepEngine(FusedLLM(fusion, distributed_executor_backend="uni"), fused_input)

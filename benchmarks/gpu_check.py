@@ -120,7 +120,7 @@ def exactness(
         list(generation.token_ids)[: num_decided(generation.top2_gap.tolist())]
         for generation in reference.generate(prompts, max_new_tokens=num_tokens, use_cache=True)
     ]
-    engine = fused_engine(fusion, drafts)
+    engine = fused_engine(fusion, speculation=drafts)
     answers = engine.finish([Request(own, num_tokens) for own in prompts])
     num_equal = sum(map(count_equal, answers, expected))
     comparisons = [_of(f"{name}: equal tokens", "tokens", num_equal, sum(map(len, expected)))]

@@ -117,8 +117,7 @@ def measure(options: Options) -> list[Comparison]:
     sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
     bound = fusion.engine.max_step_seconds or DEFAULT_BOUND_SECONDS
-    settings = fusion.engine.model_copy(update={"max_step_seconds": bound})
-    engine = fused_engine(fusion.model_copy(update={"engine": settings}))
+    engine = fused_engine(fusion, max_step_seconds=bound)
     pace = engine.llm.llm_engine.engine_core.engine_core.scheduler._pace
     bounded = Side(engine, pace) if options.runs_fused else None
     unbounded = Side(engine, None) if options.runs_baseline else None

@@ -5,14 +5,14 @@ What a fusion file says itself (`--fusion trained/head`) is measured beside what
 Run: python -m benchmarks.speculation [--quick]
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured, paired_ratio
 from benchmarks.result import Question
+from benchmarks.stepping import race
 from benchmarks.workload import Request, render
 from ultrafuser.gating.model.fusion import FusionConfig
 from ultrafuser.gating.model.schema import SpeculationSettings
@@ -28,10 +28,10 @@ QUESTION = Question(
     baseline="without",
     ratio="tokens a second with drafts / without; against one specialist: time a token / that of it in plain vLLM",
     method=(
-        "Engines live in one process and take turns at the same questions, which they answer to their ends, or to the "
-        "most tokens; time counts from each answer's second step on. One engine has drafts, whose drafter and number "
-        "change between its turns; unnamed ones are chosen step by step, as by default. The ratio is the median over "
-        "pairs of neighbouring blocks."
+        "Engines live in one process and answer the same questions step by step in turns: the one with fewer tokens "
+        "goes on, to the answers' ends or to the most tokens. Prompts are read before the clock runs, without drafts. "
+        "One engine has drafts, whose drafter and number change between races; unnamed ones are chosen step by step, "
+        "as by default. The ratio is the median over races."
     ),
 )
 GAIN_OF_ONE = Bar(limit=1.5, direction="at least")
@@ -39,14 +39,16 @@ GAIN_OF_MIXED = Bar(limit=1.1, direction="at least")
 NO_LOSS = Bar(limit=0.98, direction="at least")
 AGAINST_ONE_MODEL = Bar(limit=2.0, direction="at most")
 
-DRAFTERS: tuple[Literal["leading", "ngram"], ...] = ("leading", "ngram")
 CHOSEN = SpeculationSettings()
-FIXED = {
-    f"{drafter}, always {count}": SpeculationSettings(drafter=drafter, min_tokens=count, max_tokens=count)
-    for drafter in DRAFTERS
-    for count in (2, 4)
+NONE = SpeculationSettings(drafter="ngram", max_tokens=0)
+OTHERS = {
+    "leading alone": SpeculationSettings(drafter="leading"),
+    "ngram alone": SpeculationSettings(drafter="ngram"),
+    "leading, always 4": SpeculationSettings(drafter="leading", min_tokens=4, max_tokens=4),
+    "ngram, always 4": SpeculationSettings(drafter="ngram", min_tokens=4, max_tokens=4),
 }
-ONLY = {f"{drafter} alone": SpeculationSettings(drafter=drafter) for drafter in DRAFTERS}
+NEVER = {"never": NONE}
+"""The engine with drafts while it makes none: how far two engines of one process, and what drafts need, are apart."""
 
 QUESTIONS = {
     "text": [
@@ -87,8 +89,8 @@ class Case:
 
     batch: int
     temperature: float = 0.0
-    is_fixed_too: bool = False
-    """Whether fixed numbers of drafts, and single drafters, are measured beside the chosen ones."""
+    others: Mapping[str, SpeculationSettings] = field(default_factory=dict)
+    """What is measured beside the chosen drafts."""
 
     bar: Bar = NO_LOSS
 
@@ -99,13 +101,13 @@ class Case:
 
 
 CASES = (
-    *(Case(domain, 1, is_fixed_too=True, bar=GAIN_OF_ONE) for domain in QUESTIONS),
+    *(Case(domain, 1, others=OTHERS if domain == "text" else {}, bar=GAIN_OF_ONE) for domain in QUESTIONS),
     Case("text", 1, temperature=0.7),
     *(Case(domain, batch) for domain in QUESTIONS for batch in (4, 16)),
-    Case("mixed", 4, is_fixed_too=True, bar=GAIN_OF_MIXED),
+    Case("mixed", 4, others=OTHERS, bar=GAIN_OF_MIXED),
     Case("mixed", 4, temperature=0.7),
-    Case("mixed", 16),
-    Case("mixed", 32),
+    Case("mixed", 16, others=NEVER),
+    Case("mixed", 32, others=NEVER),
 )
 QUICK_CASES = (Case("text", 1, bar=GAIN_OF_ONE), Case("mixed", 4, bar=GAIN_OF_MIXED))
 
@@ -127,20 +129,23 @@ class Block:
     """One batch of answers."""
 
     answers: list[list[int]]
-    num_tokens: int
-    """Those that came while the clock ran."""
-
     num_rounds: int
     """Steps in which a request was given tokens, summed over requests."""
 
     num_drafts: int
     seconds: float
 
+    @property
+    def num_tokens(self) -> int:
+        """Those that came while the clock ran: all but the first of each answer."""
+        return sum(len(answer) - 1 for answer in self.answers)
+
 
 class Drafting:
     """The engine with drafts, whose drafter can be changed while it is idle, and counted."""
 
     def __init__(self, engine: "StepEngine") -> None:
+        self.engine = engine
         self._runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         self._known: dict[str, Any] = {}
         self.num_drafts = 0
@@ -154,6 +159,7 @@ class Drafting:
             self._known[name] = Speculation(self._runner.runners, settings, num_shared_ids)
             self._count(self._known[name])
         self._runner.speculation = self._known[name]
+        self.num_drafts = 0
 
     def _count(self, speculation: Any) -> None:
         """Count the drafts that are verified."""
@@ -166,6 +172,34 @@ class Drafting:
         speculation.go_on = counting
 
 
+class Answering:
+    """One batch of answers on the way, as a job of a race: each has its first token, and nothing is drafted yet."""
+
+    def __init__(self, engine: "StepEngine", requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._most = sum(request.num_tokens for request in requests)
+        self.num_rounds = 0
+        engine.forget_prefixes()
+        engine.start(requests)
+        assert sum(map(len, self.answers)) == len(requests), "prompts that are read in turn give unequal starts"
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """As far as they are."""
+        return self._engine.token_ids
+
+    @property
+    def progress(self) -> float:
+        """Share of the most tokens that there can be; 1 at the end."""
+        return 1.0 if self._engine.is_idle else sum(map(len, self.answers)) / (self._most + 1)
+
+    def step(self) -> None:
+        """One step of the engine."""
+        before = list(map(len, self.answers))
+        self._engine.step()
+        self.num_rounds += sum(len(own) > count for own, count in zip(self.answers, before, strict=True))
+
+
 def measure(options: Options) -> list[Comparison]:
     """Comparisons with decoding one by one, and of single questions with one specialist."""
     # Imported here, so that `--help` and wrong options answer at once.
@@ -174,33 +208,49 @@ def measure(options: Options) -> list[Comparison]:
     sizes = QUICK if options.quick else Sizes()
     fusion, info = options.load()
     # All stay to the end: vLLM would take the process's communication groups away with the first that ends.
-    drafting = without = one_model = None
+    drafting, rivals = None, {}
     if options.runs_fused:
         most = max(settings.max_tokens for settings in ways(fusion).values())
-        drafting = fused_engine(fusion, SpeculationSettings(max_tokens=most))
+        engine = fused_engine(fusion, speculation=SpeculationSettings(max_tokens=most), max_step_seconds=0)
+        drafting = Drafting(engine)
     if options.runs_baseline:
-        without, one_model = fused_engine(fusion), plain_engine(fusion, info)
+        rivals = {"without": fused_engine(fusion, max_step_seconds=0), "one model": plain_engine(fusion, info)}
     comparisons = []
     for case in sizes.cases:
-        turns = list(_turns(case, ways(fusion), drafting, without, one_model))
-        blocks = take_turns(turns, _questions(fusion, case, sizes))
-        for name in (turn.name for turn in turns if turn.drafting is not None):
-            is_chosen = name == "chosen"
-            title = case.name if is_chosen else f"{case.name}, {name}"
-            comparisons.append(compare_rates(title, blocks, name, case.bar if name in ways(fusion) else None))
+        asked = _questions(fusion, case, sizes)
+        own_rivals = {name: engine for name, engine in rivals.items() if name == "without" or case.batch == 1}
+        races = {}
+        for name, settings in {**ways(fusion), **case.others}.items():
+            blocks = [race_once(drafting, name, settings, own_rivals, requests) for requests in asked]
+            races[name] = blocks[1:]  # the first is a warm-up
+            if drafting is not None:
+                title = case.name if name == "chosen" else f"{case.name}, {name}"
+                comparisons.append(compare_rates(title, races[name], case.bar if name in ways(fusion) else None))
         if case.batch == 1:
-            comparisons.append(compare_times(f"{case.name}, against one specialist", blocks))
+            comparisons.append(compare_times(f"{case.name}, against one specialist", races["chosen"]))
     return comparisons
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One way to answer."""
-
-    name: str
-    engine: "StepEngine"
-    drafting: Drafting | None = None
-    settings: SpeculationSettings = CHOSEN
+def race_once(
+    drafting: Drafting | None,
+    name: str,
+    settings: SpeculationSettings,
+    rivals: Mapping[str, "StepEngine"],
+    requests: Sequence[Request],
+) -> dict[str, Block]:
+    """The same answers with drafts and without, step by step in turns; by side: "drafts", and those of the rivals."""
+    jobs = {}
+    if drafting is not None:
+        drafting.use("none", NONE)
+        jobs["drafts"] = Answering(drafting.engine, requests)
+        drafting.use(name, settings)
+    jobs |= {side: Answering(engine, requests) for side, engine in rivals.items()}
+    seconds = race(list(jobs.values()), num_steps=1)
+    num_drafts = {"drafts": drafting.num_drafts} if drafting is not None else {}
+    return {
+        side: Block(job.answers, job.num_rounds, num_drafts.get(side, 0), took)
+        for (side, job), took in zip(jobs.items(), seconds, strict=True)
+    }
 
 
 def ways(fusion: FusionConfig) -> dict[str, SpeculationSettings]:
@@ -209,73 +259,24 @@ def ways(fusion: FusionConfig) -> dict[str, SpeculationSettings]:
     return {"chosen": CHOSEN} | ({} if own is None or not own.max_tokens else {"as the file says": own})
 
 
-def _turns(
-    case: Case,
-    ways_in_every_case: Mapping[str, SpeculationSettings],
-    drafting: "StepEngine | None",
-    without: "StepEngine | None",
-    one_model: "StepEngine | None",
-) -> Iterator[Turn]:
-    if without is not None:
-        yield Turn("without", without)
-    if one_model is not None and case.batch == 1:
-        yield Turn("one model", one_model)
-    if drafting is not None:
-        changing = Drafting(drafting)
-        for name, settings in {**ways_in_every_case, **(ONLY | FIXED if case.is_fixed_too else {})}.items():
-            yield Turn(name, drafting, changing, settings)
-
-
-def take_turns(turns: Sequence[Turn], asked: Sequence[Sequence[Request]]) -> dict[str, list[Block]]:
-    """Blocks by turn; the first batch of questions is a warm-up."""
-    blocks: dict[str, list[Block]] = {turn.name: [] for turn in turns}
-    for index, requests in enumerate(asked):
-        for turn in turns if index % 2 else turns[::-1]:
-            block = answer(turn, requests)
-            if index:
-                blocks[turn.name].append(block)
-    return blocks
-
-
-def answer(turn: Turn, requests: Sequence[Request]) -> Block:
-    """Have requests answered to their ends."""
-    engine = turn.engine
-    if turn.drafting is not None:
-        turn.drafting.use(turn.name, turn.settings)
-    engine.forget_prefixes()
-    engine.start(requests)
-    engine.step()  # the drafts that it verifies were made before
-    if turn.drafting is not None:
-        turn.drafting.num_drafts = 0
-    num_before = sum(map(len, engine.token_ids))
-    num_rounds, start = 0, time.perf_counter()
-    while not engine.is_idle:
-        before = list(map(len, engine.token_ids))
-        engine.step()
-        num_rounds += sum(len(own) > count for own, count in zip(engine.token_ids, before, strict=True))
-    seconds = time.perf_counter() - start
-    num_tokens = sum(map(len, engine.token_ids)) - num_before
-    return Block(engine.token_ids, num_tokens, num_rounds, turn.drafting.num_drafts if turn.drafting else 0, seconds)
-
-
-def compare_rates(title: str, blocks: Mapping[str, Sequence[Block]], name: str, bar: Bar | None) -> Comparison:
+def compare_rates(title: str, races: Sequence[Mapping[str, Block]], bar: Bar | None) -> Comparison:
     """Tokens a second with drafts and without."""
-    with_drafts, without = blocks[name], blocks.get("without")
-    rates = _rates(with_drafts)
+    rates, baseline = _rates(races, "drafts"), _rates(races, "without")
     comparison = Comparison(
         case=title,
         unit="tokens per second",
         fused=Measured.of(rates),
-        baseline=Measured.of(_rates(without)) if without else None,
-        ratio=paired_ratio(rates, _rates(without)) if without else None,
+        baseline=Measured.of(baseline) if baseline else None,
+        ratio=paired_ratio(rates, baseline) if baseline else None,
         bar=bar,
-        note=_drafts_in_words(with_drafts, without),
+        note=_drafts_in_words(races),
     )
     say(f"{title}: ratio {comparison.ratio}; {comparison.note}")
     return comparison
 
 
-def _drafts_in_words(blocks: Sequence[Block], without: Sequence[Block] | None) -> str:
+def _drafts_in_words(races: Sequence[Mapping[str, Block]]) -> str:
+    blocks = [own["drafts"] for own in races]
     num_tokens, num_rounds, num_drafts = (
         sum(values)
         for values in zip(*((own.num_tokens, own.num_rounds, own.num_drafts) for own in blocks), strict=True)
@@ -283,16 +284,20 @@ def _drafts_in_words(blocks: Sequence[Block], without: Sequence[Block] | None) -
     words = f"{num_tokens / num_rounds:.2f} tokens a round"
     if num_drafts:
         words += f", {(num_tokens - num_rounds) / num_drafts:.2f} of the drafts accepted"
-    if without:
-        answers, others = ([answer for block in own for answer in block.answers] for own in (blocks, without))
-        num_equal = sum(own == other for own, other in zip(answers, others, strict=True))
-        words += f", {num_equal} of {len(answers)} answers equal"
+    pairs = [
+        pair
+        for own in races
+        if "without" in own
+        for pair in zip(own["drafts"].answers, own["without"].answers, strict=True)
+    ]
+    if pairs:
+        words += f", {sum(own == other for own, other in pairs)} of {len(pairs)} answers equal"
     return words
 
 
-def compare_times(title: str, blocks: Mapping[str, Sequence[Block]]) -> Comparison:
+def compare_times(title: str, races: Sequence[Mapping[str, Block]]) -> Comparison:
     """Time a token with drafts, and of one specialist alone."""
-    drafts, one = ([1000 / rate for rate in _rates(blocks.get(name, []))] for name in ("chosen", "one model"))
+    drafts, one = ([1000 / rate for rate in _rates(races, side)] for side in ("drafts", "one model"))
     comparison = Comparison(
         case=title,
         unit="ms per token",
@@ -305,8 +310,8 @@ def compare_times(title: str, blocks: Mapping[str, Sequence[Block]]) -> Comparis
     return comparison
 
 
-def _rates(blocks: Sequence[Block]) -> list[float]:
-    return [block.num_tokens / block.seconds for block in blocks]
+def _rates(races: Sequence[Mapping[str, Block]], side: str) -> list[float]:
+    return [own[side].num_tokens / own[side].seconds for own in races if side in own]
 
 
 def _questions(fusion: FusionConfig, case: Case, sizes: Sizes) -> list[list[Request]]:
