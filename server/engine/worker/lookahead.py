@@ -19,6 +19,9 @@ NGRAM = -1
 STEPS_BETWEEN_TRIALS = 50
 """Where a specialist's drafts do not pay, one step in so many tries one all the same: their worth may have changed."""
 
+WORTHWHILE = 1.03
+"""How many times as many tokens a second drafts must promise as none do: the best of many guesses promises too much."""
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -72,7 +75,8 @@ class Lookahead:
             alone = choices.copy()
             for looked_up in prospects.worth_looking_up():
                 choices += [own | dict.fromkeys(looked_up, NGRAM) for own in alone]
-        _, plan = max(map(prospects.best, choices), key=lambda choice: choice[0])
+        _, chosen, lengths = max(map(prospects.best, choices), key=lambda choice: choice[0])
+        plan = prospects.plan(chosen, lengths)
         return self._try_now_and_then(plan, leading) if self._runs_ahead else plan
 
     def _try_now_and_then(self, plan: dict[str, Ahead], leading: Mapping[str, int]) -> dict[str, Ahead]:
@@ -102,8 +106,8 @@ class _Prospects:
         self._known, self._lengths, self._leading, self._matches = known, lengths, leading, matches
         self._gains: dict[tuple[str, int], list[float]] = {}
 
-    def best(self, drafters: Mapping[str, int]) -> tuple[float, dict[str, Ahead]]:
-        """Most tokens a second, with one length for all requests of a drafter; and how each request goes on."""
+    def best(self, drafters: Mapping[str, int]) -> tuple[float, Mapping[str, int], dict[int, int]]:
+        """Most tokens a second, with one length for all requests of a drafter; who drafts, and those lengths."""
         requests: dict[int, list[str]] = defaultdict(list)
         for request, drafter in drafters.items():
             requests[drafter].append(request)
@@ -112,8 +116,14 @@ class _Prospects:
         for drafter in groups:
             trials = [{**lengths, drafter: length} for length in self._lengths]
             lengths = max(trials, key=lambda trial: self._tokens_a_second(trial, groups))
-        plan = {own: Ahead(drafter, self._longest(own, drafter, lengths[drafter])) for own, drafter in drafters.items()}
-        return self._tokens_a_second(lengths, groups), plan
+        tokens_a_second, without = self._tokens_a_second(lengths, groups), dict.fromkeys(groups, 0)
+        if self._lengths[0] == 0 and tokens_a_second < WORTHWHILE * self._tokens_a_second(without, groups):
+            return self._tokens_a_second(without, groups), drafters, without
+        return tokens_a_second, drafters, lengths
+
+    def plan(self, drafters: Mapping[str, int], lengths: Mapping[int, int]) -> dict[str, Ahead]:
+        """How each request goes on, with these drafts by drafter."""
+        return {own: Ahead(drafter, self._longest(own, drafter, lengths[drafter])) for own, drafter in drafters.items()}
 
     def worth_looking_up(self) -> list[list[str]]:
         """Requests for which something was found: all, and those of which it is the better guess."""
