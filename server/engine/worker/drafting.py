@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.server.engine.worker.experience import DraftCost
+from ultrafuser.server.engine.worker.guessing import Guesses
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead
 from ultrafuser.server.engine.worker.running_ahead import run_ahead
 
@@ -47,7 +48,7 @@ class LeadingDrafter:
     """A specialist goes on alone: one pass a draft for all requests that it drafts for."""
 
     def __init__(self, runners: Sequence[GPUModelRunner], num_shared_ids: int, cost: DraftCost) -> None:
-        """`cost` is told what a pass took."""
+        """`runners[0]` draws the tokens; `cost` is told what a pass took."""
         self._runners, self._num_shared_ids, self._cost = runners, num_shared_ids, cost
 
     def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
@@ -60,7 +61,8 @@ class LeadingDrafter:
         for drafter, requests in sorted(drafted.items()):
             longest = max(plan[request].num_tokens for request in requests)
             start = time.perf_counter()
-            drafts = run_ahead(self._runners[drafter], requests, longest, self._num_shared_ids)
+            guesses = Guesses(self._runners[0], requests, longest)
+            drafts = run_ahead(self._runners[drafter], requests, longest, self._num_shared_ids, guesses)
             self._cost.add(drafter, len(requests), (time.perf_counter() - start) / longest)
             found |= {own: tokens[: plan[own].num_tokens] for own, tokens in zip(requests, drafts, strict=True)}
         return found

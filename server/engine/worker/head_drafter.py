@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from ultrafuser.gating.model.draft_head import DraftHead, attend
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.experience import DraftCost
+from ultrafuser.server.engine.worker.guessing import Guesses
 from ultrafuser.server.engine.worker.lookahead import Ahead
 
 NOTHING = -1
@@ -114,16 +115,17 @@ class HeadDrafter:
 
     @torch.inference_mode()
     def _run_ahead(self, requests: Sequence[str], num_tokens: int) -> list[list[int]]:
-        """So many tokens for each request, each the likeliest after those before it."""
+        """So many tokens for each request, chosen one after the other."""
+        guesses = Guesses(self._leader, requests, num_tokens)
         latest = [self._latest[request] for request in requests]
         rings_B = self._to_device([self._rings[request] for request in requests])
         ids_B = self._to_device([own.token_id for own in latest])
         positions_B = self._to_device([own.position for own in latest])
         features_BD = torch.stack([own.feature_D for own in latest])
         drafts = []
-        for _ in range(num_tokens):
+        for index in range(num_tokens):
             features_BD = self._pass(rings_B, positions_B, self._embed(ids_B), features_BD)
-            ids_B = self._head.draft_ids_V[self._head.scores(features_BD).argmax(dim=-1)]
+            ids_B = guesses.choose(self._logits(features_BD), index)
             positions_B = positions_B + 1
             drafts.append(ids_B)
         tokens_BK: list[list[int]] = torch.stack(drafts, dim=1).tolist()
@@ -139,6 +141,13 @@ class HeadDrafter:
         queries_BKGE = self._head.queries(inputs_BX, positions_B)
         attended_BX = attend(queries_BKGE, self._keys_RCKE[rings_B], self._values_RCKE[rings_B], is_seen_BC)
         return self._head.states(features_BD, attended_BX)
+
+    def _logits(self, features_BD: Tensor) -> Tensor:
+        """Scores [B, V] of the leader's vocabulary; minus infinity for what the head does not guess."""
+        scores_BV = self._head.scores(features_BD)
+        everywhere_BV = scores_BV.new_full((len(scores_BV), self._leader.model_config.get_vocab_size()), -torch.inf)
+        everywhere_BV[:, self._head.draft_ids_V] = scores_BV
+        return everywhere_BV
 
     def _write(self, rings_B: Tensor, positions_B: Tensor, inputs_BX: Tensor) -> None:
         keys_BKE, values_BKE = self._head.keys_values(inputs_BX, positions_B)

@@ -1,7 +1,8 @@
-"""One specialist goes on alone, ahead of the others: greedily, with its own weights and its own KV blocks.
+"""One specialist goes on alone, ahead of the others, with its own weights and its own KV blocks.
 
 It writes keys and values where verification will put the same ones again, so that nothing has to be taken back: what a
-wrong draft leaves is written over before it is read. Knows one runner and its batch; neither gate nor verification.
+wrong draft leaves is written over before it is read. Knows one runner and its batch; neither gate nor verification,
+nor how a token is chosen.
 
 Shapes: B requests that run ahead, X blocks a request may have, D hidden size, V vocabulary, K drafts.
 """
@@ -17,9 +18,13 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from ultrafuser.server.engine.worker.guessing import Guesses
 
-def run_ahead(runner: GPUModelRunner, requests: Sequence[str], num_tokens: int, num_shared_ids: int) -> list[list[int]]:
-    """So many tokens for each request, out of the ids that all specialists share.
+
+def run_ahead(
+    runner: GPUModelRunner, requests: Sequence[str], num_tokens: int, num_shared_ids: int, guesses: Guesses
+) -> list[list[int]]:
+    """So many tokens for each request, chosen by `guesses` out of the ids that all specialists share.
 
     The runner knows each request up to its last token; there are blocks for the drafts, and the context has room.
     """
@@ -32,9 +37,9 @@ def run_ahead(runner: GPUModelRunner, requests: Sequence[str], num_tokens: int, 
     blocks_BX = table.get_device_tensor(batch.num_reqs)[torch.from_numpy(rows).to(runner.device)]
     drafts: list[Tensor] = []
     with torch.inference_mode(), set_current_vllm_config(runner.vllm_config):
-        for _ in range(num_tokens):
+        for index in range(num_tokens):
             hidden_BD = _forward(runner, ids_B, positions_B, blocks_BX, table.block_size)
-            ids_B = runner.model.compute_logits(hidden_BD)[:, :num_shared_ids].argmax(dim=-1)
+            ids_B = guesses.choose(runner.model.compute_logits(hidden_BD)[:, :num_shared_ids], index)
             drafts.append(ids_B)
             positions_B = positions_B + 1
     tokens_BK: list[list[int]] = torch.stack(drafts, dim=1).tolist()
