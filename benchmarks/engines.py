@@ -25,9 +25,6 @@ from ultrafuser.server.engine.shared.extra_args import fused_input
 from ultrafuser.server.engine.shared.options import OWN_OPTIONS
 from ultrafuser.server.llm import FusedLLM
 
-SEED = 0
-"""Of requests that are not greedy."""
-
 
 class StepEngine:
     """One engine and the requests it works on."""
@@ -63,7 +60,7 @@ class StepEngine:
         self._token_ids[name] = []
         params = SamplingParams(
             temperature=request.temperature,
-            seed=SEED,
+            seed=request.seed,
             max_tokens=request.num_tokens,
             ignore_eos=not request.may_end_early,
             detokenize=False,

@@ -142,7 +142,7 @@ class Block:
 
 
 class Drafting:
-    """The engine with drafts, whose drafter can be changed while it is idle, and counted."""
+    """The engine with drafts, whose drafter can be changed between two steps, and which is counted."""
 
     def __init__(self, engine: "StepEngine") -> None:
         self.engine = engine
@@ -151,7 +151,7 @@ class Drafting:
         self.num_drafts = 0
 
     def use(self, name: str, settings: SpeculationSettings) -> None:
-        """Draft like this; what was learned when it was used before is remembered."""
+        """Draft like this from the next step's end on; what was learned when it was used before is remembered."""
         from ultrafuser.server.engine.worker.speculation import Speculation
 
         if name not in self._known:
@@ -218,9 +218,12 @@ def measure(options: Options) -> list[Comparison]:
     comparisons = []
     for case in sizes.cases:
         asked = _questions(fusion, case, sizes)
-        own_rivals = {name: engine for name, engine in rivals.items() if name == "without" or case.batch == 1}
         races = {}
         for name, settings in {**ways(fusion), **case.others}.items():
+            is_against_one = case.batch == 1 and name == "chosen"
+            if drafting is None and not is_against_one:
+                continue
+            own_rivals = {side: engine for side, engine in rivals.items() if side == "without" or is_against_one}
             blocks = [race_once(drafting, name, settings, own_rivals, requests) for requests in asked]
             races[name] = blocks[1:]  # the first is a warm-up
             if drafting is not None:
@@ -322,7 +325,12 @@ def _questions(fusion: FusionConfig, case: Case, sizes: Sizes) -> list[list[Requ
     for index in range(sizes.num_blocks + 1):
         chosen = [texts[(index * case.batch + place) % len(texts)] for place in range(case.batch)]
         prompts = render(fusion, [[{"role": "user", "content": text}] for text in chosen])
-        asked.append([Request(own, sizes.num_tokens, True, case.temperature) for own in prompts])
+        asked.append(
+            [
+                Request(own, sizes.num_tokens, True, case.temperature, seed=index * case.batch + place)
+                for place, own in enumerate(prompts)
+            ]
+        )
     return asked
 
 

@@ -43,7 +43,10 @@ class Request:
     """Whether EOS ends the response, so that `num_tokens` is only its greatest length."""
 
     temperature: float = 0.0
-    """0 is greedy; else tokens are drawn with a seed, the same each time."""
+    """0 is greedy."""
+
+    seed: int = 0
+    """Of the draws, where it is not greedy."""
 
 
 def random_requests(

@@ -22,6 +22,9 @@ NUM_CANDIDATES = 128
 """Where a request limits what may be drawn (top_p, top_k, min_p), a guess is one of so many likeliest tokens: sorting
 the whole vocabulary, as the sampler does, takes as long as a pass."""
 
+_ALL = 2**31
+"""In the place of top_k where there is none."""
+
 NUM_SEEDS = 2**31
 """The sampler's noise begins with a number below this (`vllm/v1/sample/ops/topk_topp_sampler.py`, `forward_cpu`)."""
 
@@ -34,12 +37,11 @@ class Guesses:
         params = [leader.requests[request].sampling_params for request in requests]
         sampled = [index for index, own in enumerate(params) if own is not None and _samples(own)]
         self._rows_Q = torch.tensor(sampled if _is_foreseeable(leader) else [], dtype=torch.int64)
-        if not len(self._rows_Q):
-            return
-        own = [params[index] for index in sampled]
-        self._seeds_QK = torch.tensor([_next_seeds(leader, requests[index], num_tokens) for index in sampled])
-        self._temperatures_Q = torch.tensor([one.temperature for one in own])
-        self._limits = _Limits(own)
+        if len(self._rows_Q):
+            sampling = [own for own in params if own is not None and _samples(own)]
+            self._seeds_QK = torch.tensor([_next_seeds(leader, requests[index], num_tokens) for index in sampled])
+            self._temperatures_Q = torch.tensor([own.temperature for own in sampling])
+            self._limits = _Limits(sampling)
 
     def choose(self, logits_BV: Tensor, index: int) -> Tensor:
         """The tokens [B] of guess `index`, which counts from 0; V are the first ids of the sampler's vocabulary."""
@@ -57,21 +59,22 @@ class _Limits:
     def __init__(self, params: Sequence[SamplingParams]) -> None:
         self._top_p_Q = torch.tensor([own.top_p for own in params])
         self._min_p_Q = torch.tensor([own.min_p for own in params])
-        self._top_k_Q = torch.tensor([own.top_k if own.top_k > 0 else NUM_CANDIDATES for own in params])
-        self._is_limited_Q = torch.tensor([own.top_p < 1 or own.min_p > 0 or own.top_k > 0 for own in params])
+        self._top_k_Q = torch.tensor([own.top_k if own.top_k > 0 else _ALL for own in params])
 
     def apply(self, scaled_QV: Tensor) -> Tensor:
-        """The same with minus infinity for what may not be drawn."""
-        if not self._is_limited_Q.any():
+        """The same with minus infinity for what may not be drawn: by min_p and top_k, and by top_p of what remains."""
+        num_ids = scaled_QV.shape[1]
+        is_limited_Q = (self._top_p_Q < 1) | (self._min_p_Q > 0) | (self._top_k_Q < num_ids)
+        if not is_limited_Q.any():
             return scaled_QV
-        scaled_QC, ids_QC = scaled_QV.topk(min(NUM_CANDIDATES, scaled_QV.shape[1]), dim=-1)
-        scaled_QC = scaled_QC.where(torch.arange(len(ids_QC[0])) < self._top_k_Q[:, None], -torch.inf)
-        probs_QC = scaled_QC.softmax(dim=-1)
-        is_likely_QC = probs_QC >= self._min_p_Q[:, None] * probs_QC[:, :1]
-        is_within_QC = probs_QC.cumsum(dim=-1) - probs_QC < self._top_p_Q[:, None]
-        kept_QC = scaled_QC.where(is_likely_QC & is_within_QC, -torch.inf)
+        scaled_QC, ids_QC = scaled_QV.topk(min(NUM_CANDIDATES, num_ids), dim=-1)
+        is_likely_QC = scaled_QC >= scaled_QC[:, :1] + self._min_p_Q[:, None].log()
+        is_first_QC = torch.arange(len(ids_QC[0])) < self._top_k_Q[:, None]
+        probs_QC = scaled_QC.where(is_likely_QC & is_first_QC, -torch.inf).softmax(dim=-1)
+        is_kept_QC = (probs_QC > 0) & (probs_QC.cumsum(dim=-1) - probs_QC < self._top_p_Q[:, None])
+        kept_QC = scaled_QC.where(is_kept_QC, -torch.inf)
         limited_QV = torch.full_like(scaled_QV, -torch.inf).scatter(1, ids_QC, kept_QC)
-        return limited_QV.where(self._is_limited_Q[:, None], scaled_QV)
+        return limited_QV.where(is_limited_Q[:, None], scaled_QV)
 
 
 def _is_foreseeable(leader: GPUModelRunner) -> bool:
@@ -97,6 +100,6 @@ def _generator_of(leader: GPUModelRunner, request: str) -> torch.Generator:
     state, batch = leader.requests[request], leader.input_batch
     if state.generator is None:
         state.generator = torch.Generator()
-        state.generator.manual_seed(int(torch.randint(0, 2**62, (1,)).item()))
+        state.generator.manual_seed(int(torch.randint(0, 2**32, (1,)).item()))
         batch.generators[batch.req_id_to_index[request]] = state.generator
     return state.generator

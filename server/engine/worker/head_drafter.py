@@ -110,7 +110,7 @@ class HeadDrafter:
         rings_R = torch.arange(len(self._positions_RC), device=self._leader.device)
         self.features(hidden_SBD, torch.ones(len(hidden_SBD), len(hidden_SBD[0]), device=self._leader.device))
         zeros_RD = self._keys_RCKE.new_zeros(len(rings_R), self._head.config.size)
-        self._head.scores(self._pass(rings_R, torch.zeros_like(rings_R), zeros_RD, zeros_RD))
+        self._logits(self._pass(rings_R, torch.zeros_like(rings_R), zeros_RD, zeros_RD))
         self._positions_RC.fill_(NOTHING)
 
     @torch.inference_mode()

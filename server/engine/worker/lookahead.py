@@ -2,7 +2,7 @@
 
 A round costs one verification of all rows and, for each specialist that drafts, one pass a draft; what is looked up
 costs no pass. It gives every request as many tokens as drafts hold, and one more. Chosen is what gives most tokens a
-second, none included. Knows numbers and names of requests; neither runners nor tokens.
+second, or none where nothing promises much more. Knows numbers and names of requests; neither runners nor tokens.
 """
 
 import itertools

@@ -124,6 +124,18 @@ def test_one_specialist_drafts_for_all_where_each_alone_would_cost_a_pass() -> N
     assert len({ahead.drafter for ahead in lookahead.choose(MIXED, NUM_SPECIALISTS).values()}) == 1
 
 
+@pytest.mark.parametrize(("promised", "num_drafts"), [(1.02, 0), (1.04, 1)])
+def test_drafts_must_promise_three_percent_more(promised: float, num_drafts: int) -> None:
+    lookahead = Lookahead(0, 1)
+    lookahead.step.add(1, 1.0)
+    for _ in range(MIN_SAMPLES):
+        lookahead.step.add(2, 1.1)
+    tokens = 1 + lookahead.experience.rate("a", 0, 0)
+    for _ in range(MIN_SAMPLES):
+        lookahead.draft_pass.add(0, 1, tokens / promised * lookahead.step.of(1) - lookahead.step.of(2))
+    assert lookahead.choose(ALONE, NUM_SPECIALISTS)["a"].num_tokens == num_drafts
+
+
 def test_a_fixed_length_is_always_taken_and_the_leading_specialist_drafts() -> None:
     plan = Lookahead(3, 3).choose(MIXED, NUM_SPECIALISTS)
     assert {request: ahead.drafter for request, ahead in plan.items()} == MIXED
