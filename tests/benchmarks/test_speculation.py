@@ -1,6 +1,5 @@
 """Races of engines with drafts and without: the same answers, counted on both sides."""
 
-
 import pytest
 
 from benchmarks.engines import StepEngine, fused_engine
