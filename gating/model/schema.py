@@ -133,7 +133,7 @@ class EngineSettings(_Section):
     """Most tokens in one step; longer prompts are computed in chunks of this size."""
 
     max_step_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Longest time of a step: long prompts are read in pieces that fit; 0: no bound; default: 1 on a CPU, else 0."""
+    """Longest time of a step: long prompts are read in pieces that fit; 0: no bound; default: 1.5 on a CPU, else 0."""
 
     enforce_eager: bool | None = None
     """Run without compilation and CUDA graphs: slower steps, quicker start."""

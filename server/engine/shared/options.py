@@ -41,7 +41,7 @@ before it ends the engine."""
 OWN_OPTIONS = frozenset({"max_step_seconds", "speculation"})
 """Options that vLLM has not; the engine's spec carries them."""
 
-DEFAULT_MAX_STEP_SECONDS = 1.0
+DEFAULT_MAX_STEP_SECONDS = 1.5
 """On a CPU, where a long prompt in one piece would hold all others up for minutes."""
 
 OPTIONS_OF_MODELS = frozenset({"max_model_len", "speculation", "tensor_parallel_size"})
