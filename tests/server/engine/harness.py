@@ -159,6 +159,16 @@ def random_prompts(lengths: Sequence[int], seed: int, num_ids: int = 256) -> Pro
     return [[rng.randrange(num_ids) for _ in range(length)] for length in lengths]
 
 
+def serve(engine: InProcessEngine, drafter: Drafter, arrivals: Sequence[Arrival]) -> tuple[list[Any], int]:
+    """The outputs, and how many steps they took."""
+    num_before, usual = len(engine.reports), engine.drafter
+    engine.drafter = drafter
+    try:
+        return engine.generate(arrivals), len(engine.reports) - num_before
+    finally:
+        engine.drafter = usual
+
+
 def greedy(max_tokens: int, **kwargs: Any) -> SamplingParams:
     """Greedy decoding that does not stop at EOS."""
     options: Mapping[str, Any] = {"ignore_eos": True, "max_tokens": max_tokens} | kwargs
