@@ -144,6 +144,9 @@ class EngineSettings(_Section):
     seed: Seed | None = None
     """Seed of the engine's own random numbers; a request may bring its own."""
 
+    load_format: Literal["auto", "dummy"] | None = None
+    """`dummy`: random weights in place of those of the files, to measure speed and memory before they are there."""
+
     speculation: SpeculationSettings | None = None
     """Guess tokens ahead; null: on a CPU with the defaults, on a GPU not; `max_tokens: 0`: not."""
 
