@@ -68,18 +68,21 @@ class Mixer:
             weights_SB = self._weights(hidden_SBD)
         with clock.measure("mix"):
             logits_SBV = [_take(own.logits_RV, indices_B)[:, : self._num_shared_ids] for own, indices_B in pairs]
-            mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids)
-            marks_XB, is_nonfinite_B = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
-            neutralize(mixed_BV, is_nonfinite_B)
-            return self._into_leader(mixed_BV, specialists[0].logits_RV, indices_SB[0]), marks_XB
+            mixed_BV, marks_XB = self._mix_and_mark(weights_SB, hidden_SBD, logits_SBV, specialists[0].logits_RV)
+            return _into_leader(mixed_BV, specialists[0].logits_RV, indices_SB[0]), marks_XB
 
-    def _into_leader(self, mixed_BV: Tensor, leader_RV: Tensor, indices_B: list[int]) -> Tensor:
-        if _is_everything(indices_B, len(leader_RV)):
-            return self._widen(mixed_BV, leader_RV)
-        fused_RV = leader_RV.to(torch.float32, copy=True)
-        fused_RV[:, self._num_shared_ids :] = float("-inf")
-        fused_RV[indices_B, : self._num_shared_ids] = mixed_BV
-        return fused_RV
+    def _mix_and_mark(
+        self, weights_SB: Tensor, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor], leader_RV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fused logits of the leader's width and marks [X, B]."""
+        if leader_RV.device.type == "cuda":
+            from ultrafuser.server.engine.worker.mix_kernel import mix_and_mark
+
+            return mix_and_mark(weights_SB, hidden_SBD, logits_SBV, self._num_shared_ids, leader_RV.shape[1])
+        mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids)
+        marks_XB, is_nonfinite_B = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
+        neutralize(mixed_BV, is_nonfinite_B)
+        return self._widen(mixed_BV, leader_RV), marks_XB
 
     def _widen(self, mixed_BV: Tensor, leader_RV: Tensor) -> Tensor:
         return nn.functional.pad(mixed_BV, (0, leader_RV.shape[1] - self._num_shared_ids), value=float("-inf"))
@@ -98,6 +101,15 @@ class Mixer:
         if group.world_size > 1:
             weights_SB = group.broadcast(weights_SB.contiguous(), src=0)
         return weights_SB
+
+
+def _into_leader(mixed_BV: Tensor, leader_RV: Tensor, indices_B: list[int]) -> Tensor:
+    """The leader's rows in float32, of which `indices_B` are mixed; the others are garbage."""
+    if _is_everything(indices_B, len(leader_RV)):
+        return mixed_BV
+    fused_RV = leader_RV.to(torch.float32, copy=True)
+    fused_RV[indices_B] = mixed_BV
+    return fused_RV
 
 
 def _take(tensor_RX: Tensor, indices: list[int]) -> Tensor:
