@@ -40,8 +40,9 @@ check: $(STAMP) ## Check format, style, the arrows between rooms, and types
 check-deploy: $(STAMP) ## Check the files of deploy/ with the tools they are for, fetched once; says what could not be run
 	@exec $(BIN)/python -m deploy.checks
 
-gpu-check: $(STAMP) ## On a machine with a GPU: is it exact, and what does fusing cost there? ARGS= goes to the script
-	@exec $(BIN)/python -m benchmarks.gpu_check $(ARGS)
+gpu-check: $(STAMP) ## On a machine with a GPU: is it exact, and what does fusing cost there? ARGS= e.g. ARGS="--quick"
+	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu_step $(ARGS)
 
 bench: $(STAMP) ## Run the benchmarks: BENCHMARKS= names some of them, ARGS= goes to each
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done

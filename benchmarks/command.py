@@ -63,9 +63,11 @@ class Options(Frozen):
         return fusion, inspect_fusion(fusion)
 
 
-def run_benchmark(question: Question, measure: Callable[[Options], Sequence[Comparison]]) -> None:
+def run_benchmark(
+    question: Question, measure: Callable[[Any], Sequence[Comparison]], model: type[Options] = Options
+) -> None:
     """Run one benchmark as a program. A missed bar is a result (exit status 0), an exception is an error."""
-    options = parse_options(Options, question.name, sys.argv[1:], description=f"{question.text} {question.method}")
+    options = parse_options(model, question.name, sys.argv[1:], description=f"{question.text} {question.method}")
     environment = describe_environment(f"benchmarks.{question.name}", sys.argv[1:])
     os.environ.update(vllm_environment(os.environ, "warning"))  # what the server gives its own engine
     # Otherwise a SIGTERM would end this process without its `finally` clauses, and leave servers behind.

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.inputs import EngineInput, tokens_input
 from vllm.sampling_params import RequestOutputKind
 
@@ -47,11 +48,17 @@ class StepEngine:
         return list(self._token_ids.values())
 
     def start(self, requests: Sequence[Request]) -> None:
-        """Take requests and compute until each has its first token."""
+        """Take requests and compute until each has its first token.
+
+        Raises:
+            RuntimeError: all have ended, one of them without a token, as where a value is not finite.
+        """
         self._token_ids = {}
         for request in requests:
             self.add(request)
         while not all(self._token_ids.values()):
+            if self.is_idle:
+                raise RuntimeError(f"{sum(not ids for ids in self._token_ids.values())} requests ended without a token")
             self.step()
 
     def add(self, request: Request) -> None:
@@ -156,12 +163,16 @@ def plain_engine_options(fusion: FusionConfig, info: FusedModelInfo, index: int)
 
 @contextmanager
 def _in_this_process() -> Iterator[None]:
-    """Start vLLM without processes of its own, and with all the threads that torch had before.
+    """Start vLLM without processes of its own, and with all the threads and CUDA graphs that were there before.
 
-    vLLM reads the variable while it starts; servers that are started later must not see it.
+    vLLM reads the variable while it starts; servers that are started later must not see it. An engine that profiles its
+    own graphs throws away those of all engines in the process.
     """
     num_threads = torch.get_num_threads()
+    captured = {own: dict(own.concrete_cudagraph_entries) for own in list(CUDAGraphWrapper._all_instances)}
     with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
         yield
+    for wrapper, graphs in captured.items():
+        wrapper.concrete_cudagraph_entries.update(graphs)
     if torch.get_num_threads() != num_threads:
         torch.set_num_threads(num_threads)

@@ -68,12 +68,13 @@ def _processor() -> str:
 
 
 def _gpus() -> list[str]:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [f"GPU {line.strip()}" for line in output.splitlines()]
+    gpus = [line.split(", ") for line in output.splitlines()]
+    return [f"GPU {name} (driver {driver})" for name, driver in gpus]
 
 
 def _package_versions() -> dict[str, str]:

@@ -1,23 +1,19 @@
-"""Does a GPU give what the CPU's tests promise? Exact tokens with CUDA graphs, and what fusing costs there.
+"""Does a GPU give what the CPU's tests promise? Exact tokens with CUDA graphs, and what guessing ahead gains there.
 
 Run: python -m benchmarks.gpu_check [--quick]
 
 `--quick` runs the tiny model alone, on whatever the machine has: without a GPU it is the only thing to run.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from benchmarks import decode_step, speculation
+from benchmarks import speculation
 from benchmarks.command import Options, run_benchmark, say
 from benchmarks.measure import Bar, Comparison, Measured
+from benchmarks.process import in_a_process_of_its_own
 from benchmarks.result import Question
 from benchmarks.workload import Prompts, Request, conversations, random_requests, render, tiny_fusion
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
@@ -25,15 +21,14 @@ from ultrafuser.gating.model.schema import SpeculationSettings
 
 QUESTION = Question(
     name="gpu_check",
-    text="Is the fused engine exact on a GPU, with CUDA graphs, and what does fusing cost there?",
+    text="Is the fused engine exact on a GPU, with CUDA graphs, and what does guessing ahead gain there?",
     fused="fused engine",
     baseline="asked for",
     ratio="fused engine / asked for",
     method=(
         "Exactness: greedy tokens in float32 that equal the Transformers reference on the CPU, until a step at which "
-        "the reference itself is undecided. Steps: as in decode_step. Fusing: time of gate and mixing, waited for, in "
-        "a whole step. Drafts: as in speculation, against decoding without, which keeps asynchronous scheduling and "
-        "CUDA graphs. Each part runs in a process of its own."
+        "the reference itself is undecided. Drafts: as in speculation, against decoding without, which keeps "
+        "asynchronous scheduling and CUDA graphs. Each part runs in a process of its own. What steps cost: gpu_step."
     ),
 )
 ALL = Bar(limit=1.0, direction="at least")
@@ -66,9 +61,9 @@ def measure(options: Options) -> list[Comparison]:
     if options.quick:
         return check_tiny(options) + check_tiny_with_drafts(options)
     comparisons: list[Comparison] = []
-    for part in (check_tiny, check_tiny_with_drafts, check_demo, measure_steps, measure_fusing, measure_drafts):
+    for part in (check_tiny, check_tiny_with_drafts, check_demo, measure_drafts):
         say(f"gpu_check: {part.__name__}")
-        comparisons += _in_a_process_of_its_own(part, options)
+        comparisons += in_a_process_of_its_own(part, options)
     return comparisons
 
 
@@ -120,7 +115,7 @@ def exactness(
         list(generation.token_ids)[: num_decided(generation.top2_gap.tolist())]
         for generation in reference.generate(prompts, max_new_tokens=num_tokens, use_cache=True)
     ]
-    engine = fused_engine(fusion, speculation=drafts)
+    engine = fused_engine(fusion, speculation=drafts, max_num_seqs=len(prompts))
     answers = engine.finish([Request(own, num_tokens) for own in prompts])
     num_equal = sum(map(count_equal, answers, expected))
     comparisons = [_of(f"{name}: equal tokens", "tokens", num_equal, sum(map(len, expected)))]
@@ -130,61 +125,12 @@ def exactness(
     return comparisons
 
 
-def measure_steps(options: Options) -> list[Comparison]:
-    """The fused step against n single ones."""
-    return [
-        item.model_copy(update={"case": f"step, {item.case}, against {decode_step.QUESTION.baseline}"})
-        for item in decode_step.measure(options)
-    ]
-
-
-def measure_fusing(options: Options) -> list[Comparison]:
-    """Gate and mixing as a share of the fused step."""
-    from benchmarks.engines import fused_engine
-    from benchmarks.stepping import alternate
-
-    fusion, info = options.load()
-    engine, sizes, comparisons = fused_engine(fusion), decode_step.Sizes(), []
-    for batch in sizes.batches:
-        num_tokens = 3 * (sizes.num_steps + 1) + sizes.prompt_length
-        requests = random_requests(info, [sizes.prompt_length] * batch, [num_tokens] * batch, seed=batch)
-        alternate(engine, None, requests, 1, sizes.num_steps)  # warm-up
-        with timed_mixing() as seconds:
-            (round_,) = alternate(engine, None, requests, 1, sizes.num_steps)
-        mixing = Measured.of(seconds[-sizes.num_steps :], scale=1000)
-        step = Measured.of(round_.fused, scale=1000)
-        case = f"gate and mixing of a step, batch {batch}"
-        ratio = mixing.value / step.value
-        comparisons.append(Comparison(case=case, unit="ms", fused=mixing, baseline=step, ratio=ratio))
-    return comparisons
-
-
 def measure_drafts(options: Options) -> list[Comparison]:
     """What guessing ahead gains, one question at a time and four mixed ones."""
     return [
         item.model_copy(update={"case": f"drafts, {item.case}"})
         for item in speculation.measure(options.model_copy(update={"quick": True}))
     ]
-
-
-@contextmanager
-def timed_mixing() -> Iterator[list[float]]:
-    """Collects the seconds that each step's gate and mixing take, from an idle device to an idle device."""
-    from ultrafuser.server.engine.worker.mixing import Mixer
-
-    seconds: list[float] = []
-    fuse = Mixer.fuse_into_leader
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        _wait()
-        start = time.perf_counter()
-        fused = fuse(*args, **kwargs)
-        _wait()
-        seconds.append(time.perf_counter() - start)
-        return fused
-
-    with patch.object(Mixer, "fuse_into_leader", timed):
-        yield seconds
 
 
 def with_engine(fusion: FusionConfig, **settings: Any) -> FusionConfig:
@@ -207,17 +153,6 @@ def count_equal(answer: Sequence[int], expected: Sequence[int]) -> int:
 def _of(case: str, unit: str, value: float, asked: float) -> Comparison:
     fused, baseline = Measured(value=value), Measured(value=asked)
     return Comparison(case=case, unit=unit, fused=fused, baseline=baseline, ratio=value / asked, bar=ALL)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _in_a_process_of_its_own(part: Callable[[Options], list[Comparison]], options: Options) -> list[Comparison]:
-    """A GPU's memory is free again only when a process ends."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(part, options).result()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ NAMES = (
     "batch_invariance",
     "data_throughput",
     "gpu_check",
+    "gpu_step",
 )
 """The benchmarks in the order of the page."""
 

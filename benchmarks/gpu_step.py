@@ -1,0 +1,384 @@
+"""What a fused step costs on a GPU: against n steps of one specialist, against the time its bytes need, part by part.
+
+Run: python -m benchmarks.gpu_step [--quick] [--shape Qwen2.5-7B]
+
+Models of real shapes with random weights; `--quick` runs a tiny one on whatever the machine has. A profile of single
+steps (torch's profiler) is written beside the result.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
+
+import torch
+
+from benchmarks import decode_step
+from benchmarks.command import Options, run_benchmark, say
+from benchmarks.measure import Bar, Comparison, Measured
+from benchmarks.process import in_a_process_of_its_own
+from benchmarks.result import Question
+from benchmarks.shapes import NAMES, fusion_of_shape
+from benchmarks.stepping import Round, alternate
+from benchmarks.workload import Request, random_requests
+from ultrafuser.gating.model.schema import SpeculationSettings
+
+if TYPE_CHECKING:
+    from benchmarks.engines import StepEngine
+
+QUESTION = Question(
+    name="gpu_step",
+    text="What does a fused step cost on a GPU, part by part, and how far is it from what the memory allows?",
+    fused="fused engine",
+    baseline="what the case names",
+    ratio="fused engine / what the case names",
+    method=(
+        "Models of published shapes with random weights, compiled and in CUDA graphs, bfloat16. Fused and single steps "
+        "take turns in one process. Floor: bytes of all weights (but for embedding tables, of which a step reads rows) "
+        "and of the KV cache, over the bandwidth of a large copy on the card, measured first. Parts: by events in the "
+        "device's stream. Rounds: 4 drafts of the leading specialist, all verified."
+    ),
+)
+NUM_SPECIALISTS = len(NAMES)
+LONG = 0
+"""Among requests by batch: the one with the long prompt."""
+
+COST_OF_FUSING = Bar(limit=1.05, direction="at most")
+SHARE_OF_MIXING = Bar(limit=0.03, direction="at most")
+ABOVE_THE_FLOOR = Bar(limit=1.3, direction="at most")
+WITHIN_RESERVED = Bar(limit=1.0, direction="at most")
+
+ROUNDS = {
+    "none drafted": SpeculationSettings(drafter="ngram", max_tokens=0),
+    "round of 4 drafts": SpeculationSettings(drafter="leading", min_tokens=4, max_tokens=4),
+}
+"""What the engine with drafts does; the first one shows what giving up asynchronous scheduling costs."""
+
+
+class StepOptions(Options):
+    """What is measured."""
+
+    shape: str | None = None
+    """One of the shapes alone."""
+
+    part: Literal["steps", "rounds"] | None = None
+    """Steps without drafts alone, or rounds with them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured, and how much of the memory each engine takes."""
+
+    shape: str
+    fused_share: float = 0.7
+    plain_share: float = 0.25
+    batches: tuple[int, ...] = (1, 8, 32, 128)
+    prompt_length: int = 64
+    long_prompt: int = 2000
+    num_rounds: int = 8
+    num_steps: int = 12
+    has_bars: bool = False
+    """Whether the share of mixing and the distance to the floor are judged: where the weights fill the step."""
+
+
+SIZES = (Sizes("SmolLM2-135M", 0.3, 0.2), Sizes("Qwen2.5-7B", has_bars=True))
+QUICK = Sizes("tiny", batches=(1, 2), prompt_length=16, long_prompt=40, num_rounds=2, num_steps=2)
+
+
+def measure(options: StepOptions) -> list[Comparison]:
+    """Every shape, without drafts and with, each in a process of its own.
+
+    Raises:
+        SystemExit: there is no GPU, and `--quick` was not asked for.
+    """
+    if not (torch.cuda.is_available() or options.quick):
+        raise SystemExit("gpu_step: no GPU answers; --quick runs a tiny model that needs none")
+    comparisons: list[Comparison] = []
+    for sizes in (QUICK,) if options.quick else SIZES:
+        if options.shape in (None, sizes.shape):
+            for name, part in PARTS.items():
+                if options.part in (None, name):
+                    say(f"gpu_step: {sizes.shape}, {name}")
+                    comparisons += in_a_process_of_its_own(part, sizes, options)
+    return comparisons
+
+
+def measure_steps(sizes: Sizes, options: StepOptions) -> list[Comparison]:
+    """Single steps, a long prompt and memory, of an engine that drafts nothing."""
+    bandwidth = copy_bandwidth()
+    say(f"gpu_step: a large copy moves {bandwidth / 1e12:.2f} TB/s, read and written")
+    before, largest = memory_in_use(), max(sizes.batches)
+    with two_engines(sizes, None) as (fused, start_plain, requests):
+        comparisons = [_memory(sizes.shape, fused, requests[largest], sizes.fused_share, before)]
+        before, plain = memory_in_use(), start_plain()
+        name = f"{sizes.shape}, one specialist alone"
+        comparisons.append(_memory(name, plain, requests[largest], sizes.plain_share, before))
+        for batch in sizes.batches:
+            comparisons += _steps(sizes, batch, fused, plain, requests[batch], bandwidth)
+        comparisons.append(_first_token(sizes, fused, plain, requests[LONG]))
+        if options.folder is not None:
+            write_profile(fused, requests[1], options.folder / f"{QUESTION.name}-{sizes.shape}.txt")
+    return comparisons
+
+
+def measure_rounds(sizes: Sizes, _options: StepOptions) -> list[Comparison]:
+    """Steps of an engine that can draft, while it does not and while it always does."""
+    from benchmarks.speculation import Drafting
+
+    comparisons = []
+    with two_engines(sizes, SpeculationSettings(max_tokens=4)) as (fused, start_plain, requests):
+        plain, drafting = start_plain(), Drafting(fused)
+        for name, settings in ROUNDS.items():
+            drafting.use(name, settings)
+            for batch in sizes.batches[:-1]:
+                rounds = _alternate(sizes, fused, plain, requests[batch])
+                comparison = decode_step.compare(batch, rounds, NUM_SPECIALISTS)
+                case = f"{sizes.shape}: {name}, batch {batch}, against {NUM_SPECIALISTS} single steps"
+                comparisons.append(_told(comparison.model_copy(update={"case": case, "bar": None})))
+    return comparisons
+
+
+PARTS = {"steps": measure_steps, "rounds": measure_rounds}
+
+
+@contextmanager
+def two_engines(
+    sizes: Sizes, speculation: SpeculationSettings | None
+) -> Iterator[tuple["StepEngine", Callable[[], "StepEngine"], Mapping[int, list[Request]]]]:
+    """The fused engine, what starts the plain one beside it, and requests by batch (`LONG`: one long prompt)."""
+    from benchmarks.engines import fused_engine, plain_engine
+
+    has_gpu = torch.cuda.is_available()
+    settings = {
+        "enforce_eager": not has_gpu,
+        "max_model_len": 4 * sizes.prompt_length + sizes.long_prompt,
+        "max_num_seqs": max(sizes.batches),
+        "max_num_batched_tokens": 4096,
+    }
+    if not has_gpu:
+        settings |= {"kv_cache_memory_bytes": 2**26, "max_step_seconds": 0}
+    with fusion_of_shape(sizes.shape, settings) as path:
+        fusion, info = Options(fusion=path).load()
+        num_tokens = sizes.num_rounds * (sizes.num_steps + 1) * (1 + max(own.max_tokens for own in ROUNDS.values()))
+        requests = {
+            batch: random_requests(info, [sizes.prompt_length] * batch, [num_tokens] * batch, seed=batch)
+            for batch in sizes.batches
+        } | {LONG: random_requests(info, [sizes.long_prompt], [1], seed=0)}
+        drafts = {"speculation": speculation} if speculation else {}
+        fused = fused_engine(fusion, gpu_memory_utilization=sizes.fused_share, **drafts)
+        share = fusion.engine.model_copy(update={"gpu_memory_utilization": sizes.plain_share})
+        yield fused, lambda: plain_engine(fusion.model_copy(update={"engine": share}), info), requests
+
+
+def copy_bandwidth(num_bytes: int = 2**32) -> float:
+    """Bytes a second that a large copy within the device's memory reads and writes; the median of several."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = torch.ones(num_bytes if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(12):
+        wait()
+        start = time.perf_counter()
+        target.copy_(source)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return 2 * len(source) / statistics.median(seconds[2:])
+
+
+def num_bytes_of_step(runners: Sequence[Any], num_cached_tokens: int) -> int:
+    """What a decode step must read: weights but for rows of an embedding table that is nothing else, and the cache."""
+    num_bytes = 0
+    for runner in runners:
+        is_tied = runner.model_config.hf_config.tie_word_embeddings
+        weights = [own for name, own in runner.model.named_parameters() if is_tied or "embed_tokens" not in name]
+        num_bytes += sum(own.numel() * own.element_size() for own in weights)
+        caches = runner.get_kv_cache_spec().values()
+        num_bytes += num_cached_tokens * sum(own.page_size_bytes // own.block_size for own in caches)
+    return num_bytes
+
+
+@contextmanager
+def timed_parts() -> Iterator[dict[str, list[float]]]:
+    """Collects the seconds of each step's parts by their names, as the engine itself measures them."""
+    from ultrafuser.server.engine.worker.timing import StepClock
+
+    seconds: dict[str, list[float]] = {}
+    take = StepClock.take
+
+    def collecting(clock: StepClock) -> Any:
+        spans = take(clock)
+        for span in spans:
+            seconds.setdefault(span.part, []).append(span.seconds)
+        return spans
+
+    with patch.object(StepClock, "take", collecting):
+        yield seconds
+
+
+def write_profile(engine: "StepEngine", requests: Sequence[Request], path: Path) -> None:
+    """What the device and the host do in ten steps, by torch's profiler: the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    engine.start(requests)
+    for _ in range(5):
+        engine.step()
+    has_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * has_gpu
+    with profile(activities=activities) as profiler:
+        for _ in range(10):
+            engine.step()
+        wait()
+    engine.stop()
+    averages = profiler.key_averages()
+    keys = (["self_cuda_time_total"] if has_gpu else []) + ["self_cpu_time_total"]
+    tables = [averages.table(sort_by=key, row_limit=40, max_name_column_width=70) for key in keys]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(tables), encoding="utf-8")
+
+
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _alternate(sizes: Sizes, fused: "StepEngine", plain: "StepEngine", requests: Sequence[Request]) -> list[Round]:
+    alternate(fused, plain, requests, 1, sizes.num_steps)  # warm-up
+    return alternate(fused, plain, requests, sizes.num_rounds, sizes.num_steps)
+
+
+def _steps(
+    sizes: Sizes,
+    batch: int,
+    fused: "StepEngine",
+    plain: "StepEngine",
+    requests: Sequence[Request],
+    bandwidth: float,
+) -> list[Comparison]:
+    """A step against single ones, gate and mixing as a share of it, and both engines against their floors."""
+    with timed_parts() as parts:
+        rounds = _alternate(sizes, fused, plain, requests)
+    name = sizes.shape
+    against_single = decode_step.compare(batch, rounds, NUM_SPECIALISTS)
+    step = Measured.of([seconds for own in rounds for seconds in own.fused], scale=1000)
+    single = Measured.of([seconds for own in rounds for seconds in own.baseline], scale=1000)
+    mixing = Measured.of([sum(own) for own in zip(parts["gate"], parts["mix"], strict=False)], scale=1000)
+    num_cached = batch * (sizes.prompt_length + sizes.num_rounds * (sizes.num_steps + 1) // 2)
+    runners = runners_of(fused)
+    floors = [1000 * num_bytes_of_step(own, num_cached) / bandwidth for own in (runners, runners[:1])]
+    return [
+        _told(
+            against_single.model_copy(update={"case": f"{name}: step, batch {batch}, against {NUM_SPECIALISTS} single"})
+        ),
+        _ratio(
+            f"{name}: gate, mixing and marks, batch {batch}, of the step",
+            mixing,
+            step,
+            SHARE_OF_MIXING if sizes.has_bars else None,
+            note=f"gate {1000 * statistics.median(parts['gate']):.3f} ms",
+        ),
+        _ratio(
+            f"{name}: step, batch {batch}, against its floor",
+            step,
+            Measured(value=floors[0]),
+            ABOVE_THE_FLOOR if sizes.has_bars and batch == 1 else None,
+        ),
+        _ratio(f"{name}: one specialist's step, batch {batch}, against its floor", single, Measured(value=floors[1])),
+    ]
+
+
+def _first_token(sizes: Sizes, fused: "StepEngine", plain: "StepEngine", requests: Sequence[Request]) -> Comparison:
+    """Time to the first token of a long prompt, against n prompts of one specialist."""
+    seconds: dict[str, list[float]] = {"fused": [], "plain": []}
+    for _ in range(sizes.num_rounds + 1):
+        for side, engine in (("fused", fused), ("plain", plain)):
+            engine.forget_prefixes()
+            wait()
+            start = time.perf_counter()
+            engine.start(requests)
+            seconds[side].append(time.perf_counter() - start)
+            engine.stop()
+    ours, theirs = (
+        Measured.of(own[1:], scale=1000 * times)
+        for own, times in ((seconds["fused"], 1), (seconds["plain"], NUM_SPECIALISTS))
+    )
+    case = f"{sizes.shape}: first token of {sizes.long_prompt}, against {NUM_SPECIALISTS} single"
+    return _ratio(case, ours, theirs, COST_OF_FUSING)
+
+
+def _memory(name: str, engine: "StepEngine", requests: Sequence[Request], share: float, before: float) -> Comparison:
+    """What the engine has taken of the device's memory after the largest batch, against what it was allowed."""
+    engine.start(requests)
+    for _ in range(5):
+        engine.step()
+    engine.stop()
+    used, allowed = memory_in_use() - before, share * total_memory()
+    return _told(
+        Comparison(
+            case=f"{name}: memory after batch {len(requests)}, of what the engine may take",
+            unit="GiB",
+            fused=Measured(value=used / 2**30),
+            baseline=Measured(value=allowed / 2**30),
+            ratio=used / allowed if allowed else None,
+            bar=WITHIN_RESERVED if allowed else None,
+            note=_how_it_runs(engine),
+        )
+    )
+
+
+def total_memory() -> float:
+    """Bytes of the device; 0 without a GPU."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0.0
+
+
+def memory_in_use() -> float:
+    """Bytes of the device that are given away, after this process has given back what it does not need."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def runners_of(engine: "StepEngine") -> list[Any]:
+    """The specialists' model runners."""
+    core = engine.llm.llm_engine.engine_core.engine_core
+    return list(core.model_executor.driver_worker.worker.model_runner.runners)
+
+
+def _how_it_runs(engine: "StepEngine") -> str:
+    from vllm.compilation.counter import compilation_counter
+
+    core = engine.llm.llm_engine.engine_core.engine_core
+    is_async = core.vllm_config.scheduler_config.async_scheduling
+    graphs, tokens = (
+        compilation_counter.num_cudagraph_captured,
+        core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
+    )
+    return f"asynchronous scheduling: {'on' if is_async else 'off'}, {graphs} CUDA graphs, {tokens} KV blocks"
+
+
+def _ratio(case: str, ours: Measured, theirs: Measured, bar: Bar | None = None, note: str | None = None) -> Comparison:
+    ratio = ours.value / theirs.value
+    return _told(Comparison(case=case, unit="ms", fused=ours, baseline=theirs, ratio=ratio, bar=bar, note=note))
+
+
+def _told(comparison: Comparison) -> Comparison:
+    """The comparison, which is said at once: what comes later may fail."""
+    fused, baseline, ratio = (
+        "-" if value is None else f"{value:#.4g}"
+        for value in (
+            comparison.fused and comparison.fused.value,
+            comparison.baseline and comparison.baseline.value,
+            comparison.ratio,
+        )
+    )
+    say(f"{comparison.case}: {fused} against {baseline} {comparison.unit}, ratio {ratio} {comparison.note or ''}")
+    return comparison
+
+
+if __name__ == "__main__":
+    run_benchmark(QUESTION, measure, StepOptions)
