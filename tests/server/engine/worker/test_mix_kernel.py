@@ -20,8 +20,8 @@ INTERPRETED = "TRITON_INTERPRET"
 
 CASES = [
     # sizes of vocabularies, hidden sizes, shared ids, rows, type
-    ((5000, 4800, 4700), (64, 100, 48), 4600, 7, torch.float32),
-    ((5000, 4800, 4700), (64, 64, 64), 4700, 6, torch.bfloat16),
+    ((5000, 4800, 4700), (64, 100, 48), 4600, 17, torch.float32),
+    ((5000, 4800, 4700), (64, 64, 64), 4700, 16, torch.bfloat16),
     ((300,), (64,), 300, 5, torch.float32),
     ((320, 328), (64, 32), 300, 6, torch.float32),
     ((2049, 2048, 3000), (64, 64, 64), 2048, 1, torch.float32),
@@ -53,7 +53,7 @@ def _compare(
     logits = [torch.randn(num_rows, size, generator=generator).to(dtype) for size in vocab_sizes]
     for own in logits[1:]:  # some specialists agree in some rows
         own[::2, :num_shared] = logits[0][::2, :num_shared]
-    weights = (9 * torch.rand(len(vocab_sizes), num_rows, generator=generator)).softmax(0)  # one mostly leads
+    weights = (40 * torch.rand(len(vocab_sizes), num_rows, generator=generator)).softmax(0)  # one mostly leads
     if poison is not None and num_rows > 4:
         poison(weights, hidden, logits, num_shared)
     shared = [own[:, :num_shared] for own in logits]
