@@ -149,6 +149,7 @@ SERVICE = [
 ]
 
 _FORWARD = "fused_specialist_forward_seconds"
+_IDLE = "fused_specialist_idle_seconds"
 _FUSING = rate("fused_overhead_seconds_sum")
 _DRAFTS = rate("fused_draft_tokens_total", "drafter")
 
@@ -290,6 +291,17 @@ FUSION = [
                 "s",
                 {"{{part}}": mean("fused_overhead_seconds", "part")},
                 is_stacked=True,
+            ),
+            Panel(
+                "Idle specialists",
+                "Share of their time in which specialists with devices of their own wait for others.",
+                "percentunit",
+                {
+                    "{{specialist}}": (
+                        f"{rate(f'{_IDLE}_sum', 'specialist')} / "
+                        f"({rate(f'{_IDLE}_sum', 'specialist')} + {rate(f'{_FORWARD}_sum', 'specialist')})"
+                    )
+                },
             ),
             Panel(
                 "Share of fusing",

@@ -60,10 +60,11 @@ class Gate(nn.Module):
             float32 weights [S, ...] that sum to one over S. Everything is computed in float32.
         """
         assert len(hidden_states) == len(self.hidden_sizes)
-        scores_SB = torch.stack([self._score(index, state) for index, state in enumerate(hidden_states)])
-        return scores_SB.softmax(dim=0)
+        scores = [self.score_of(index, state) for index, state in enumerate(hidden_states)]
+        return torch.stack(scores).softmax(dim=0)
 
-    def _score(self, index: int, hidden_BD: Tensor) -> Tensor:
+    def score_of(self, index: int, hidden_BD: Tensor) -> Tensor:
+        """One specialist's part [...], float32; a softmax over all specialists' gives the weights."""
         # Autocast would quietly take the linear layers back to bfloat16.
         with torch.autocast(hidden_BD.device.type, enabled=False):
             state = hidden_BD.float()

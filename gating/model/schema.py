@@ -150,6 +150,14 @@ class EngineSettings(_Section):
     speculation: SpeculationSettings | None = None
     """Guess tokens ahead; null: on a CPU with the defaults, on a GPU not; `max_tokens: 0`: not."""
 
+    placement: Literal["shared", "split"] | None = None
+    """Where specialists are: all on every device (`shared`, the default), or each on `tensor_parallel_size` devices of
+    its own (`split`), where they compute side by side."""
+
+    exchange: Literal["logits", "hidden"] | None = None
+    """What split specialists send to the first one for each token: their logits (the default), or their last hidden
+    states, which are less; the first one's devices then hold all output heads."""
+
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = None
     """How the devices' processes are started: on this machine (`mp`), by Ray, or in one process (`uni`)."""
 

@@ -78,7 +78,16 @@ FORWARD = Histogram(
     buckets=_SECONDS,
 )
 OVERHEAD = Histogram(
-    "fused_overhead_seconds", "Time of a step's gate, and of its mixing.", ["part"], buckets=_SHORT_SECONDS
+    "fused_overhead_seconds",
+    "Time of a step's gate, of its mixing, and of what comes from specialists with devices of their own.",
+    ["part"],
+    buckets=_SHORT_SECONDS,
+)
+IDLE = Histogram(
+    "fused_specialist_idle_seconds",
+    "Time of a step in which a specialist with devices of its own waits: the first for others, they for the token.",
+    ["specialist"],
+    buckets=_SECONDS,
 )
 NONFINITE = Counter(
     "fused_nonfinite", "Requests that were ended since values of a specialist or the gate were not finite.", ["source"]
@@ -104,9 +113,10 @@ class StepMetrics:
         self._top = [GATE_TOP.labels(name) for name in specialists]
         self._agreeing = [AGREEMENT.labels(str(count + 1)) for count in range(len(specialists))]
         self._spans: dict[tuple[str, str | None], Histogram] = {
-            (part, None): OVERHEAD.labels(part) for part in ("gate", "mix")
+            (part, None): OVERHEAD.labels(part) for part in ("gate", "exchange", "mix")
         }
         for name in specialists:
+            self._spans["idle", name] = IDLE.labels(name)
             self._spans |= {(phase, name): FORWARD.labels(name, phase) for phase in ("prefill", "decode")}
         self._nonfinite = {source: NONFINITE.labels(source) for source in (*specialists, GATE)}
         self._count_weights(np.empty((0, len(self._specialists)), dtype=np.float32))

@@ -7,7 +7,7 @@ on the list stops the start by name: an untested option could break lockstep wit
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -32,13 +32,14 @@ SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"
 CPU_WORKER = f"{_ENGINE}.worker.cpu_worker.FusedCPUWorker"
 GPU_WORKER = f"{_ENGINE}.worker.worker.FusedGPUWorker"
 NO_DRAFTS = f"{_ENGINE}.worker.drafting.NoDrafts"
+SPLIT_EXECUTOR = f"{_ENGINE}.core.split_executor.SplitExecutor"
 """Names, for vLLM to import in the process they are for: what is imported here is imported in the API process, too."""
 
 ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_timeout"}
 """What a fused model may be started with. The last one is no flag: the server has its own, as it waits for requests
 before it ends the engine."""
 
-OWN_OPTIONS = frozenset({"max_step_seconds", "speculation"})
+OWN_OPTIONS = frozenset({"exchange", "max_step_seconds", "placement", "speculation"})
 """Options that vLLM has not; the engine's spec carries them."""
 
 DEFAULT_MAX_STEP_SECONDS = 1.5
@@ -80,6 +81,8 @@ def engine_arguments(
     structured_outputs = settings.pop("structured_outputs_config", None)
     spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
+    if spec.exchange is not None:
+        settings["distributed_executor_backend"] = SPLIT_EXECUTOR
     return {
         "max_model_len": info.max_model_len,
         **settings,
@@ -134,15 +137,27 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
             "max_step_seconds: needs prompts that are read in pieces; leave enable_chunked_prefill on, or set 0"
         )
     speculation = options.get("speculation")
-    if (
-        options.get("async_scheduling")
-        and speculation is not None
-        and SpeculationSettings.model_validate(speculation).max_tokens
-    ):
+    is_drafting = speculation is not None and SpeculationSettings.model_validate(speculation).max_tokens > 0
+    if options.get("async_scheduling") and is_drafting:
         raise EngineOptionError("async_scheduling: does not go with speculation; leave one of them out")
+    _check_placement(options, is_drafting)
     for name in options:
         if name not in ALLOWED_ENGINE_OPTIONS:
             raise EngineOptionError(f"{name}: {refusal(name)}")
+
+
+def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
+    if options.get("placement") != "split":
+        if options.get("exchange") is not None:
+            raise EngineOptionError("exchange: specialists that share devices exchange nothing; set placement: split")
+        return
+    if options.get("distributed_executor_backend") not in (None, "mp"):
+        raise EngineOptionError(
+            "distributed_executor_backend: specialists with placement: split run in processes of this machine; "
+            "leave it out, or say mp"
+        )
+    if is_drafting:
+        raise EngineOptionError("speculation: does not go with placement: split; leave one of them out")
 
 
 def refusal(name: str) -> str:
@@ -201,13 +216,22 @@ def engine_spec(fusion: FusionConfig, info: FusedModelInfo, max_whitespace: int 
         eos_token_ids=fusion.eos_token_ids,
         max_whitespace=max_whitespace,
         max_step_seconds=_max_step_seconds(fusion.engine),
-        speculation=_speculation(fusion.engine.speculation, is_async),
+        exchange=_exchange(fusion),
+        speculation=_speculation(fusion.engine, is_async),
     )
 
 
-def _speculation(asked: SpeculationSettings | None, is_async: bool) -> SpeculationSettings | None:
+def _exchange(fusion: FusionConfig) -> Literal["logits", "hidden"] | None:
+    """What specialists send where each has devices of its own; one alone has nobody to send anything to."""
+    if fusion.engine.placement != "split" or len(fusion.specialists) == 1:
+        return None
+    return fusion.engine.exchange or "logits"
+
+
+def _speculation(engine: EngineSettings, is_async: bool) -> SpeculationSettings | None:
     """How tokens are guessed ahead: as asked for, by default on a CPU; None: not at all."""
-    if asked is None and current_platform.is_cpu() and not is_async:
+    asked = engine.speculation
+    if asked is None and current_platform.is_cpu() and not is_async and engine.placement != "split":
         asked = SpeculationSettings()
     return asked if asked is not None and asked.max_tokens else None
 

@@ -3,7 +3,7 @@
 Knows names, paths and numbers; opens no file.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from vllm.config import VllmConfig
@@ -50,6 +50,8 @@ class EngineSpec(BaseModel):
     """Rows of each specialist's output head; own prompts are checked against them."""
     num_shared_ids: int
     """Token ids below this number mean the same to all specialists; only they can be sampled."""
+    exchange: Literal["logits", "hidden"] | None = None
+    """What specialists with devices of their own send to the leader; None: all specialists are on every device."""
     speculation: SpeculationSettings | None = None
     """How tokens are guessed ahead; None: not at all."""
     eos_token_ids: tuple[int, ...]

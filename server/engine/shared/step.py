@@ -27,10 +27,11 @@ class Span(NamedTuple):
     """How long one part of a step took."""
 
     part: str
-    """What was done: "prefill" or "decode" by a specialist, "gate" or "mix" for all."""
+    """What was done: "prefill" or "decode" by a specialist, "gate" or "mix" for all; where each specialist has devices
+    of its own, "exchange" of their rows, and "idle" while one waits for the others."""
 
     specialist: str | None
-    """Whose forward pass it was; None for what is done for all."""
+    """Whose time it was; None for what is done for all."""
 
     seconds: float
 

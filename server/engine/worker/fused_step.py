@@ -5,10 +5,9 @@ has a module of its own. A vLLM worker holds the object here as its `model_runne
 """
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -18,32 +17,30 @@ from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.forcing import Forcing, given_tokens
 from ultrafuser.server.engine.worker.mixing import Mixer, Rows
 from ultrafuser.server.engine.worker.output import StepOnTheWay, completed
-from ultrafuser.server.engine.worker.prompt_logprobs import PromptLogprobs
-from ultrafuser.server.engine.worker.sampling import LeaderDraw, give, in_order_of
-from ultrafuser.server.engine.worker.specialists import Specialists, rows_of, unfinished_slots
+from ultrafuser.server.engine.worker.prompt_logprobs import PromptLogprobs, Scorer
+from ultrafuser.server.engine.worker.sampling import LeaderDraw, give, in_order_of, no_tokens
+from ultrafuser.server.engine.worker.specialists import Specialists, ending_rows, rows_of, unfinished_slots
 from ultrafuser.server.engine.worker.speculation import Speculation
 from ultrafuser.server.engine.worker.timing import StepClock
 from ultrafuser.server.engine.worker.verifying import verify_in
 from ultrafuser.server.engine.worker.view import SpecialistView, scheduled_requests
 from ultrafuser.server.engine.worker.warming import largest_step
 
+M = TypeVar("M", bound=Scorer)
 
-class FusedModelRunner:
-    """n specialists behind the interface of one model runner; what is not a step's is asked of `Specialists`."""
 
-    def __init__(
-        self, specialists: Specialists, load_mixer: Callable[[], Mixer], speculation: Speculation | None = None
-    ) -> None:
+class HalfStep(Generic[M]):
+    """The first half of a step, the same on every rank: translate the schedule and run; nothing is drawn yet.
+
+    What is not a step's is asked of `Specialists`. M mixes, or sends to where it is done.
+    """
+
+    def __init__(self, specialists: Specialists, load_mixer: Callable[[], M]) -> None:
         """`load_mixer` is called once the weights are loaded."""
         self.specialists = specialists
-        self.speculation = speculation
         self._load_mixer = load_mixer
-        self._views = [SpecialistView(index) for index in range(len(specialists.runners))]
+        self._views = [SpecialistView(index) for index in specialists.indices]
         self._clock = StepClock(self.leader.device)
-        self._forcing = Forcing(self.leader.sampler)
-        if speculation is not None:
-            verify_in(self.specialists.runners, self._forcing)
-        self._drawn = LeaderDraw(self.leader)
         self._num_outputs: dict[str, int] | None = None
         """Output tokens so far of the requests whose step is between its two halves."""
 
@@ -56,10 +53,40 @@ class FusedModelRunner:
         self._mixer = self._load_mixer()
         self._prompt_logprobs = PromptLogprobs(self.runners, self._mixer)
 
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None
+    ) -> ModelRunnerOutput | None:
+        """Returns vLLM's empty output if nothing is scheduled, or else None."""
+        self._start = time.perf_counter()
+        self._num_tokens = scheduler_output.total_num_scheduled_tokens
+        # One by one: a plan is made while the device runs the specialist before.
+        plans = (view.translate(scheduler_output) for view in self._views)
+        idle = self.specialists.forward(plans, self._clock)
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return idle
+        self._num_outputs = {request: num_outputs for request, _, num_outputs in scheduled_requests(scheduler_output)}
+        return None
+
+
+class FusedModelRunner(HalfStep[Mixer]):
+    """n specialists behind the interface of one model runner."""
+
+    def __init__(
+        self, specialists: Specialists, load_mixer: Callable[[], Mixer], speculation: Speculation | None = None
+    ) -> None:
+        """As `HalfStep`; with `speculation` tokens are guessed ahead."""
+        super().__init__(specialists, load_mixer)
+        self.speculation = speculation
+        self._forcing = Forcing(self.leader.sampler)
+        if speculation is not None:
+            verify_in(self.specialists.runners, self._forcing)
+        self._drawn = LeaderDraw(self.leader)
+
     @property
     def model_memory_usage(self) -> int:
         """Bytes of weights, and of what is allocated with them: what vLLM's memory profiling does not see itself."""
-        return self.specialists.model_memory_usage + (0 if self.speculation is None else self.speculation.num_bytes)
+        drafting = 0 if self.speculation is None else self.speculation.num_bytes
+        return self.specialists.model_memory_usage + self._mixer.num_bytes + drafting
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Run every specialist once with the largest batch, then mix and sample once with all their results held."""
@@ -72,37 +99,23 @@ class FusedModelRunner:
             self.leader._dummy_sampler_run(rows[0].hidden_RD[: self.leader.max_num_reqs])
             self.leader._sync_device()
 
-    def execute_model(
-        self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None
-    ) -> ModelRunnerOutput | None:
-        """The first half of a step, translate and run; nothing is drawn yet.
-
-        Returns vLLM's empty output if nothing is scheduled, or else None.
-        """
-        self._start = time.perf_counter()
-        self._num_tokens = scheduler_output.total_num_scheduled_tokens
-        # One by one: a plan is made while the device runs the specialist before.
-        plans = (view.translate(scheduler_output) for view in self._views)
-        idle = self.specialists.forward(plans, self._clock)
-        if scheduler_output.total_num_scheduled_tokens == 0:
-            return idle
-        self._num_outputs = {request: num_outputs for request, _, num_outputs in scheduled_requests(scheduler_output)}
-        return None
-
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """The second half: mix, draw, hand out. The output names every scheduled request."""
         assert self._num_outputs is not None, "sample_tokens() must follow execute_model()"
         num_outputs, self._num_outputs = self._num_outputs, None
         rows_SR = [rows_of(runner, num_outputs) for runner in self.runners]
-        unfinished = unfinished_slots(self.leader)
-        ending = [row for row in rows_SR[0] if row.slot not in unfinished]
+        ending = self._ending(rows_SR[0], num_outputs)
         marks_XB = self._mix(rows_SR, ending) if ending else None
         step = StepOnTheWay(ending, marks_XB, self._clock, self.speculation.decisions if self.speculation else {})
-        output = self._draw(rows_SR[0], unfinished, grammar_output)
+        output = self._draw(rows_SR[0], grammar_output)
         self._hand_out(rows_SR, ending)
         if self.speculation is not None:
             self.speculation.go_on(ending, marks_XB, self._seconds_if_only(len(ending)))
         return completed(output, list(num_outputs), step)
+
+    def _ending(self, rows_R: Sequence[Row], num_outputs: Mapping[str, int]) -> list[Row]:
+        """The leader's rows that end in a token."""
+        return ending_rows(self.leader, rows_R)
 
     def _mix(self, rows_SR: list[list[Row]], ending: list[Row]) -> Tensor:
         """Put the fused logits in the place of the leader's; the marks [X, B]."""
@@ -118,7 +131,7 @@ class FusedModelRunner:
         return marks_XB
 
     def _draw(
-        self, rows_R: list[Row], unfinished: set[int], grammar_output: GrammarOutput | None
+        self, rows_R: list[Row], grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Have the leader sample; rows that end in no token must not advance their seeded generator.
 
@@ -128,7 +141,7 @@ class FusedModelRunner:
             return ModelRunnerOutput(req_ids=[], req_id_to_index={}, sampled_token_ids=[])
         self._forcing.set(given_tokens(rows_R, self.leader.requests))
         generators = self.leader.input_batch.generators
-        held = {slot: generators.pop(slot) for slot in unfinished if slot in generators}
+        held = {slot: generators.pop(slot) for slot in unfinished_slots(self.leader) if slot in generators}
         output = self.leader.sample_tokens(grammar_output)
         generators.update(held)
         return output
@@ -139,7 +152,7 @@ class FusedModelRunner:
             if rows_R and ending:
                 give(follower, in_order_of(rows_R, self._drawn.token_ids_RK, ending))
             elif rows_R:
-                give(follower, torch.zeros(follower.input_batch.num_reqs, 1, dtype=torch.int32, device=follower.device))
+                give(follower, no_tokens(follower))
 
     def _seconds_if_only(self, num_rows: int) -> float | None:
         """How long this step took so far; None if it computed more than so many rows, as where a prompt is read."""

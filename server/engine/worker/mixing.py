@@ -40,11 +40,14 @@ class Rows:
 
     def hidden_of(self, wanted: Sequence[Row]) -> Tensor:
         """Hidden states [B, D] of another runner's rows."""
-        return _take(self.hidden_RD, self.indices_of(wanted))
+        return take(self.hidden_RD, self.indices_of(wanted))
 
 
 class Mixer:
     """The paper's gate and sum: fused logits = sum_s softmax_s(g(h_s)) * o_s, in float32 (paper, The model)."""
+
+    num_bytes: int = 0
+    """Of memory beside the gate."""
 
     def __init__(self, gate: Gate | None, num_shared_ids: int) -> None:
         """`gate` is None for a single specialist, whose weight is 1."""
@@ -63,13 +66,24 @@ class Mixer:
         """
         indices_SB = [own.indices_of(ending) for own in specialists]
         pairs = list(zip(specialists, indices_SB, strict=True))
-        hidden_SBD = [_take(own.hidden_RD, indices_B) for own, indices_B in pairs]
+        hidden_SBD = [take(own.hidden_RD, indices_B) for own, indices_B in pairs]
         with clock.measure("gate"):
             weights_SB = self._weights(hidden_SBD)
         with clock.measure("mix"):
-            logits_SBV = [_take(own.logits_RV, indices_B)[:, : self._num_shared_ids] for own, indices_B in pairs]
-            mixed_BV, marks_XB = self._mix_and_mark(weights_SB, hidden_SBD, logits_SBV, specialists[0].logits_RV)
-            return _into_leader(mixed_BV, specialists[0].logits_RV, indices_SB[0]), marks_XB
+            logits_SBV = [take(own.logits_RV, indices_B)[:, : self._num_shared_ids] for own, indices_B in pairs]
+            return self._fuse(weights_SB, hidden_SBD, logits_SBV, specialists[0].logits_RV, indices_SB[0])
+
+    def _fuse(
+        self,
+        weights_SB: Tensor,
+        hidden_SBD: Sequence[Tensor],
+        logits_SBV: Sequence[Tensor],
+        leader_RV: Tensor,
+        indices_B: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        """As `fuse_into_leader`, with the rows at hand; `indices_B` are their places among the leader's."""
+        mixed_BV, marks_XB = self._mix_and_mark(weights_SB, hidden_SBD, logits_SBV, leader_RV)
+        return _into_leader(mixed_BV, leader_RV, indices_B), marks_XB
 
     def _mix_and_mark(
         self, weights_SB: Tensor, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor], leader_RV: Tensor
@@ -96,7 +110,9 @@ class Mixer:
         """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""
         if self._gate is None:
             return torch.ones(1, hidden_SBD[0].shape[0], device=hidden_SBD[0].device)
-        weights_SB: Tensor = self._gate(hidden_SBD)
+        return self._agree(self._gate(hidden_SBD))
+
+    def _agree(self, weights_SB: Tensor) -> Tensor:
         group = get_tp_group()
         if group.world_size > 1:
             weights_SB = group.broadcast(weights_SB.contiguous(), src=0)
@@ -112,7 +128,7 @@ def _into_leader(mixed_BV: Tensor, leader_RV: Tensor, indices_B: list[int]) -> T
     return fused_RV
 
 
-def _take(tensor_RX: Tensor, indices: list[int]) -> Tensor:
+def take(tensor_RX: Tensor, indices: list[int]) -> Tensor:
     """The rows `indices`; without a copy when they are all rows in order, the common case of a decode step."""
     if _is_everything(indices, tensor_RX.shape[0]):
         return tensor_RX

@@ -16,7 +16,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from ultrafuser.server.engine.shared.round import Decision
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.shared.step import NUM_OTHER_MARKS, StepRecord
-from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.timing import StepClock, to_host
 
 
 class StepOnTheWay:
@@ -28,10 +28,7 @@ class StepOnTheWay:
         """Begin to copy; `rows` in the order of B, no marks if there is none; `decisions` that led to this step."""
         self._rows, self._decisions = rows, decisions
         self._clock = clock
-        self._marks_XB = torch.empty(NUM_OTHER_MARKS, 0) if marks_XB is None else marks_XB
-        if self._marks_XB.device.type != "cpu":
-            pinned_XB = torch.empty(self._marks_XB.shape, dtype=self._marks_XB.dtype, pin_memory=True)
-            self._marks_XB = pinned_XB.copy_(self._marks_XB, non_blocking=True)
+        self._marks_XB = torch.empty(NUM_OTHER_MARKS, 0) if marks_XB is None else to_host(marks_XB)
 
     def arrive(self, num_tokens: Mapping[str, int]) -> StepRecord:
         """To be called when the step's tokens are on the host: so many of each request."""

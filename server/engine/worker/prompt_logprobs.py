@@ -9,13 +9,12 @@ Shapes: S specialists, T tokens of the step, B positions that are scored togethe
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-from ultrafuser.server.engine.worker.mixing import Mixer
 
 MAX_POSITIONS = 128
 """Positions scored at once. One position of three specialists takes about 3 MB at 150,000 ids, and nothing is set aside
@@ -24,10 +23,17 @@ for it: a whole chunk of 8,192 would not fit beside weights and cache."""
 _LOGITS_MODES = ("raw_logits", "processed_logits")
 
 
+class Scorer(Protocol):
+    """Mixes rows, or gives them to who does."""
+
+    def mix(self, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor]) -> Tensor | None:
+        """Fused logits [B, V] of rows that all specialists have in the same order; None if another rank mixes."""
+
+
 class PromptLogprobs:
     """What `GPUModelRunner._get_prompt_logprobs_dict` gives, for n specialists."""
 
-    def __init__(self, runners: Sequence[GPUModelRunner], mixer: Mixer) -> None:
+    def __init__(self, runners: Sequence[GPUModelRunner], mixer: Scorer) -> None:
         """Have the leader, `runners[0]`, ask here; it does so at the end of a step, before the followers sample."""
         self._runners, self._leader = runners, runners[0]
         self._mixer = mixer
@@ -45,7 +51,7 @@ class PromptLogprobs:
         """
         wanted: dict[str, int] = self._leader.num_prompt_logprobs
         complete = {}
-        for request in [name for name in wanted if name in num_scheduled]:
+        for request in [name for name in num_scheduled if name in wanted]:  # the plan's order, that of all ranks
             state = self._leader.requests[request]
             begin, end = state.num_computed_tokens, state.num_computed_tokens + num_scheduled[request]
             num_rows = len(state.prompt_token_ids) - 1
@@ -75,14 +81,18 @@ class PromptLogprobs:
                 for own_TD, first in zip(hidden_STD, firsts, strict=True)
             ]
             found = self._score(hidden_SBD, prompt[start + 1 : stop + 1], table.logprobs.shape[1] - 1)
+            if found is None:
+                continue
             for column, values in zip(table[:3], found[:3], strict=True):
                 column[start:stop].copy_(values, non_blocking=True)
 
-    def _score(self, hidden_SBD: Sequence[Tensor], targets: Sequence[int], num_top: int) -> LogprobsTensors:
-        """The tokens that follow, and the most likely ones, at each of B positions."""
+    def _score(self, hidden_SBD: Sequence[Tensor], targets: Sequence[int], num_top: int) -> LogprobsTensors | None:
+        """The tokens that follow, and the most likely ones, at each of B positions; None if another rank scores."""
         pairs = zip(self._runners, hidden_SBD, strict=True)
         logits_SBV = [runner.model.compute_logits(hidden_BD) for runner, hidden_BD in pairs]
         scores_BV = self._mixer.mix(hidden_SBD, logits_SBV)
+        if scores_BV is None:
+            return None
         sampler = self._leader.sampler
         if self._leader.model_config.logprobs_mode not in _LOGITS_MODES:
             scores_BV = sampler.compute_logprobs(scores_BV)

@@ -3,7 +3,7 @@
 Shapes: R requests of a runner's batch, K tokens that a request is given at most in a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ class LeaderDraw:
     def __init__(self, leader: GPUModelRunner) -> None:
         self._sample = leader._sample
         leader._sample = self._sample_and_remember
+        self.then: Callable[[Tensor], None] = lambda _: None
+        """Called with the tokens as soon as they are drawn."""
 
     def _sample_and_remember(self, *args: Any, **kwargs: Any) -> SamplerOutput:
         output = self._sample(*args, **kwargs)
         self.token_ids_RK = output.sampled_token_ids
+        self.then(self.token_ids_RK)
         return output
 
 
@@ -40,6 +43,11 @@ def in_order_of(rows: Sequence[Row], token_ids_RK: Tensor, drawn: Sequence[Row])
     if slots == list(range(len(token_ids_RK))):
         return token_ids_RK  # the common decode step: no index to copy to the device
     return token_ids_RK[torch.tensor(slots, device=token_ids_RK.device)]
+
+
+def no_tokens(follower: GPUModelRunner) -> Tensor:
+    """For a step in which no row ends in a token: any, which the follower throws away."""
+    return torch.zeros(follower.input_batch.num_reqs, 1, dtype=torch.int32, device=follower.device)
 
 
 def give(follower: GPUModelRunner, token_ids_RK: Tensor) -> None:

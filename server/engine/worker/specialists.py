@@ -6,7 +6,7 @@ answered by the leader, the first.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -43,10 +43,10 @@ _AMPLE_BYTES = 1 << 62
 class Specialists:
     """The specialists' model runners, where vLLM's worker asks one."""
 
-    def __init__(self, runners: list[GPUModelRunner], names: list[str]) -> None:
-        """`runners[0]` is the leader."""
+    def __init__(self, runners: list[GPUModelRunner], names: Mapping[int, str]) -> None:
+        """`names` by the place in the fusion file; `runners[0]` is the leader, if that has place 0."""
         self.leader, self.followers = runners[0], runners[1:]
-        self.runners, self.names = runners, names
+        self.runners, self.names, self.indices = runners, list(names.values()), list(names)
 
     def __getattr__(self, name: str) -> Any:
         if name in _ASKED_OF_ALL:
@@ -153,6 +153,12 @@ def unfinished_slots(runner: GPUModelRunner) -> set[int]:
     """Places in a runner's batch whose prefill is not finished with this step."""
     num_requests = runner.input_batch.num_reqs
     return set(runner.discard_request_mask.np[:num_requests].nonzero()[0].tolist())
+
+
+def ending_rows(runner: GPUModelRunner, rows_R: Sequence[Row]) -> list[Row]:
+    """Those of a runner's rows that end in a token."""
+    unfinished = unfinished_slots(runner)
+    return [row for row in rows_R if row.slot not in unfinished]
 
 
 def _is_full_attention(spec: KVCacheSpec) -> bool:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ultrafuser.server.engine.shared.step import Span
 
@@ -51,6 +52,7 @@ class StepClock:
         self._mark: Callable[[], Any] = _ClockMark if device.type == "cpu" else _StreamMark
         # Nobody asks the ranks whose output is not used; they must not remember for ever.
         self._running: deque[tuple[str, str | None, Any, Any]] = deque(maxlen=_MOST_REMEMBERED)
+        self._heard: deque[tuple[Tensor, Any, Callable[[Tensor], list[Span]]]] = deque(maxlen=_MOST_REMEMBERED)
 
     @contextmanager
     def measure(self, part: str, specialist: str | None = None) -> Iterator[None]:
@@ -68,10 +70,25 @@ class StepClock:
             return nullcontext()
         return self.measure("prefill" if num_tokens > num_requests else "decode", specialist)
 
-    def take(self) -> list[Span]:
-        """What has ended and was not taken yet, in order."""
-        spans = []
-        while self._running and self._running[0][3].is_past:
+    def hear(self, told: Tensor, spans_of: Callable[[Tensor], list[Span]]) -> None:
+        """Take note of what other ranks have measured, once it is on the host."""
+        self._heard.append((to_host(told), self._mark(), spans_of))
+
+    def take(self, most: int = _MOST_REMEMBERED) -> list[Span]:
+        """What has ended and was not taken yet, in order, at most so many; then all that was heard."""
+        spans: list[Span] = []
+        while self._running and self._running[0][3].is_past and len(spans) < most:
             part, specialist, start, end = self._running.popleft()
             spans.append(Span(part, specialist, end.seconds_since(start)))
+        while self._heard and self._heard[0][1].is_past:
+            told, _, spans_of = self._heard.popleft()
+            spans += spans_of(told)
         return spans
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, under way: there once the device's stream has come as far as it is now."""
+    if tensor.device.type == "cpu":
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)

@@ -6,19 +6,31 @@ Knows no CPU: to import vLLM's worker for it takes the GPU away (`server/engine/
 """
 
 import copy
-from typing import Any
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.gate import Gate, load_gate
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
+from ultrafuser.server.engine.worker.exchange import Exchange, make_own_ranks_the_world
 from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
 from ultrafuser.server.engine.worker.mixing import Mixer
+from ultrafuser.server.engine.worker.output_heads import introduce, meet
 from ultrafuser.server.engine.worker.specialists import Specialists
 from ultrafuser.server.engine.worker.speculation import Speculation
+from ultrafuser.server.engine.worker.split_mixing import GatheringMixer, SendingMixer
+from ultrafuser.server.engine.worker.split_step import SplitFollower, SplitLeader
+
+logger = logging.getLogger(__name__)
 
 
 class FusedWorkerMixin(Worker):
@@ -27,24 +39,91 @@ class FusedWorkerMixin(Worker):
     model_runner: Any
     """vLLM's own until `init_device` has run, then the fused one."""
 
+    def __init__(self, vllm_config: VllmConfig, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; a rank of a follower's own works with that follower's configuration."""
+        self._spec = EngineSpec.from_vllm_config(vllm_config)
+        self._index = rank // vllm_config.parallel_config.tensor_parallel_size if self._spec.exchange else 0
+        if self._index:
+            vllm_config = follower_config(vllm_config, self._spec.specialists[self._index])
+        super().__init__(vllm_config, local_rank, rank, *args, **kwargs)
+
     def init_device(self) -> None:
-        """Set up the device as vLLM does, then put n model runners in the place of one."""
+        """Set up the device as vLLM does, then put n model runners in the place of one.
+
+        vLLM calls this under the leader's configuration on every rank, and makes its groups as that says: were they
+        made as each follower's says, ranks would wait for groups that others do not make.
+        """
         super().init_device()
-        spec = EngineSpec.from_vllm_config(self.vllm_config)
+        if self._spec.exchange is not None:
+            self.model_runner = self._split_runner(self._spec.exchange)
+            return
+        spec = self._spec
         runners = [self.model_runner]
         for specialist in spec.specialists[1:]:
-            config = follower_config(self.vllm_config, specialist)
-            with set_current_vllm_config(config):
-                runners.append(type(runners[0])(config, self.device))
-        specialists = Specialists(runners, spec.names)
+            runners.append(self._runner_of(follower_config(self.vllm_config, specialist)))
+        specialists = Specialists(runners, dict(enumerate(spec.names)))
         speculation = None
         if spec.speculation is not None:
             speculation = Speculation(runners, spec.speculation, spec.num_shared_ids)
-        self.model_runner = FusedModelRunner(specialists, lambda: self._load_mixer(spec), speculation)
+        self.model_runner = FusedModelRunner(specialists, lambda: Mixer(self._gate(), spec.num_shared_ids), speculation)
 
-    def _load_mixer(self, spec: EngineSpec) -> Mixer:
-        gate = load_gate(spec.gate, spec.names, spec.hidden_sizes).to(self.device).eval() if spec.gate else None
-        return Mixer(gate, spec.num_shared_ids)
+    def determine_available_memory(self) -> int:
+        """As vLLM's; an error ends the process of a rank that nobody listens to."""
+        with self._fatal_errors():
+            return super().determine_available_memory()
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """As vLLM's; an error ends the process of a rank that nobody listens to."""
+        with self._fatal_errors():
+            return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """As vLLM's; an error ends the process of a rank that nobody listens to."""
+        with self._fatal_errors():
+            return super().sample_tokens(grammar_output)
+
+    @contextmanager
+    def _fatal_errors(self) -> Iterator[None]:
+        """vLLM hears the errors of rank 0 alone, which waits for the others: an error of theirs ends their process, and
+        that it notices. At once, since an orderly end waits for what is under way between the ranks."""
+        try:
+            yield
+        except Exception:
+            if self.rank == 0:
+                raise
+            logger.exception("rank %d cannot go on", self.rank)
+            os._exit(1)
+
+    def _runner_of(self, config: VllmConfig) -> GPUModelRunner:
+        with set_current_vllm_config(config):
+            return type(self.model_runner)(config, self.device)
+
+    def _split_runner(self, what: Literal["logits", "hidden"]) -> SplitLeader | SplitFollower:
+        """The runner of one specialist, whose ranks send or are sent `what` for each row."""
+        spec, index = self._spec, self._index
+        exchange = Exchange(len(spec.specialists), self.parallel_config.tensor_parallel_size)
+        make_own_ranks_the_world()
+        runner = self._runner_of(self.vllm_config) if index else self.model_runner
+        specialists, num_shared_ids = Specialists([runner], {index: spec.names[index]}), spec.num_shared_ids
+
+        def gathering() -> GatheringMixer:
+            gate = self._gate()
+            assert gate is not None
+            return GatheringMixer(gate, num_shared_ids, spec.names, exchange, meet(exchange))
+
+        def sending() -> SendingMixer:
+            gate = self._gate()
+            assert gate is not None
+            introduce(runner, spec.names[index], what, num_shared_ids, exchange)
+            return SendingMixer(gate, index, num_shared_ids, what, exchange)
+
+        if index:
+            return SplitFollower(specialists, sending, exchange)
+        return SplitLeader(specialists, gathering, exchange)
+
+    def _gate(self) -> Gate | None:
+        spec = self._spec
+        return load_gate(spec.gate, spec.names, spec.hidden_sizes).to(self.device).eval() if spec.gate else None
 
 
 class FusedGPUWorker(FusedWorkerMixin, Worker):

@@ -1,0 +1,55 @@
+"""Where ranks of different specialists meet, if each specialist has ranks of its own.
+
+A rank meets those that hold the same shard of the other specialists. Followers send to the leader, in the order of the
+fusion file; the leader tells all. Knows ranks and tensors, not what they mean.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group, parallel_state
+from vllm.distributed.parallel_state import get_world_group, init_model_parallel_group
+from vllm.platforms import current_platform
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor that is to come."""
+
+
+class Exchange:
+    """One rank of every specialist, the leader's first."""
+
+    def __init__(self, num_specialists: int, tensor_parallel_size: int) -> None:
+        """Every rank of the world makes one, at the same time."""
+        ranks = [
+            [specialist * tensor_parallel_size + shard for specialist in range(num_specialists)]
+            for shard in range(tensor_parallel_size)
+        ]
+        local_rank = get_world_group().local_rank
+        self._group = init_model_parallel_group(ranks, local_rank, current_platform.dist_backend, group_name="exchange")
+
+    def send(self, tensor: Tensor) -> None:
+        """A follower's to the leader."""
+        self._group.send(tensor.contiguous(), 0)
+
+    def receive(self, kinds: Sequence[Kind]) -> list[Tensor]:
+        """What each follower sends."""
+        return [self._group.recv(torch.Size(shape), dtype, 1 + place) for place, (shape, dtype) in enumerate(kinds)]
+
+    def tell(self, tensor: Tensor) -> Tensor:
+        """The leader's to all, put into the followers' tensor of the same shape and type."""
+        told: Tensor = self._group.broadcast(tensor.contiguous(), src=0)
+        return told
+
+    def introduce(self, own: Any) -> list[Any]:
+        """What each of them, the leader too, has to say of itself: any object."""
+        everyone: list[Any] = [None] * self._group.world_size
+        torch.distributed.all_gather_object(everyone, own, group=self._group.cpu_group)
+        return everyone
+
+
+def make_own_ranks_the_world() -> None:
+    """From now on the world is one specialist's ranks to whoever asks vLLM for it: FlashInfer's tuning and loaders that
+    share the reading of weights exchange across the world, and would mix different models."""
+    parallel_state._WORLD = get_tp_group()

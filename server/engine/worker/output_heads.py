@@ -1,0 +1,106 @@
+"""What a follower with ranks of its own sends for a row, and how the leader makes logits of it.
+
+With `exchange: logits` these are the logits. With `exchange: hidden` it is the last hidden state, and the leader's
+ranks hold the follower's output head beside their own: every model has as many ranks, so each takes the shard that the
+follower's rank which it meets has loaded. Knows models and weights, neither rows nor the gate.
+
+Shapes: B rows, D hidden size, V rows of a shard, or of the vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from ultrafuser.server.engine.worker.exchange import Exchange
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one follower sends for each row."""
+
+    width: int
+    dtype: torch.dtype
+    logits_of: Callable[[Tensor], Tensor]
+    """From B of them to their logits [B, V]."""
+    num_bytes: int
+    """Of memory that this takes at the leader's."""
+
+
+@dataclass(frozen=True)
+class _Introduction:
+    """What a follower says of itself when its weights are loaded."""
+
+    width: int
+    dtype: torch.dtype
+    head_shape: tuple[int, ...]
+    """Of the weights that follow; empty: none."""
+    head_dtype: torch.dtype
+    logits_processor: nn.Module | None
+
+
+class _Head(nn.Module):
+    """A shard of another model's output head, as much as vLLM's `LogitsProcessor` wants of one."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_VD, requires_grad=False)
+        self.tp_size = get_tp_group().world_size
+        self.quant_method = UnquantizedEmbeddingMethod()
+        self.quant_method.process_weights_after_loading(self)
+
+
+def introduce(
+    runner: GPUModelRunner, name: str, what: Literal["logits", "hidden"], num_shared_ids: int, exchange: Exchange
+) -> None:
+    """A follower's part: say what will be sent, and send the output head if it is hidden states.
+
+    Raises:
+        ValueError: the leader could not make the same logits of them.
+    """
+    model, config = runner.model, runner.model_config
+    if what == "logits":
+        exchange.introduce(_Introduction(num_shared_ids, config.head_dtype, (), config.head_dtype, None))
+        return
+    width = config.get_hidden_size()
+    if not _is_plain(model, width, config.dtype, runner.device):
+        raise ValueError(
+            f"specialists.{name}.model: its output head is quantised, or no plain matrix; set engine.exchange: logits"
+        )
+    weight_VD = model.lm_head.weight.data
+    exchange.introduce(
+        _Introduction(width, config.dtype, tuple(weight_VD.shape), weight_VD.dtype, model.logits_processor)
+    )
+    exchange.send(weight_VD)
+    model.compute_logits = lambda hidden_BD: hidden_BD  # nobody reads them
+
+
+def meet(exchange: Exchange) -> list[Sent]:
+    """The leader's part: what each follower sends, the output heads taken in."""
+    followers: list[_Introduction] = exchange.introduce(None)[1:]
+    with_head = [own for own in followers if own.logits_processor is not None]
+    if not with_head:
+        return [Sent(own.width, own.dtype, lambda logits_BV: logits_BV, 0) for own in followers]
+    weights = exchange.receive([(own.head_shape, own.head_dtype) for own in followers])
+    return [_through_head(own, weight_VD) for own, weight_VD in zip(followers, weights, strict=True)]
+
+
+def _through_head(follower: _Introduction, weight_VD: Tensor) -> Sent:
+    head, processor = _Head(weight_VD), follower.logits_processor
+    assert processor is not None
+    return Sent(follower.width, follower.dtype, lambda hidden_BD: processor(head, hidden_BD), weight_VD.nbytes)
+
+
+@torch.inference_mode()
+def _is_plain(model: Any, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether logits are what vLLM's processor makes of hidden states and a plain matrix, and nothing else."""
+    head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
+    if processor is None or not isinstance(getattr(head, "quant_method", None), UnquantizedEmbeddingMethod):
+        return False
+    hidden_BD = torch.linspace(-1, 1, 2 * width, device=device).reshape(2, width).to(dtype)
+    return torch.equal(model.compute_logits(hidden_BD), processor(head, hidden_BD))
