@@ -128,21 +128,22 @@ class ContinuousBatching:
         self._free += self._engine.step()
 
 
-def fused_engine(fusion: FusionConfig, **settings: Any) -> StepEngine:
+def fused_engine(fusion: FusionConfig, *, executor: str = "uni", **settings: Any) -> StepEngine:
     """The fused engine of a materialized fusion, some of whose engine settings are others.
 
-    Without `speculation` one step is one token of every request.
+    Without `speculation` one step is one token of every request. With another `executor` its ranks are processes.
     """
     settings = {"speculation": SpeculationSettings(max_tokens=0), **settings}
     fusion = fusion.model_copy(update={"engine": fusion.engine.model_copy(update=settings)})
     with _in_this_process():
-        return StepEngine(FusedLLM(fusion, distributed_executor_backend="uni"), fused_input)
+        return StepEngine(FusedLLM(fusion, distributed_executor_backend=executor), fused_input)
 
 
-def plain_engine(fusion: FusionConfig, info: FusedModelInfo) -> StepEngine:
-    """Plain vLLM on the fusion's first specialist, with vLLM's own worker, scheduler and the fusion's settings."""
+def plain_engine(fusion: FusionConfig, info: FusedModelInfo, index: int = 0) -> StepEngine:
+    """Plain vLLM on one of the fusion's specialists, with vLLM's own worker, scheduler and the fusion's settings; what
+    it is asked is a request's first prompt."""
     with _in_this_process():
-        llm = LLM(**plain_engine_options(fusion, info, 0) | {"distributed_executor_backend": "uni"})
+        llm = LLM(**plain_engine_options(fusion, info, index) | {"distributed_executor_backend": "uni"})
         return StepEngine(llm, lambda prompts: tokens_input(prompts[0]))
 
 

@@ -168,7 +168,7 @@ def two_engines(
             batch: random_requests(info, [sizes.prompt_length] * batch, [num_tokens] * batch, seed=batch)
             for batch in sizes.batches
         } | {LONG: random_requests(info, [sizes.long_prompt], [1], seed=0)}
-        drafts = {"speculation": speculation} if speculation else {}
+        drafts: dict[str, Any] = {"speculation": speculation} if speculation else {}
         fused = fused_engine(fusion, gpu_memory_utilization=sizes.fused_share, **drafts)
         share = fusion.engine.model_copy(update={"gpu_memory_utilization": sizes.plain_share})
         yield fused, lambda: plain_engine(fusion.model_copy(update={"engine": share}), info), requests

@@ -23,8 +23,10 @@ def mix_and_mark(
 ) -> tuple[Tensor, Tensor]:
     """Fused logits [B, W], float32, -inf from `num_shared_ids` on, and marks [X, B] as `observe` describes them.
 
-    Rows that are not finite have equal logits. Tensors are rows by contiguous values; rows may be apart.
+    Rows that are not finite have equal logits. Values of a row lie side by side; rows may be apart, but begin where the
+    device's loads are aligned, or the kernels are compiled again.
     """
+    assert all(rows.stride(1) == 1 for rows in logits_SBV)
     num_specialists, num_rows = weights_SB.shape
     num_blocks = triton.cdiv(width, _BLOCK)
     own: dict[str, Any] = {"device": weights_SB.device}
@@ -35,29 +37,29 @@ def mix_and_mark(
     best_mixed_BC = torch.empty(num_rows, num_blocks, dtype=torch.float32, **own)
     weights_SB = weights_SB.contiguous()
     found = (best_SBC, ids_SBC, is_bad_SBC, best_mixed_BC)
-    sizes = (num_rows, num_shared_ids, width, num_blocks)
+    sizes = (num_rows, width, num_blocks)
     _mix[(num_rows, num_blocks)](
         tuple(logits_SBV), tuple(rows.stride(0) for rows in logits_SBV), weights_SB, mixed_BW, *found, *sizes,
-        S=num_specialists, BLOCK=_BLOCK,
+        NUM_SHARED=num_shared_ids, S=num_specialists, BLOCK=_BLOCK,
     )  # fmt: skip
     _mark[(num_rows,)](
         tuple(hidden_SBD), tuple(rows.stride(0) for rows in hidden_SBD), tuple(rows.shape[1] for rows in hidden_SBD),
         weights_SB, mixed_BW, marks_XB, *found, *sizes,
-        S=num_specialists, BLOCK=_BLOCK, BLOCK_C=triton.next_power_of_2(num_blocks),
+        NUM_SHARED=num_shared_ids, S=num_specialists, BLOCK=_BLOCK, BLOCK_C=triton.next_power_of_2(num_blocks),
         BLOCK_D=triton.next_power_of_2(max(rows.shape[1] for rows in hidden_SBD)),
     )  # fmt: skip
     return mixed_BW, marks_XB
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "strides_S"])
 def _mix(  # type: ignore[no-untyped-def]
     logits_SBV, strides_S, weights_SB, mixed_BW, best_SBC, ids_SBC, is_bad_SBC, best_mixed_BC,
-    num_rows, num_shared, width, num_blocks, S: tl.constexpr, BLOCK: tl.constexpr,
+    num_rows, width, num_blocks, NUM_SHARED: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of ids of one row: the fused logits, and of each specialist and of the mixture what is largest."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
-    is_shared = ids < num_shared
+    is_shared = ids < NUM_SHARED
     mixed = tl.zeros([BLOCK], tl.float32)
     for s in tl.static_range(S):
         logits = tl.load(logits_SBV[s] + row * strides_S[s] + ids, mask=is_shared, other=0.0).to(tl.float32)
@@ -65,7 +67,7 @@ def _mix(  # type: ignore[no-untyped-def]
         best, index = tl.max(tl.where(is_shared, logits, -float("inf")), axis=0, return_indices=True)
         place = (s * num_rows + row) * num_blocks + block
         tl.store(best_SBC + place, best)
-        tl.store(ids_SBC + place, tl.minimum(block * BLOCK + index, num_shared - 1))
+        tl.store(ids_SBC + place, tl.minimum(block * BLOCK + index, NUM_SHARED - 1))
         tl.store(is_bad_SBC + place, tl.max((~(tl.abs(logits) < float("inf"))).to(tl.int32), axis=0))
     mixed = tl.where(is_shared, mixed, -float("inf"))
     tl.store(mixed_BW + row * width + ids, mixed, mask=ids < width)
@@ -81,11 +83,11 @@ def _best_id(best_SBC, ids_SBC, start, num_blocks, BLOCK_C: tl.constexpr):  # ty
     return tl.load(ids_SBC + start + tl.minimum(index, num_blocks - 1))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "strides_S"])
 def _mark(  # type: ignore[no-untyped-def]
     hidden_SBD, strides_S, sizes_S, weights_SB, mixed_BW, marks_XB, best_SBC, ids_SBC, is_bad_SBC, best_mixed_BC,
-    num_rows, num_shared, width, num_blocks,
-    S: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    num_rows, width, num_blocks,
+    NUM_SHARED: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row's marks; its logits are made equal if a value is not finite."""
     row = tl.program_id(0).to(tl.int64)
@@ -122,6 +124,6 @@ def _mark(  # type: ignore[no-untyped-def]
     tl.store(marks_XB + (S + 1) * num_rows + row, num_agreeing.to(tl.float32))
     tl.store(marks_XB + (S + 2) * num_rows + row, culprits.to(tl.float32))
     if culprits != 0:
-        for first in range(0, num_shared, BLOCK):
+        for first in range(0, NUM_SHARED, BLOCK):
             ids = first + tl.arange(0, BLOCK)
-            tl.store(mixed_BW + row * width + ids, tl.zeros([BLOCK], tl.float32), mask=ids < num_shared)
+            tl.store(mixed_BW + row * width + ids, tl.zeros([BLOCK], tl.float32), mask=ids < NUM_SHARED)

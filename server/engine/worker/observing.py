@@ -1,7 +1,7 @@
-"""What the mixture did in each row of a step, computed where the logits are and small enough to travel with the step.
+"""What the mixture did in each row of a step on a CPU, small enough to travel with the step.
 
-Knows tensors, not requests. Nothing here waits for a GPU; on the CPU, where asking is free and every pass over the
-logits counts, less is computed.
+Knows tensors, not requests. Asking is free here and every pass over the logits counts, so that no more is computed than
+has to be. On a GPU `server/engine/worker/mix_kernel.py` gives the same.
 
 Shapes: S specialists, B rows that end in a token, D hidden size, V shared token ids, X = S + 3 marks of a row.
 """
@@ -47,19 +47,15 @@ def neutralize(logits_BV: Tensor, is_nonfinite_B: Tensor | None) -> None:
 
 
 def _argmax(logits_BV: Tensor) -> Tensor:
-    if logits_BV.device.type != "cpu":
-        return logits_BV.argmax(dim=-1)
     # torch looks at one value after the other there, NumPy at many.
     return torch.from_numpy(logits_BV.float().numpy().argmax(axis=-1))
 
 
 def _all_are_finite(hidden_SBD: Sequence[Tensor], fused_BV: Tensor) -> bool:
-    """Whether a quick look, possible on the CPU only, finds nothing suspicious.
+    """Whether a quick look finds nothing suspicious.
 
     A weight or a logit that is not finite makes the fused logits so, and anything that is not finite makes a sum so.
     """
-    if fused_BV.device.type != "cpu":
-        return False
     sums = [values.sum(dtype=torch.float32) for values in (fused_BV, *hidden_SBD)]
     return math.isfinite(float(sum(sums)))
 

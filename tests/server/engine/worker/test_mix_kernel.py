@@ -25,6 +25,7 @@ CASES = [
     ((300,), (64,), 300, 5, torch.float32),
     ((320, 328), (64, 32), 300, 6, torch.float32),
     ((2049, 2048, 3000), (64, 64, 64), 2048, 1, torch.float32),
+    ((320, 328), (1, 1), 300, 6, torch.float32),  # sums in the place of hidden states
 ]
 
 
@@ -51,6 +52,7 @@ def _compare(
     generator = torch.Generator().manual_seed(seed)
     hidden = [torch.randn(num_rows, size, generator=generator).to(dtype) for size in hidden_sizes]
     logits = [torch.randn(num_rows, size, generator=generator).to(dtype) for size in vocab_sizes]
+    logits = [(4 * own).round() / 4 for own in logits]  # with ties
     for own in logits[1:]:  # some specialists agree in some rows
         own[::2, :num_shared] = logits[0][::2, :num_shared]
     weights = (40 * torch.rand(len(vocab_sizes), num_rows, generator=generator)).softmax(0)  # one mostly leads
@@ -84,9 +86,23 @@ def _poison(weights: Tensor, hidden: list[Tensor], logits: list[Tensor], num_sha
         logits[0][4, num_shared] = NAN
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.requires_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_they_give_what_torch_gives() -> None:
     compare("cuda")
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_never_waited_for() -> None:
+    from ultrafuser.server.engine.worker.mix_kernel import mix_and_mark
+
+    weights, hidden, logits = (torch.rand(2, 3, size, device="cuda") for size in (1, 64, 320))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mix_and_mark(weights[:, :, 0], list(hidden), list(logits), 300, 320)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is installed with CUDA's packages only")
