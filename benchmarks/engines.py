@@ -135,14 +135,14 @@ def fused_engine(fusion: FusionConfig, *, executor: str = "uni", **settings: Any
     """
     settings = {"speculation": SpeculationSettings(max_tokens=0), **settings}
     fusion = fusion.model_copy(update={"engine": fusion.engine.model_copy(update=settings)})
-    with _in_this_process():
+    with in_this_process():
         return StepEngine(FusedLLM(fusion, distributed_executor_backend=executor), fused_input)
 
 
 def plain_engine(fusion: FusionConfig, info: FusedModelInfo, index: int = 0) -> StepEngine:
     """Plain vLLM on one of the fusion's specialists, with vLLM's own worker, scheduler and the fusion's settings; what
     it is asked is a request's first prompt."""
-    with _in_this_process():
+    with in_this_process():
         llm = LLM(**plain_engine_options(fusion, info, index) | {"distributed_executor_backend": "uni"})
         return StepEngine(llm, lambda prompts: tokens_input(prompts[0]))
 
@@ -163,7 +163,7 @@ def plain_engine_options(fusion: FusionConfig, info: FusedModelInfo, index: int)
 
 
 @contextmanager
-def _in_this_process() -> Iterator[None]:
+def in_this_process() -> Iterator[None]:
     """Start vLLM without processes of its own, and with all the threads and CUDA graphs that were there before.
 
     vLLM reads the variable while it starts; servers that are started later must not see it. An engine that profiles its

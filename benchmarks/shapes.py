@@ -76,8 +76,6 @@ SHAPES: Mapping[str, Shape] = {
         num_tokens=151665,
     ),
 }
-
-
 """`tiny` is for trying out; the others are what their makers published under these names."""
 
 

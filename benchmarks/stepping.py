@@ -10,6 +10,9 @@ from typing import Protocol
 
 from benchmarks.workload import Request
 
+NUM_UNCOUNTED = 2
+"""Steps at the beginning of a block."""
+
 
 class Stepper(Protocol):
     """Something that generates tokens for a batch of requests."""
@@ -48,8 +51,9 @@ def alternate(
 ) -> list[Round]:
     """Step both sides through the same requests, in blocks of `num_steps` steps that take turns.
 
-    The side that goes first changes from round to round. Each block begins with one step that is not counted: it
-    brings the side's own data back into the processor's caches. A side that is None is left out.
+    The side that goes first changes from round to round. Each block begins with two steps that are not counted: they
+    bring the side's own data back into the processor's caches, and where steps are scheduled ahead, the second waits
+    for what the other side had left under way. A side that is None is left out.
     """
     sides = [(name, side) for name, side in (("fused", fused), ("baseline", baseline)) if side is not None]
     for _, side in sides:
@@ -58,7 +62,8 @@ def alternate(
     for index in range(num_rounds):
         measured = Round()
         for name, side in sides if index % 2 == 0 else sides[::-1]:
-            side.step()
+            for _ in range(NUM_UNCOUNTED):
+                side.step()
             setattr(measured, name, [_seconds(side) for _ in range(num_steps)])
         rounds.append(measured)
     for _, side in sides:

@@ -145,7 +145,8 @@ class EngineSettings(_Section):
     """Seed of the engine's own random numbers; a request may bring its own."""
 
     load_format: Literal["auto", "dummy"] | None = None
-    """`dummy`: random weights in place of those of the files, to measure speed and memory before they are there."""
+    """`dummy`: random weights in the place of the files' own, the same for models of one shape: what is said means
+    nothing, speed and memory are the real ones."""
 
     speculation: SpeculationSettings | None = None
     """Guess tokens ahead; null: on a CPU with the defaults, on a GPU not; `max_tokens: 0`: not."""

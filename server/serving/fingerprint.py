@@ -19,9 +19,11 @@ def fingerprint(fusion: FusionConfig, dtypes: Sequence[str]) -> str:
     `dtypes` are those that the specialists are computed in, in the file's order.
 
     Folders count by name: those of prepared weights are named by their content, wherever the cache is. The served
-    name and the engine's sizes do not count.
+    name and the engine's sizes do not count; random weights do.
     """
     described = fusion.model_dump(mode="json", exclude={"name", "gate", "engine"})
+    if fusion.engine.load_format == "dummy":
+        described["weights"] = "random"
     for specialist, dtype in zip(described["specialists"], dtypes, strict=True):
         specialist |= {"model": Path(specialist["model"]).name, "dtype": dtype}
     gate = None if fusion.gate is None else gate_digest(fusion.gate)

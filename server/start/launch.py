@@ -114,6 +114,8 @@ def _log_configuration(settings: ServerSettings, fusion: FusionConfig, engine_op
     """What is served and how; keys are secret and templates long."""
     logger.info("settings: %s", settings.model_dump(exclude={"api_key"}, exclude_defaults=True))
     logger.info("engine: %s", fusion.engine.model_dump(exclude_none=True) | dict(engine_options))
+    if (dict(engine_options).get("load_format") or fusion.engine.load_format) == "dummy":
+        logger.warning("engine.load_format: dummy: weights are random, answers mean nothing; speed and memory are real")
     logger.info("sampling defaults: %s", fusion.sampling_defaults.model_dump(exclude_none=True))
     for specialist in fusion.specialists:
         logger.info("specialist: %s", specialist.model_dump(exclude_none=True, exclude={"chat_template"}))

@@ -46,12 +46,12 @@ def test_blocks_take_turns_and_the_first_side_changes_from_round_to_round() -> N
     log: list[str] = []
     rounds = alternate(Recorder("f", log), Recorder("b", log), REQUESTS, num_rounds=2, num_steps=2)
     assert log[:2] == ["f start", "b start"]
-    assert log[2:-2] == ["f"] * 3 + ["b"] * 3 + ["b"] * 3 + ["f"] * 3
+    assert log[2:-2] == ["f"] * 4 + ["b"] * 4 + ["b"] * 4 + ["f"] * 4
     assert log[-2:] == ["f stop", "b stop"]
     assert len(rounds) == 2
 
 
-def test_the_first_step_of_a_block_is_not_counted() -> None:
+def test_the_first_steps_of_a_block_are_not_counted() -> None:
     rounds = alternate(Recorder("f", []), Recorder("b", []), REQUESTS, num_rounds=1, num_steps=5)
     assert len(rounds[0].fused) == len(rounds[0].baseline) == 5
 

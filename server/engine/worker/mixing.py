@@ -1,8 +1,8 @@
 """From n forward passes to one row of logits for each row that ends in a token: match rows, gate, mix.
 
-This is the one small interface between the specialists' forward passes and the leader's sampler, so that
-another placement (specialists on separate groups of GPUs) replaces this module and nothing else. It knows
-tensors and what their rows are, not the schedule.
+This is the one small interface between the specialists' forward passes and the leader's sampler; where each
+specialist has ranks of its own, `server/engine/worker/split_mixing.py` stands in its place. It knows tensors and what
+their rows are, not the schedule.
 
 Shapes: S specialists, B rows that end in a token, R rows of a runner's logits, D hidden size, V vocabulary,
 X marks of a row (`server/engine/worker/observing.py`).

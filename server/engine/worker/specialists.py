@@ -107,8 +107,12 @@ class Specialists:
         )
 
     def profile_cudagraph_memory(self) -> int:
-        """Bytes that the CUDA graphs of all specialists will take."""
-        return sum(self._for_each(lambda runner: runner.profile_cudagraph_memory()))
+        """Bytes that the CUDA graphs of all specialists will take: as many for each as are foreseen for the largest.
+
+        Those that are profiled later find memory that the first have left, and seem to need half as much (on an H100
+        three models of 7B took 0.86 GiB, where 0.23, 0.12 and 0.12 were foreseen).
+        """
+        return len(self.runners) * max(self._for_each(lambda runner: runner.profile_cudagraph_memory()))
 
     @property
     def jit_warmup_registry(self) -> SimpleNamespace:

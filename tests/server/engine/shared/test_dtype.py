@@ -96,6 +96,11 @@ def test_a_specialist_has_a_definite_type(tiny_fusion: Path) -> None:
         load_fusion(path)
 
 
+def test_random_weights_are_part_of_the_fingerprint(fusion: FusionConfig) -> None:
+    dummy = fusion.model_copy(update={"engine": fusion.engine.model_copy(update={"load_format": "dummy"})})
+    assert fingerprint(dummy, ["float32"] * 3) != fingerprint(fusion, ["float32"] * 3)
+
+
 def test_the_type_is_part_of_the_fingerprint(fusion: FusionConfig) -> None:
     marks = {fingerprint(fusion, [dtype] * 3) for dtype in ("bfloat16", "float32", "float32")}
     assert len(marks) == 2
