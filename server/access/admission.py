@@ -79,11 +79,11 @@ class Admission:
             await asyncio.wait_for(self._is_empty.wait(), seconds)
         return not self._running
 
-    def end_all(self) -> None:
-        """Let nobody in any more and end whatever runs."""
+    def end_all(self, error: ApiError | None = None) -> None:
+        """Let nobody in any more and end whatever runs, with this error, or else since the server shuts down."""
         self._is_closed = True
         for request in self._running:
-            request.end(ShuttingDown())
+            request.end(error or ShuttingDown())
 
 
 class RunningRequest:

@@ -27,6 +27,7 @@ from ultrafuser.server.access.connections import guarded_protocol
 from ultrafuser.server.app import create_app
 from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
 from ultrafuser.server.engine.shared.options import check_engine_options, override_engine
+from ultrafuser.server.errors import EngineDead
 from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
 from ultrafuser.server.log import adopt_vllm_logging
 from ultrafuser.server.metrics import describe_build
@@ -89,7 +90,8 @@ def serve(
         name = serving.models.model_name()
         describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_Service(serving, settings, listener, progress).run())
+            is_split = fusion.engine.placement == "split"
+            return runner.run(_Service(serving, settings, listener, progress, ends_at_a_stall=is_split).run())
     finally:
         engine.shutdown(timeout=ENGINE_STOP_SECONDS)
 
@@ -125,7 +127,12 @@ class _Service:
     """A loaded engine while it is served: warm-up, watching the engine, the end."""
 
     def __init__(
-        self, serving: Serving, settings: ServerSettings, listener: socket.socket, progress: StartupProgress
+        self,
+        serving: Serving,
+        settings: ServerSettings,
+        listener: socket.socket,
+        progress: StartupProgress,
+        ends_at_a_stall: bool,
     ) -> None:
         engine = serving.engine
         self._serving = serving
@@ -134,6 +141,7 @@ class _Service:
         self._url = base_url(settings, listener)  # while it can say: at the end uvicorn closes the listener
         self._progress = progress
         self._readiness = Readiness()
+        self._ends_at_a_stall = ends_at_a_stall
         self._engine_failed = False
         limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
         self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
@@ -158,6 +166,8 @@ class _Service:
                 task.cancel()
             self._accompany(self._serving.grammars.close())
             ended, _ = await asyncio.wait(self._companions, timeout=LAST_WORDS_SECONDS)
+            if self._is_lost:
+                self._serving.engine.shutdown(timeout=0)  # it heeds nothing
         failures = [failure for task in ended if not task.cancelled() and (failure := task.exception())]
         for failure in failures:
             logger.error("the server ended because of", exc_info=failure)
@@ -178,12 +188,20 @@ class _Service:
 
     async def _watch_engine(self) -> None:
         """An engine that has stopped answers nothing more: end, so that whoever runs the server starts a new one."""
-        while not self._serving.engine.errored:
+        while not (self._serving.engine.errored or self._is_lost):
             await asyncio.sleep(ENGINE_CHECK_SECONDS)
         logger.error("the engine has stopped; the server ends")
         self._engine_failed = True
+        if self._is_lost:
+            self._admission.end_all(EngineDead())
         await asyncio.sleep(ENGINE_FAILED_SECONDS)
         await self._end_after(0)
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the engine hangs for good: ranks that wait for one that does not answer, and be it on a machine that
+        cannot be reached, go on waiting."""
+        return self._ends_at_a_stall and self._readiness.is_warm and self._readiness.is_stalled
 
     def _stop(self) -> None:
         """End when the running requests have ended; asked again, at once."""

@@ -30,7 +30,7 @@ from ultrafuser.server.engine.worker.speculation import Speculation
 from ultrafuser.server.engine.worker.split_mixing import GatheringMixer, SendingMixer
 from ultrafuser.server.engine.worker.split_step import SplitFollower, SplitLeader
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's, which alone is written in a worker's process
 
 
 class FusedWorkerMixin(Worker):

@@ -11,6 +11,7 @@ import pytest
 from vllm.config import StructuredOutputsConfig
 
 from tests.fakes import write_tiny_fusion
+from tests.server.engine.forked_ranks import forked_ranks
 from tests.server.engine.harness import InProcessEngine, Noisy
 from tests.server.engine.judge import Judge
 from ultrafuser.gating.model.fusion import load_fusion
@@ -45,13 +46,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "drafts-pressure": {**DRAFTS, **PRESSURE},
 }
 
+SPLIT: dict[str, dict[str, Any]] = {
+    "split": {"placement": "split", **BUDGET_16},
+    "split-async-pressure": {"placement": "split", "force_async": True, **PRESSURE, **BUDGET_16},
+    "split-hidden-tp": {"placement": "split", "exchange": "hidden", "tensor_parallel_size": 2, **BUDGET_16},
+}
+"""Each specialist on ranks of its own, which are processes: their inside is looked at by calls."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_groups() -> Iterator[None]:
     """Engines of one process share communication groups, which vLLM takes away with the first engine that ends."""
     gc.collect()
     gc.freeze()  # a start collects garbage nine times, half a second each among all that tests have imported
-    with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
+    with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"), forked_ranks():
         yield
 
 
@@ -69,12 +77,13 @@ def judge(tiny_fusion: Path) -> Judge:
 
 @pytest.fixture(scope="session")
 def engine_of(tiny_fusion: Path, shared_groups: None) -> Iterator[Callable[[str], InProcessEngine]]:
-    """The tiny fusion's engine in a configuration of the table above."""
+    """The tiny fusion's engine in a configuration of the tables above."""
     engines: dict[str, InProcessEngine] = {}
 
     def get(configuration: str) -> InProcessEngine:
         if configuration not in engines:
-            engine = InProcessEngine(tiny_fusion, **CONFIGURATIONS[configuration], **GRAMMAR)
+            options = (CONFIGURATIONS | SPLIT)[configuration]
+            engine = InProcessEngine(tiny_fusion, **options, **GRAMMAR)
             engines[configuration] = stack.enter_context(engine)
             if configuration.startswith("drafts"):
                 engine.drafter = Noisy(engine.drafter)

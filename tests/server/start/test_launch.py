@@ -39,6 +39,7 @@ class Engine(ScriptedEngine):
         self.before_tokens: Callable[[], Awaitable[Any]] = lambda: asyncio.sleep(0)
         self.before_end: Callable[[], None] = lambda: None
         self.num_ended = 0
+        self.is_paused: Callable[[], Awaitable[Any]] = lambda: asyncio.sleep(0)
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         await self.before_tokens()
@@ -58,7 +59,8 @@ class Start:
         self.engine = engine
         self.listener = listen_on("127.0.0.1", 0)
         self.num_closed = 0
-        self._fusion = fusion
+        self.settings = ServerSettings()
+        self.fusion = fusion
         self._screen = io.StringIO()
 
     @property
@@ -69,7 +71,7 @@ class Start:
         self.num_closed += 1
 
     def serve(self) -> int:
-        return launch.serve(ServerSettings(), {}, self._fusion, self.listener, StartupProgress(4, self._screen))
+        return launch.serve(self.settings, {}, self.fusion, self.listener, StartupProgress(4, self._screen))
 
 
 @pytest.fixture
@@ -196,3 +198,20 @@ def test_an_engine_that_fails_in_the_warm_up_ends_the_server(start: Start, caplo
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         "the server ended because of"
     ]
+
+
+@pytest.mark.parametrize("start", [asyncio.new_event_loop], indirect=True)
+@pytest.mark.parametrize(("placement", "status"), [("split", 1), ("shared", 0)])
+def test_an_engine_that_stalls_ends_the_server_where_ranks_wait_for_others(
+    start: Start, after_first_token: Callable[..., None], placement: str, status: int
+) -> None:
+    async def stall() -> None:
+        start.engine.num_unfinished = 1
+        start.engine.is_paused = asyncio.Event().wait
+        asyncio.get_running_loop().call_later(3.0, press_ctrl_c)
+
+    after_first_token(stall)
+    start.settings = ServerSettings(stall_timeout=0.2)
+    engine = start.fusion.engine.model_copy(update={"placement": placement})
+    start.fusion = start.fusion.model_copy(update={"engine": engine})
+    assert start.serve() == status
