@@ -59,6 +59,8 @@ REFUSED_OPTIONS: Mapping[str, str] = {
     "data_parallel_size": "data parallelism is not fused; start replicas behind a load balancer",
     "prefill_context_parallel_size": "context parallelism is not fused; use tensor_parallel_size",
     "decode_context_parallel_size": "context parallelism is not fused; use tensor_parallel_size",
+    "enable_expert_parallel": "expert parallelism is not fused; use tensor_parallel_size, which shards each expert",
+    "enable_eplb": "expert parallelism is not fused; use tensor_parallel_size, which shards each expert",
     "kv_transfer_config": "KV connectors carry one model's cache only; start without them",
     "enable_sleep_mode": "sleep and weight reload are not fused; restart the server instead",
     "enable_lora": "LoRA requests are not fused; name an adapter per specialist in the fusion file",

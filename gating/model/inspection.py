@@ -1,7 +1,8 @@
 """Looks at the models of a fusion before any weight is read: do they fit each other, the gate and the engine?
 
 Reads configurations, tokenizers, the gate's header and a draft head. Does not know vLLM. It refuses what no engine
-could fuse exactly: other KV caches than full attention, tokenizers that disagree, a gate of other sizes.
+could fuse exactly: layers that keep other things than keys and values of tokens, tokenizers that disagree, a gate of
+other sizes.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ _RECURRENT = (
     "rwkv",
     "lru_",
 )
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,16 @@ def inspect_fusion(config: FusionConfig) -> FusedModelInfo:
     """Check a materialized fusion and say what it is made of; reads no weights but a draft head's.
 
     Raises:
-        FusionError: one line that names the key: missing files, models that are not plain full-attention decoders,
-            tokenizers that disagree, unknown EOS ids, a gate of other sizes or names, a draft head of others or with
-            weights that are not finite, a context nobody can hold.
+        FusionError: one line that names the key: missing files, models that are not decoders with full or sliding
+            attention, tokenizers that disagree, unknown EOS ids, a gate of other sizes or names, a draft head of others
+            or with weights that are not finite, a context nobody can hold.
     """
     _check_gate_exists(config)
     model_configs = [_read_config(item, f"specialists.{index}") for index, item in enumerate(config.specialists)]
     for index, model_config in enumerate(model_configs):
-        if refused := _why_not_full_attention(model_config):
+        if refused := _why_not_fused(model_config):
             raise FusionError(
-                f"specialists.{index}.model: {refused}; only decoders with full attention in every layer can be fused"
+                f"specialists.{index}.model: {refused}; only decoders with full or sliding attention can be fused"
             )
     hidden_sizes = tuple(int(model_config.hidden_size) for model_config in model_configs)
     _check_gate(config, hidden_sizes)
@@ -150,7 +152,7 @@ def _shards(index_file: Path, key: str) -> set[str]:
     return set(names.values())
 
 
-def _why_not_full_attention(model_config: "PreTrainedConfig") -> str | None:
+def _why_not_fused(model_config: "PreTrainedConfig") -> str | None:
     fields: dict[str, Any] = model_config.to_dict()
     if fields.get("is_encoder_decoder"):
         return "is an encoder-decoder model"
@@ -162,11 +164,9 @@ def _why_not_full_attention(model_config: "PreTrainedConfig") -> str | None:
     recurrent = [name for name in fields if name.startswith(_RECURRENT)]
     if recurrent:
         return f"has recurrent layers ({recurrent[0]})"
-    other_layers = {str(layer) for layer in fields.get("layer_types") or []} - {"full_attention"}
+    other_layers = {str(layer) for layer in fields.get("layer_types") or []} - _LAYER_TYPES
     if other_layers:
         return f"has layers of type {', '.join(sorted(other_layers))} (layer_types)"
-    if fields.get("sliding_window") and fields.get("use_sliding_window", True):
-        return f"has sliding-window attention (sliding_window: {fields['sliding_window']})"
     if fields.get("attention_chunk_size"):
         return f"has chunked attention (attention_chunk_size: {fields['attention_chunk_size']})"
     return None

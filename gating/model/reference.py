@@ -76,9 +76,10 @@ class UltraFuserForCausalLM(PreTrainedModel):
         self._keep_in_fp32_modules_strict = {"fusion_gate"}
         specialist_configs = [AutoConfig.for_model(**fields) for fields in config.specialist_configs or []]
         # from_pretrained states the wanted type as torch's default; a specialist's own configuration must not undo it.
-        options = {"attn_implementation": config._attn_implementation, "dtype": torch.get_default_dtype()}
+        dtype, wanted = torch.get_default_dtype(), config._attn_implementation
         self.specialists = nn.ModuleList(
-            AutoModelForCausalLM.from_config(specialist, **options) for specialist in specialist_configs
+            AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=_attention(own, wanted))
+            for own in specialist_configs
         )
         sizes = [specialist.hidden_size for specialist in specialist_configs]
         self.fusion_gate = Gate(sizes, config.gate_width) if len(sizes) > 1 else None
@@ -100,9 +101,12 @@ class UltraFuserForCausalLM(PreTrainedModel):
         for index, specialist in enumerate(fusion.specialists):
             if specialist.adapter is not None:
                 raise FusionError(f"specialists.{index}.adapter: not merged yet; materialize the fusion first")
-            model = AutoModelForCausalLM.from_pretrained(
-                specialist.model, revision=specialist.revision, dtype=dtype, attn_implementation=attn_implementation
-            )
+            source: dict[str, Any] = {
+                "pretrained_model_name_or_path": specialist.model,
+                "revision": specialist.revision,
+            }
+            attention = _attention(AutoConfig.from_pretrained(**source), attn_implementation)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation=attention)
             _refuse_changed_logits(model.config, f"specialists.{index}.model")
             specialists.append(model)
         gate = None
@@ -209,6 +213,12 @@ class UltraFuserForCausalLM(PreTrainedModel):
         if self.fusion_gate is not None:
             weights_S = self.fusion_gate([hidden.float() for hidden in hidden_states])
         return (weights_S.unsqueeze(-1) * logits_SV).sum(dim=0), weights_S
+
+
+def _attention(config: PreTrainedConfig, wanted: str) -> str:
+    """What computes a model's attention: as wanted, but eager where sdpa lacks parts that the model has (sinks)."""
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return "eager" if wanted == "sdpa" and not model_class._supports_sdpa else wanted
 
 
 def _logits(specialist: Any, hidden: Tensor) -> Tensor:

@@ -129,6 +129,7 @@ def test_json_becomes_an_object() -> None:
         (["serve", "--max-model-length", "9"], "did you mean --max-model-len?"),
         (["serve", "--api-server-count", "2"], "--api-server-count: several frontend processes"),
         (["serve", "--pipeline-parallel-size", "2"], "--pipeline-parallel-size: pipeline parallelism is not fused"),
+        (["serve", "--enable-expert-parallel"], "--enable-expert-parallel: expert parallelism is not fused"),
         (["serve", "--data-parallel-size=2"], "--data-parallel-size: data parallelism is not fused"),
         (["serve", "--speculative-config", "{}"], "--speculative-config: .*use --speculation"),
         (["serve", "--enable-lora"], "--enable-lora: LoRA requests are not fused"),

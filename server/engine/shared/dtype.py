@@ -7,13 +7,13 @@ parameters only.
 import logging
 
 import torch
-from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info
 
 from ultrafuser.gating.model.loading import empty_model
-from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.server.engine.shared.quantization import computes_in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 def dtypes_of(fusion: FusionConfig) -> list[str]:
     """Each specialist's type in vLLM's terms, for a materialized fusion; says why if it had a choice.
 
-    Where the choice falls on float32, specialists with quantised weights, which vLLM computes in no such type, take
-    that of their own configuration.
+    Where the choice falls on float32, specialists whose quantised weights vLLM computes in no such type take that of
+    their own configuration.
     """
     default = fusion.engine.dtype or "auto"
     if default != "fastest":
@@ -30,16 +30,9 @@ def dtypes_of(fusion: FusionConfig) -> list[str]:
     fastest, reason = _fastest(fusion)
     logger.info("dtype: %s, the fastest here: %s", fastest, reason)
     return [
-        specialist.dtype or ("auto" if fastest == "float32" and _is_quantized(specialist) else fastest)
+        specialist.dtype or ("auto" if fastest == "float32" and not computes_in_float32(specialist) else fastest)
         for specialist in fusion.specialists
     ]
-
-
-def _is_quantized(specialist: SpecialistConfig) -> bool:
-    if specialist.quantization is not None:
-        return True
-    config = AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
-    return getattr(config, "quantization_config", None) is not None
 
 
 def _fastest(fusion: FusionConfig) -> tuple[str, str]:

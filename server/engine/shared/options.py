@@ -23,6 +23,7 @@ from ultrafuser.gating.model.fusion import (
 )
 from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.shared.dtype import dtypes_of
+from ultrafuser.server.engine.shared.quantization import check_kernels
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS, EngineOptions
 from ultrafuser.server.grammar.compiling import BOUNDED_WHITESPACE
@@ -70,7 +71,7 @@ def engine_arguments(
 
     Raises:
         EngineOptionError: an option is not on the allow-list.
-        FusionError: an option does not fit the models.
+        FusionError: an option does not fit the models, or this machine cannot compute one of them.
     """
     options = dict(engine_options or {})
     fusion = override_engine(fusion, options)
@@ -78,6 +79,7 @@ def engine_arguments(
     check_engine_options(settings)
     if options.keys() & OPTIONS_OF_MODELS:
         inspect_fusion(fusion)
+    check_kernels(fusion)
     structured_outputs = settings.pop("structured_outputs_config", None)
     spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}

@@ -5,21 +5,21 @@ what becomes of the n results is the fused step's business. What is asked of one
 answered by the leader, the first.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.config import set_current_vllm_config
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_workspace
 
 from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.kv_plan import own_kv_cache_config, plan_in_full
+from ultrafuser.server.engine.worker.scope import scope_of
 from ultrafuser.server.engine.worker.timing import StepClock
 from ultrafuser.server.engine.worker.warming import keeping_workspace
 
@@ -27,7 +27,6 @@ _ASKED_OF_ALL = frozenset(
     {
         "_dummy_run",
         "_init_kv_zero_meta",
-        "load_model",
         "profile_run",
         "shutdown",
         "update_max_model_len",
@@ -35,9 +34,6 @@ _ASKED_OF_ALL = frozenset(
     }
 )
 """What vLLM's worker asks of one runner and every one must do; the leader's result is given back."""
-
-_AMPLE_BYTES = 1 << 62
-"""Memory given to a runner's own KV plan, whose size is decided by the common plan already."""
 
 
 class Specialists:
@@ -47,6 +43,8 @@ class Specialists:
         """`names` by the place in the fusion file; `runners[0]` is the leader, if that has place 0."""
         self.leader, self.followers = runners[0], runners[1:]
         self.runners, self.names, self.indices = runners, list(names.values()), list(names)
+        for runner, name in zip(self.runners, self.names, strict=True):
+            plan_in_full(runner, name)
 
     def __getattr__(self, name: str) -> Any:
         if name in _ASKED_OF_ALL:
@@ -68,6 +66,12 @@ class Specialists:
                 idle = runner.execute_model(plan)
         return idle
 
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Load every specialist's weights."""
+        for runner in self.runners:
+            with scope_of(runner):
+                runner.load_model(load_dummy_weights)
+
     @property
     def model_memory_usage(self) -> int:
         """Bytes of all specialists' weights, as vLLM's memory profiling subtracts them."""
@@ -77,18 +81,11 @@ class Specialists:
         """Union of the runners' specs, layer names prefixed by the specialist: one plan sizes all of them.
 
         Raises:
-            ValueError: a layer is not plain full attention; such layers free blocks by the canonical length
-                and would starve a specialist whose own prompt is shorter.
+            ValueError: a layer keeps something else than keys and values of single tokens.
         """
         union: dict[str, KVCacheSpec] = {}
         for name, runner in zip(self.names, self.runners, strict=True):
-            for layer, spec in runner.get_kv_cache_spec().items():
-                if not _is_full_attention(spec):
-                    raise ValueError(
-                        f"specialists.{name}.model: layer {layer} keeps a {type(spec).__name__} KV cache; "
-                        "only full attention can be fused, choose a model without sliding windows or state layers"
-                    )
-                union[f"{name}/{layer}"] = spec
+            union |= {f"{name}/{layer}": spec for layer, spec in runner.get_kv_cache_spec().items()}
         return union
 
     def initialize_kv_cache(
@@ -100,7 +97,7 @@ class Specialists:
         """Allocate each specialist's own KV tensors with the block count of the common plan."""
         self._for_each(
             lambda runner: runner.initialize_kv_cache(
-                _own_kv_cache_config(runner, kv_cache_config),
+                own_kv_cache_config(runner, kv_cache_config),
                 is_profiling,
                 kv_cache_allocation_context=kv_cache_allocation_context,
             )
@@ -163,19 +160,3 @@ def ending_rows(runner: GPUModelRunner, rows_R: Sequence[Row]) -> list[Row]:
     """Those of a runner's rows that end in a token."""
     unfinished = unfinished_slots(runner)
     return [row for row in rows_R if row.slot not in unfinished]
-
-
-def _is_full_attention(spec: KVCacheSpec) -> bool:
-    return isinstance(spec, FullAttentionSpec) and spec.sliding_window is None and spec.attention_chunk_size is None
-
-
-def _own_kv_cache_config(runner: GPUModelRunner, common: KVCacheConfig) -> KVCacheConfig:
-    """Plan one runner's layers again, with the block count that the common plan decided."""
-    config: VllmConfig = copy.copy(runner.vllm_config)
-    config.cache_config = copy.copy(config.cache_config)
-    config.cache_config.num_gpu_blocks_override = common.num_blocks
-    (own,) = get_kv_cache_configs(config, [runner.get_kv_cache_spec()], [_AMPLE_BYTES])
-    own.kv_cache_layout = common.kv_cache_layout
-    own.hash_block_size = common.hash_block_size
-    own.cache_hit_alignment_tokens = common.cache_hit_alignment_tokens
-    return own

@@ -84,12 +84,8 @@ def test_the_smallest_context_counts_and_can_be_made_smaller(tiny_copy):
     ("changes", "complaint"),
     [
         (
-            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128},
-            "sliding_window: 128",
-        ),
-        (
-            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-            "layers of type sliding_attention",
+            {"layer_types": ["full_attention", "chunked_attention", "sliding_attention"]},
+            "layers of type chunked_attention",
         ),
         ({"attention_chunk_size": 64}, "chunked attention"),
         ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "recurrent layers"),
@@ -99,25 +95,25 @@ def test_the_smallest_context_counts_and_can_be_made_smaller(tiny_copy):
         ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "multimodal"),
     ],
 )
-def test_models_without_plain_full_attention_are_refused(tiny_copy, changes, complaint):
+def test_models_that_are_no_decoders_with_full_or_sliding_attention_are_refused(tiny_copy, changes, complaint):
     edit_json(tiny_copy.parent / "code" / "config.json", lambda content: content.update(changes))
     message = refusal(load_fusion(tiny_copy))
     assert message.startswith("specialists.1.model: ")
     assert complaint in message
 
 
-def test_layer_types_that_are_all_full_attention_fit(tiny_copy):
-    path = tiny_copy.parent / "code" / "config.json"
-    edit_json(path, lambda content: content.update(layer_types=["full_attention"] * 3))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention"] * 3},
+        {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "sliding_window": 128},
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128},
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
+    ],
+)
+def test_full_and_sliding_layers_fit(tiny_copy, changes):
+    edit_json(tiny_copy.parent / "code" / "config.json", lambda content: content.update(changes))
     assert inspect_fusion(load_fusion(tiny_copy)).num_shared_ids == 320
-
-
-def test_a_switched_off_sliding_window_fits(tiny_copy):
-    qwen = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
-    edit_json(tiny_copy.parent / "code" / "config.json", lambda content: content.update(qwen, sliding_window=128))
-    assert inspect_fusion(load_fusion(tiny_copy)).num_shared_ids == 320
-    edit_json(tiny_copy.parent / "code" / "config.json", lambda content: content.update(use_sliding_window=True))
-    assert "sliding" in refusal(load_fusion(tiny_copy))
 
 
 @pytest.mark.parametrize(
