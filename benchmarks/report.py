@@ -22,6 +22,7 @@ NAMES = (
     "metrics_cost",
     "prefill",
     "speculation",
+    "placement",
     "serve_overhead",
     "peers",
     "batch_invariance",

@@ -60,7 +60,7 @@ class GatheringMixer(Mixer):
             numbers_S2B = torch.stack([own_2B, *(told_2N[:, : len(ending)] for told_2N in told_S2N)])
             logits_SBV = [take(own.logits_RV, indices_B)[:, : self._num_shared_ids], *self._logits(sent_SBX)]
             # A sum is finite if the state is, and stands for it where that is looked at.
-            sums_SB1 = list(numbers_S2B[:, 1, :, None])
+            sums_SB1 = [own_B[:, None].clone() for own_B in numbers_S2B[:, 1]]  # aligned for a device
             return self._fuse(self._weights_of(numbers_S2B), sums_SB1, logits_SBV, own.logits_RV, indices_B)
 
     def mix(self, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor]) -> Tensor:
