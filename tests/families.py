@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -60,6 +61,17 @@ def gemma3(window: int = 16, **changes: Any) -> PreTrainedConfig:
     return Gemma3TextConfig(**_SHAPE | layers | {"sliding_window": window, "query_pre_attn_scalar": 32} | changes)
 
 
+def gemma3_with_vision(window: int = 16) -> PreTrainedConfig:
+    """The same behind a small vision tower."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3Config(
+        text_config=gemma3(window).to_dict(),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+        image_token_index=VOCAB_SIZE - 1,
+    )
+
+
 def olmo3(window: int = 24, **changes: Any) -> PreTrainedConfig:
     """Layers that slide and a full one; norms after."""
     layers = {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING]}
@@ -92,11 +104,12 @@ def build_model(config: PreTrainedConfig, seed: int) -> Any:
             # Experts multiply from the other side.
             fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
             parameter.normal_(0, fan_in**-0.5, generator=generator)
-        if config.tie_word_embeddings:  # else a token's own embedding, found again, would make it the next one
-            model.get_input_embeddings().weight *= 0.3
-            model.base_model.norm.weight.fill_(2)
+        embeddings = model.get_input_embeddings().weight
+        if config.get_text_config().tie_word_embeddings:
+            embeddings *= 0.3  # else a token, found again by its own embedding, would be the next one
+            getattr(model.base_model, "language_model", model.base_model).norm.weight.fill_(2)
         else:
-            model.get_input_embeddings().weight.normal_(0, 1, generator=generator)
+            embeddings.normal_(0, 1, generator=generator)
             model.lm_head.weight *= LOGIT_STD
     return model
 
@@ -128,7 +141,7 @@ def write_fusion(
         "engine": settings | dict(engine or {}),
     }
     if len(models) > 1:
-        sizes = [config.hidden_size for config in models.values()]
+        sizes = [config.get_text_config().hidden_size for config in models.values()]
         save_gate(build_gate(gate, list(models), sizes, seed), folder / "gate.safetensors", list(models))
         content["gate"] = "gate.safetensors"
     path = folder / "fusion.yaml"

@@ -157,7 +157,7 @@ def _why_not_fused(model_config: "PreTrainedConfig") -> str | None:
     if fields.get("is_encoder_decoder"):
         return "is an encoder-decoder model"
     if model_config.get_text_config() is not model_config:
-        return "is a multimodal model"
+        return f"is a multimodal model ({model_config.model_type}; of these, Gemma 3 is fused for its text)"
     architectures = fields.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         return f"is no causal language model (architectures: {architectures})"

@@ -1,4 +1,5 @@
-"""Makes every specialist of a fusion a plain model folder: dequantises the packaged model, merges adapters, once.
+"""Makes every specialist of a fusion a plain model folder: dequantises the packaged model, takes the text part of one
+that sees, merges adapters; each once.
 
 What it makes stays in a cache (`gating/model/cache.py`) and is shared by all fusions that use it. Knows models and
 adapters; does not know engines, and reads no environment: the caller names the cache's folder.
@@ -8,14 +9,16 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once, cache_folder, fingerprint
 from ultrafuser.gating.model.inspection import check_weights
 from ultrafuser.gating.model.packaged import PackagedModelError, hidden_bars, packaged_model
 from ultrafuser.gating.model.schema import PACKAGE_SCHEME, FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.text_part import text_part
 from ultrafuser.gating.progress_bar import StepProgress
 
 # Part of the cache key: raise it when the same model and adapter are to give another folder.
@@ -57,6 +60,8 @@ def _recipe(specialist: SpecialistConfig, key: str, cache_dir: Path) -> list[Art
             recipe.append(packaged_model(specialist.model.removeprefix(PACKAGE_SCHEME)))
         except PackagedModelError as error:
             raise FusionError(f"{key}.model: {error}") from error
+    elif (part := text_part(specialist.model, specialist.revision, f"{key}.model")) is not None:
+        recipe.append(part)
     if specialist.adapter is not None:
         recipe.append(_merged(specialist, key, recipe[0] if recipe else None, cache_dir))
     return recipe
@@ -121,6 +126,7 @@ def _merge(specialist: SpecialistConfig, adapter: Path, key: str, folder: Path, 
         model = AutoModelForCausalLM.from_pretrained(specialist.model, revision=specialist.revision, dtype="auto")
         tick(0.3)
         try:
+            _check_places(adapter, model)
             merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
         except (ValueError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -130,6 +136,22 @@ def _merge(specialist: SpecialistConfig, adapter: Path, key: str, folder: Path, 
         tick(0.7)
         merged.save_pretrained(folder)
     AutoTokenizer.from_pretrained(specialist.model, revision=specialist.revision).save_pretrained(folder)
+
+
+def _check_places(adapter: Path, model: Any) -> None:
+    """Peft passes over weights that the model has no place for, such as those of an adapter for a model that sees.
+
+    Raises:
+        ValueError: there are some.
+    """
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        return
+    places = {name for name, _ in model.named_modules()}
+    with safe_open(str(path), framework="np") as weights:
+        names = [name.removeprefix("base_model.model.") for name in weights.keys() if ".lora_" in name]  # noqa: SIM118
+    if unknown := sorted({name.partition(".lora_")[0] for name in names} - places):
+        raise ValueError(f"it changes {unknown[0]}, which the model has not")
 
 
 def _build_missing(artifacts: Sequence[Artifact], cache_dir: Path, on_progress: Report | None) -> None:

@@ -10,7 +10,8 @@ from tests import families
 from tests.server.engine.conftest import BUDGET_16, DRAFTS, PRESSURE
 from tests.server.engine.harness import Arrival, InProcessEngine, Noisy, greedy, random_prompts
 from tests.server.engine.judge import Judge
-from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.fusion import load_fusion, save_fusion
+from ultrafuser.gating.model.materialize import materialize
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 MAX_TOKENS = 20
@@ -21,9 +22,15 @@ BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
 
 @pytest.fixture(scope="module")
 def three_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two specialists whose layers slide in part, with windows of their own, and one whose layers all do."""
-    models = {"text": families.gemma3(16), "code": families.olmo3(24), "math": families.mistral(12)}
-    return families.write_fusion(tmp_path_factory.mktemp("windows"), models)
+    """Two specialists whose layers slide in part, with windows of their own, and one whose layers all do.
+
+    The first one also sees; its text part is served.
+    """
+    models = {"text": families.gemma3_with_vision(16), "code": families.olmo3(24), "math": families.mistral(12)}
+    folder = tmp_path_factory.mktemp("windows")
+    whole = load_fusion(families.write_fusion(folder, models))
+    save_fusion(materialize(whole, folder / "cache", on_progress=lambda *_: None), folder / "prepared.yaml")
+    return folder / "prepared.yaml"
 
 
 @pytest.fixture(scope="module")
