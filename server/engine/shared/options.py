@@ -84,6 +84,7 @@ def engine_arguments(
     spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
     if spec.exchange is not None:
+        _check_devices(len(spec.specialists) * settings.get("tensor_parallel_size", 1))
         settings["distributed_executor_backend"] = SPLIT_EXECUTOR
     return {
         "max_model_len": info.max_model_len,
@@ -160,6 +161,14 @@ def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
         )
     if is_drafting:
         raise EngineOptionError("speculation: does not go with placement: split; leave one of them out")
+
+
+def _check_devices(num_needed: int) -> None:
+    if not current_platform.is_cpu() and (num_devices := current_platform.device_count()) < num_needed:
+        raise EngineOptionError(
+            f"placement: split needs {num_needed} devices, tensor_parallel_size for each specialist, and there are "
+            f"{num_devices}; leave it out"
+        )
 
 
 def refusal(name: str) -> str:

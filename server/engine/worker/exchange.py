@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tp_group, parallel_state
 from vllm.distributed.parallel_state import get_world_group, init_model_parallel_group
 from vllm.platforms import current_platform
 
@@ -39,7 +38,9 @@ class Exchange:
 
     def tell(self, tensor: Tensor) -> Tensor:
         """The leader's to all, put into the followers' tensor of the same shape and type."""
-        told: Tensor = self._group.broadcast(tensor.contiguous(), src=0)
+        communicator = self._group.device_communicator
+        assert communicator is not None
+        told: Tensor = communicator.broadcast(tensor.contiguous(), 0)  # on a GPU in the stream of all the rest
         return told
 
     def introduce(self, own: Any) -> list[Any]:
@@ -47,9 +48,3 @@ class Exchange:
         everyone: list[Any] = [None] * self._group.world_size
         torch.distributed.all_gather_object(everyone, own, group=self._group.cpu_group)
         return everyone
-
-
-def make_own_ranks_the_world() -> None:
-    """From now on the world is one specialist's ranks to whoever asks vLLM for it: FlashInfer's tuning and loaders that
-    share the reading of weights exchange across the world, and would mix different models."""
-    parallel_state._WORLD = get_tp_group()

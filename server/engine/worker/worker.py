@@ -21,8 +21,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ultrafuser.gating.model.gate import Gate, load_gate
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
-from ultrafuser.server.engine.worker.exchange import Exchange, make_own_ranks_the_world
+from ultrafuser.server.engine.worker.exchange import Exchange
 from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
+from ultrafuser.server.engine.worker.groups import make_own_ranks_the_world
 from ultrafuser.server.engine.worker.mixing import Mixer
 from ultrafuser.server.engine.worker.output_heads import introduce, meet
 from ultrafuser.server.engine.worker.specialists import Specialists
@@ -48,11 +49,8 @@ class FusedWorkerMixin(Worker):
         super().__init__(vllm_config, local_rank, rank, *args, **kwargs)
 
     def init_device(self) -> None:
-        """Set up the device as vLLM does, then put n model runners in the place of one.
-
-        vLLM calls this under the leader's configuration on every rank, and makes its groups as that says: were they
-        made as each follower's says, ranks would wait for groups that others do not make.
-        """
+        """Set up the device as vLLM does, under the leader's configuration on every rank, then put n model runners in
+        the place of one."""
         super().init_device()
         if self._spec.exchange is not None:
             self.model_runner = self._split_runner(self._spec.exchange)

@@ -48,8 +48,9 @@ def test_a_rank_holds_one_shard_of_one_specialist_and_knows_no_others(engine_of:
     ]
 
 
-@pytest.mark.parametrize("configuration", SPLIT)
-@pytest.mark.parametrize("steps_apart", [0, 3])
+@pytest.mark.parametrize(
+    ("configuration", "steps_apart"), [(name, 3) for name in SPLIT] + [("split", 0), ("split-async-pressure", 0)]
+)
 def test_a_batch_with_mixed_arrivals_equals_the_reference(
     engine_of: Engines, judge: Judge, configuration: str, steps_apart: int
 ) -> None:
@@ -172,7 +173,7 @@ def noted_outputs(worker: Any) -> list[int]:
     return list(state.output_token_ids)
 
 
-@pytest.mark.parametrize("configuration", ["split", "split-hidden-tp"])
+@pytest.mark.parametrize("configuration", ["split", pytest.param("split-hidden-tp", marks=pytest.mark.long)])
 def test_ranks_do_not_drift_over_500_unseeded_draws(engine_of: Engines, configuration: str) -> None:
     engine = engine_of(configuration)
     params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=500)

@@ -42,7 +42,7 @@ class Ranks:
 
 @pytest.fixture
 def ranks(two_specialists: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    monkeypatch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
+    monkeypatch.setattr("vllm.envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", 1, raising=False)
     with InProcessEngine(two_specialists, placement="split") as engine:
         engine.tokens([Arrival(PROMPTS, greedy(2))])
         ranks = Ranks(engine)

@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.worker.gpu_worker import Worker
 
 import ultrafuser.server.engine
@@ -288,3 +289,54 @@ def test_speculation_beside_async_scheduling_is_refused_before_weights_are_prepa
 @pytest.mark.parametrize("given", [{}, {"speculation": None}, {"speculation": {"max_tokens": 0}}])
 def test_asynchronous_scheduling_ends_what_is_only_a_default(tiny_fusion: Path, given: dict[str, Any]) -> None:
     assert num_drafts(tiny_fusion, async_scheduling=True, **given) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exchange": "hidden"}, r"^exchange: .*set placement: split$"),
+        ({"exchange": "logits", "placement": "shared"}, r"^exchange: .*set placement: split$"),
+        (
+            {"placement": "split", "distributed_executor_backend": "uni"},
+            "^distributed_executor_backend: .*leave it out",
+        ),
+        (
+            {"placement": "split", "distributed_executor_backend": "ray"},
+            "^distributed_executor_backend: .*leave it out",
+        ),
+        ({"placement": "split", "speculation": {}}, "^speculation: .*placement: split; leave one of them out$"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_a_placement_stops_the_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineOptionError, match=message):
+        check_engine_options(options)
+
+
+@pytest.mark.parametrize(("options", "exchange"), [({}, "logits"), ({"exchange": "hidden"}, "hidden")])
+def test_split_placement_has_an_executor_of_its_own_and_no_drafts(
+    tiny_fusion: Path, options: dict[str, Any], exchange: str
+) -> None:
+    fusion = load_fusion(tiny_fusion)
+    options = {"placement": "split", "speculation": {"max_tokens": 0}, **options}
+    for own in (options, {name: value for name, value in options.items() if name != "speculation"}):
+        arguments = engine_arguments(fusion, inspect_fusion(fusion), own)
+        assert issubclass(resolve_obj_by_qualname(arguments["distributed_executor_backend"]), MultiprocExecutor)
+        spec = EngineSpec.model_validate(arguments["additional_config"][ADDITIONAL_CONFIG_KEY])
+        assert (spec.exchange, spec.speculation, arguments["speculative_config"]) == (exchange, None, None)
+
+
+def test_one_specialist_has_nothing_to_split(tiny_fusion: Path) -> None:
+    fusion = load_fusion(tiny_fusion)
+    fusion = fusion.alone(fusion.specialists[1])
+    arguments = engine_arguments(fusion, inspect_fusion(fusion), {"placement": "split"})
+    assert "distributed_executor_backend" not in arguments
+
+
+def test_more_ranks_than_devices_are_refused_by_number(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fusion = load_fusion(tiny_fusion)
+    info = inspect_fusion(fusion)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    monkeypatch.setattr(type(current_platform), "device_count", lambda _: 5, raising=False)
+    with pytest.raises(EngineOptionError, match=r"^placement: split needs 6 devices.* there are 5; leave it out$"):
+        engine_arguments(fusion, info, {"placement": "split", "tensor_parallel_size": 2})
