@@ -23,7 +23,7 @@ from ultrafuser.server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
 from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.log import CONFIGURED_LOGGERS
 from ultrafuser.server.settings import ServerSettings, SettingsError
-from ultrafuser.server.start.launch import _check_tool_parser
+from ultrafuser.server.start.preparing import _check_tool_parser
 
 NOT_FLAGS = {
     "shutdown_timeout",  # the server has its own: it waits for requests before it ends the engine
