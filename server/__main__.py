@@ -1,5 +1,7 @@
 """The `ultrafuser` command."""
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -92,6 +94,8 @@ def _introduce(fusion: FusionConfig, progress: StartupProgress) -> None:
 def _import(module: str, name: str) -> Callable[..., int]:
     """The part that needs vLLM, which has to be installed, in the version that the engine works with."""
     try:
+        # At its end Python looks for cycles among all objects: with vLLM's ten seconds, for memory that is freed.
+        atexit.register(gc.freeze)
         found: Callable[..., int] = getattr(import_module(f"ultrafuser.server.start.{module}"), name)
     except ModuleNotFoundError as error:
         if error.name != "vllm":

@@ -121,6 +121,8 @@ def _join(settings: ServerSettings, prepared: Prepared, progress: StartupProgres
     progress.say("      waiting until node 0 has met all others")
     # Node 0 gives up by itself, and says so.
     verdict = wire.receive(settings.node_timeout + _REMIND_SECONDS)
+    if verdict is None or verdict.get("refusal") is not None:
+        wire.close()
     if verdict is None:
         raise EngineStartError("node 0 ended before all nodes had met; start them again")
     if verdict.get("refusal") is not None:

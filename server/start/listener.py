@@ -33,8 +33,12 @@ def meeting_points(settings: ServerSettings) -> MeetingPoints:
         SettingsError: as `listen_on`.
     """
     assert settings.master_addr is not None
-    ports = settings.master_port, settings.master_port + 1
-    return MeetingPoints(*(listen_on(settings.master_addr, port, "--master-port") for port in ports))
+    processes = listen_on(settings.master_addr, settings.master_port, "--master-port")
+    try:
+        return MeetingPoints(processes, listen_on(settings.master_addr, settings.master_port + 1, "--master-port"))
+    except SettingsError:
+        processes.close()
+        raise
 
 
 def listen_on(host: str, port: int, flag: str = "--port") -> socket.socket:

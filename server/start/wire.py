@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 SILENCE_SECONDS = 15
 """After so long without a sign of life, asked for by the kernel, a machine or the network to it counts as gone."""
@@ -38,6 +38,12 @@ class Wire:
         self.address: str = connection.getpeername()[0]
         self.own_address: str = connection.getsockname()[0]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def send(self, **message: Any) -> None:
         """Send an object; if the other is gone, `receive` will tell."""
         with self._lock, suppress(OSError):
@@ -50,7 +56,7 @@ class Wire:
             line = self._reader.readline(_MAX_LINE_BYTES)
             self._connection.settimeout(None)
             message = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError):  # ValueError: no JSON, or closed here
             return None
         return message if isinstance(message, dict) else None
 
@@ -68,4 +74,5 @@ class Wire:
         """End the connection, and a `receive` that waits."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+        self._reader.close()
         self._connection.close()
