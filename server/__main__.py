@@ -1,10 +1,12 @@
 """The `ultrafuser` command."""
 
+import atexit
+import gc
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from importlib import import_module
 
 from ultrafuser.server.start.signals import (
@@ -19,12 +21,18 @@ from ultrafuser.server.start.signals import (
 with ending_at_once():  # they take a second
     from ultrafuser import __version__
     from ultrafuser.gating.errors import UserError
-    from ultrafuser.gating.model.fusion import load_fusion
+    from ultrafuser.gating.model.fusion import FusionConfig, load_fusion
     from ultrafuser.server.access.keys import with_all_keys
     from ultrafuser.server.cli import OFFLINE_COMMANDS, OPTION_NAMES, parse_command
     from ultrafuser.server.log import LogStream, configure_logging
-    from ultrafuser.server.settings import EngineStartError, SettingsError, read_environment, vllm_environment
-    from ultrafuser.server.start.listener import listen_on
+    from ultrafuser.server.settings import (
+        EngineStartError,
+        ServerSettings,
+        SettingsError,
+        read_environment,
+        vllm_environment,
+    )
+    from ultrafuser.server.start.listener import listen_on, meeting_points
     from ultrafuser.server.start.progress import StartupProgress
 
 NUM_STEPS = 4
@@ -58,25 +66,44 @@ def _serve(arguments: Sequence[str]) -> int:
     os.environ.update(vllm_environment(os.environ, settings.log_level))
     configure_logging(settings.log_level, settings.log_format)
     fusion = load_fusion(settings.fusion)
-    with closing(listen_on(settings.host, settings.port)) as listener:
-        progress = StartupProgress(NUM_STEPS, LogStream() if settings.log_format == "json" else None)
-        progress.say(f"ultrafuser {__version__}: {fusion.name}, fused from {', '.join(fusion.specialist_names)}")
+    progress = StartupProgress(_num_steps(settings), LogStream() if settings.log_format == "json" else None)
+    if settings.node_rank:
+        _introduce(fusion, progress)
         with progress.step("import vLLM"), ending_at_once():
-            serve = _import_serve()
-        return serve(settings, command.engine_options, fusion, listener, progress)
+            follow = _import("following", "follow")
+        return follow(settings, command.engine_options, fusion, progress)
+    with (
+        closing(listen_on(settings.host, settings.port)) as listener,
+        meeting_points(settings) if settings.nnodes > 1 else nullcontext() as points,
+    ):
+        _introduce(fusion, progress)
+        with progress.step("import vLLM"), ending_at_once():
+            serve = _import("launch", "serve")
+        return serve(settings, command.engine_options, fusion, listener, progress, points)
 
 
-def _import_serve() -> Callable[..., int]:
+def _num_steps(settings: ServerSettings) -> int:
+    """A node that others have to meet has one step more; those that do not serve generate nothing themselves."""
+    return NUM_STEPS + (settings.nnodes > 1) - (settings.node_rank > 0)
+
+
+def _introduce(fusion: FusionConfig, progress: StartupProgress) -> None:
+    progress.say(f"ultrafuser {__version__}: {fusion.name}, fused from {', '.join(fusion.specialist_names)}")
+
+
+def _import(module: str, name: str) -> Callable[..., int]:
     """The part that needs vLLM, which has to be installed, in the version that the engine works with."""
     try:
-        from ultrafuser.server.start.launch import serve
+        # At its end Python looks for cycles among all objects: with vLLM's ten seconds, for memory that is freed.
+        atexit.register(gc.freeze)
+        found: Callable[..., int] = getattr(import_module(f"ultrafuser.server.start.{module}"), name)
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
         raise SettingsError("vLLM is not installed; install ultrafuser[cuda], or ultrafuser[cpu]") from error
     except RuntimeError as error:  # the engine package's refusal of another version, by name
         raise SettingsError(str(error)) from error
-    return serve
+    return found
 
 
 def _offline(command: str, arguments: Sequence[str]) -> int:

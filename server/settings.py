@@ -87,6 +87,25 @@ class Network(_Section):
     it up; 0: never."""
 
 
+class Nodes(_Section):
+    """Several machines for one engine"""
+
+    nnodes: Annotated[int, Field(ge=1)] = 1
+    """Number of machines that run the one engine together, each with an equal share of its devices."""
+
+    node_rank: Annotated[int, Field(ge=0)] = 0
+    """Which of them this is: 0 listens for requests, the others compute for it."""
+
+    master_addr: str | None = None
+    """Address of node 0 by which the others reach it; the engine's network traffic stays on that interface."""
+
+    master_port: Annotated[int, Field(ge=1, le=65534)] = 29501
+    """Port of node 0 where the engine's processes meet; on the next one its nodes do, and stay connected."""
+
+    node_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that nodes wait for each other at the start, their models prepared."""
+
+
 class Access(_Section):
     """Who may use it"""
 
@@ -156,11 +175,11 @@ class Logs(_Section):
     """text, or json: one object a line. Lines of the engine's own processes (errors) stay text."""
 
 
-class ServerSettings(Model, Network, Access, Load, Limits, Logs):
+class ServerSettings(Model, Network, Nodes, Access, Load, Limits, Logs):
     """Every setting of the server that is not an engine option."""
 
 
-SECTIONS: tuple[type[_Section], ...] = (Model, Network, Access, Load, Limits, Logs)
+SECTIONS: tuple[type[_Section], ...] = (Model, Network, Nodes, Access, Load, Limits, Logs)
 """The sections in the order of `--help`; the docstring of each is its title."""
 
 
@@ -173,7 +192,18 @@ def resolve_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -
     settings = resolve(ServerSettings, flags, environment, PREFIX)
     if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
         raise SettingsError("--ssl-certfile and --ssl-keyfile: only one is set; set both or none")
+    _check_nodes(settings)
     return settings
+
+
+def _check_nodes(settings: ServerSettings) -> None:
+    if settings.node_rank >= settings.nnodes:
+        raise SettingsError(
+            f"--node-rank: {settings.node_rank}, but ranks are 0 to {settings.nnodes - 1}; "
+            "give each machine its own, or say with --nnodes how many there are"
+        )
+    if settings.nnodes > 1 and settings.master_addr is None:
+        raise SettingsError("--master-addr: missing; name the address by which the other machines reach node 0")
 
 
 def read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:

@@ -5,39 +5,36 @@ Importing this module imports vLLM. Everything that can be wrong without it was 
 
 import asyncio
 import logging
-import platform
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 from pydantic import ValidationError
 
 from ultrafuser.gating.errors import UserError
-from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
+from ultrafuser.gating.model.fusion import FusionConfig
 from ultrafuser.gating.model.gate import gate_digest
-from ultrafuser.gating.model.materialize import materialize
 from ultrafuser.server.access.admission import DEFAULT_MAX_REQUESTS, Admission
 from ultrafuser.server.access.connections import guarded_protocol
 from ultrafuser.server.app import create_app
 from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
-from ultrafuser.server.engine.shared.options import check_engine_options, override_engine
+from ultrafuser.server.engine.shared.node import Node
 from ultrafuser.server.errors import EngineDead
 from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
 from ultrafuser.server.log import adopt_vllm_logging
 from ultrafuser.server.metrics import describe_build
-from ultrafuser.server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
+from ultrafuser.server.serving.installation import VLLM_VERSION
 from ultrafuser.server.serving.serving import Serving, build_serving, warm_up
 from ultrafuser.server.serving.step_metrics import StepMetrics
-from ultrafuser.server.serving.tool_calls import TOOL_PARSERS
-from ultrafuser.server.settings import EngineStartError, ServerSettings, SettingsError
+from ultrafuser.server.settings import EngineStartError, ServerSettings
 from ultrafuser.server.start.children import tied_children
-from ultrafuser.server.start.listener import base_url
+from ultrafuser.server.start.leading import Followers, gather
+from ultrafuser.server.start.listener import MeetingPoints, base_url
+from ultrafuser.server.start.preparing import prepare
 from ultrafuser.server.start.progress import StartupProgress
 from ultrafuser.server.start.signals import STOP_SIGNALS
 
@@ -62,43 +59,43 @@ def serve(
     fusion: FusionConfig,
     listener: socket.socket,
     progress: StartupProgress,
+    points: MeetingPoints | None = None,
 ) -> int:
     """Serve until a signal comes; returns the process's exit status: 0 after a signal, 1 after an engine failure.
+
+    `points` is where the other nodes come to, if there are any.
 
     Raises:
         SettingsError, FusionError, GateError, EngineOptionError: the user can put it right; no weights are loaded yet.
         EngineStartError: the engine's processes have said why.
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
-    python = platform.python_version()
-    progress.say(f"vLLM {VLLM_VERSION}, torch {torch.__version__}, Python {python}, device {device_name()}")
-    allow_many_connections()
-    check_engine_options(fusion.engine.model_dump(exclude_none=True) | dict(engine_options))
-    _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
-    fusion = override_engine(fusion, engine_options)
-    with progress.step("prepare weights"):
-        fusion = materialize(fusion, Path(settings.cache) if settings.cache else None, progress.report)
-        info = inspect_fusion(fusion)
-    _log_configuration(settings, fusion, engine_options)
-    # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
-    with progress.step("load all specialists into one engine"), tied_children():
-        engine = _start_engine(fusion, engine_options)
-    try:
-        adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
-        engine.steps.listen(StepMetrics(fusion.specialist_names).record)
-        serving = build_serving(engine, fusion, info, settings)
-        name = serving.models.model_name()
-        describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            is_split = fusion.engine.placement == "split"
-            return runner.run(_Service(serving, settings, listener, progress, ends_at_a_stall=is_split).run())
-    finally:
-        engine.shutdown(timeout=ENGINE_STOP_SECONDS)
+    prepared = prepare(settings, engine_options, fusion, progress)
+    fusion = prepared.fusion
+    with gather(settings.node_timeout, prepared, points, progress) if points else nullcontext() as followers:
+        # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
+        with progress.step("load all specialists into one engine"), tied_children():
+            engine = _start_engine(fusion, engine_options, prepared.node)
+        try:
+            adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
+            engine.steps.listen(StepMetrics(fusion.specialist_names).record)
+            serving = build_serving(engine, fusion, prepared.info, settings)
+            name = serving.models.model_name()
+            describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
+            # Ranks of other processes, or machines, wait for one that hangs for good.
+            can_hang = followers is not None or fusion.engine.placement == "split"
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                status = runner.run(_Service(serving, settings, listener, progress, followers, can_hang).run())
+        finally:
+            engine.shutdown(timeout=ENGINE_STOP_SECONDS)
+        if followers is not None and status == 0:
+            followers.dismiss()
+        return status
 
 
-def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> FusedAsyncLLM:
+def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any], node: Node | None) -> FusedAsyncLLM:
     try:
-        return FusedAsyncLLM.from_fusion(fusion, engine_options)
+        return FusedAsyncLLM.from_fusion(fusion, engine_options, node)
     except UserError:
         raise
     except ValueError as error:
@@ -112,17 +109,6 @@ def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any]) -> Fu
         raise EngineStartError("the engine could not start; the first error above says why") from error
 
 
-def _log_configuration(settings: ServerSettings, fusion: FusionConfig, engine_options: Mapping[str, Any]) -> None:
-    """What is served and how; keys are secret and templates long."""
-    logger.info("settings: %s", settings.model_dump(exclude={"api_key"}, exclude_defaults=True))
-    logger.info("engine: %s", fusion.engine.model_dump(exclude_none=True) | dict(engine_options))
-    if (dict(engine_options).get("load_format") or fusion.engine.load_format) == "dummy":
-        logger.warning("engine.load_format: dummy: weights are random, answers mean nothing; speed and memory are real")
-    logger.info("sampling defaults: %s", fusion.sampling_defaults.model_dump(exclude_none=True))
-    for specialist in fusion.specialists:
-        logger.info("specialist: %s", specialist.model_dump(exclude_none=True, exclude={"chat_template"}))
-
-
 class _Service:
     """A loaded engine while it is served: warm-up, watching the engine, the end."""
 
@@ -132,6 +118,7 @@ class _Service:
         settings: ServerSettings,
         listener: socket.socket,
         progress: StartupProgress,
+        followers: Followers | None,
         ends_at_a_stall: bool,
     ) -> None:
         engine = serving.engine
@@ -140,6 +127,7 @@ class _Service:
         self._listener = listener
         self._url = base_url(settings, listener)  # while it can say: at the end uvicorn closes the listener
         self._progress = progress
+        self._followers = followers
         self._readiness = Readiness()
         self._ends_at_a_stall = ends_at_a_stall
         self._engine_failed = False
@@ -157,6 +145,8 @@ class _Service:
         loop = asyncio.get_running_loop()
         # Not the loop's own handlers: it would give the signals back to Python when it closes, with the engine to end.
         _at_stop_signals(lambda *_: loop.call_soon_threadsafe(self._stop))
+        if self._followers is not None:
+            self._followers.at_wish(lambda: loop.call_soon_threadsafe(self._stop))
         self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
         try:
             await self._server.serve(sockets=[self._listener])
@@ -250,19 +240,6 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
     )
-
-
-def _check_tool_parser(name: str | None, enable_auto: bool | None) -> None:
-    parsers = tool_parsers()
-    if name is not None and name not in parsers:
-        raise SettingsError(f"tool_call_parser: vLLM has no parser {name!r}; it has {', '.join(parsers)}")
-    if name is not None and name not in TOOL_PARSERS:
-        known = ", ".join(TOOL_PARSERS)
-        raise SettingsError(
-            f"tool_call_parser: {name!r} is not supported, its answers could differ in a stream; choose one of {known}"
-        )
-    if enable_auto and name is None:
-        raise SettingsError("--enable-auto-tool-choice: there is no parser; name one with --tool-call-parser")
 
 
 def _loop_factory() -> Any:

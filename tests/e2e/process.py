@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -41,10 +41,17 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
 class ServerProcess:
     """`ultrafuser serve` in a process group of its own, like a program started in a terminal."""
 
-    def __init__(self, fusion: Path, log: Path, *options: str, environ: Mapping[str, str] | None = None) -> None:
-        """`environ` adds to this process's environment."""
+    def __init__(
+        self,
+        fusion: Path,
+        log: Path,
+        *options: str,
+        environ: Mapping[str, str] | None = None,
+        around: Sequence[str] = (),
+    ) -> None:
+        """`environ` adds to this process's environment; `around` is a command that becomes the one it is given."""
         self.log_path = log
-        command = [sys.executable, "-m", "ultrafuser.server", "serve", str(fusion), "--port", "0", *options]
+        command = [*around, sys.executable, "-m", "ultrafuser.server", "serve", str(fusion), "--port", "0", *options]
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 command,

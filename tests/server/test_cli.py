@@ -1,6 +1,5 @@
 """The command line: every option is there, help comes at once, and what is wrong is said in one line."""
 
-import builtins
 import logging
 import os
 import signal
@@ -10,7 +9,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,7 +21,7 @@ from ultrafuser.server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
 from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.log import CONFIGURED_LOGGERS
 from ultrafuser.server.settings import ServerSettings, SettingsError
-from ultrafuser.server.start.launch import _check_tool_parser
+from ultrafuser.server.start.preparing import _check_tool_parser
 
 NOT_FLAGS = {
     "shutdown_timeout",  # the server has its own: it waits for requests before it ends the engine
@@ -189,13 +187,7 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(capsys: pytest.Capture
 def test_a_missing_or_wrong_vllm_is_one_line_and_status_2(
     failure: Exception, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(name: str, *args: Any) -> Any:
-        if name == "ultrafuser.server.start.launch":
-            raise failure
-        return real_import(name, *args)
-
-    real_import = builtins.__import__
-    with mock.patch.object(builtins, "__import__", refuse):
+    with mock.patch("ultrafuser.server.__main__.import_module", side_effect=failure):
         assert main(["serve", "--port", "0"]) == 2
     *steps, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"ultrafuser: {message}")

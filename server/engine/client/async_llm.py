@@ -19,6 +19,7 @@ from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
 from ultrafuser.server.engine.client.mark_stream import Takeover, stream_marks
 from ultrafuser.server.engine.client.nonfinite import raise_if_nan, raise_if_nonfinite
 from ultrafuser.server.engine.client.step_feed import StepFeed
+from ultrafuser.server.engine.shared.node import Node, engine_config
 from ultrafuser.server.engine.shared.options import engine_arguments
 from ultrafuser.server.engine.shared.spec import EngineSpec
 
@@ -67,14 +68,23 @@ class FusedAsyncLLM(AsyncLLM):
             raise
 
     @classmethod
-    def from_fusion(cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None) -> "FusedAsyncLLM":
+    def from_fusion(
+        cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None, node: Node | None = None
+    ) -> "FusedAsyncLLM":
         """Start the engine of a materialized fusion; blocks until it can serve.
+
+        `node` is this machine among several, the first of them; the others start `NodeWorkers`.
 
         Raises:
             FusionError, GateError: the fusion does not fit together; checked before any weight is loaded.
             EngineOptionError: an option is not on the allow-list.
         """
         args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), engine_options))
-        engine = cls.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER)
+        engine = cls.from_vllm_config(
+            engine_config(args, node),
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=args.enable_log_requests,
+            disable_log_stats=args.disable_log_stats,
+        )
         assert isinstance(engine, cls)
         return engine
