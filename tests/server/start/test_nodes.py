@@ -74,7 +74,8 @@ class Meeting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for future in (self.leader, *self._joined):  # a node that sees another go kills processes
+        futures: list[Future[Any]] = [self.leader, *self._joined]
+        for future in futures:  # a node that sees another go kills processes
             if future.exception(PATIENCE_SECONDS + 5) is None:
                 future.result().__exit__()
         self._pool.shutdown()
@@ -142,7 +143,7 @@ def test_what_differs_is_named_by_node_and_key_on_all_nodes(
         "engine": "node 2 differs from node 0 in engine.max_num_seqs: 7, not null",
     }[key]
     with Meeting(points, fusions[0], 3, PATIENCE_SECONDS) as meeting:
-        nodes = [meeting.join(fusions[1], 1), meeting.join(other, 2), meeting.leader]
+        nodes: list[Future[Any]] = [meeting.join(fusions[1], 1), meeting.join(other, 2), meeting.leader]
         for node in nodes:
             assert named in says(node)
             assert "node 1 differs" not in says(node)
