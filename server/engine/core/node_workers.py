@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.executor import Executor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
 from ultrafuser.server.engine.shared.node import Node, engine_config
@@ -25,7 +26,8 @@ class NodeWorkers:
         """
         args = AsyncEngineArgs(**engine_arguments(fusion, inspect_fusion(fusion), engine_options))
         config = engine_config(args, node)
-        self._executor: Any = Executor.get_class(config)(config, monitor_workers=False)
+        executor_class: type[MultiprocExecutor] = Executor.get_class(config)
+        self._executor = executor_class(config, monitor_workers=False)
 
     def wait(self) -> None:
         """Return when one of them has ended; the others have ended then, too."""
