@@ -130,7 +130,7 @@ class _Service:
         self._followers = followers
         self._readiness = Readiness()
         self._ends_at_a_stall = ends_at_a_stall
-        self._engine_failed = False
+        self._engine_failed = self._is_asked = False
         limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
         self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
         heartbeat = Heartbeat()
@@ -146,7 +146,7 @@ class _Service:
         # Not the loop's own handlers: it would give the signals back to Python when it closes, with the engine to end.
         _at_stop_signals(lambda *_: loop.call_soon_threadsafe(self._stop))
         if self._followers is not None:
-            self._followers.at_wish(lambda: loop.call_soon_threadsafe(self._stop))
+            self._followers.at_wish(lambda: loop.call_soon_threadsafe(self._end_in_order))
         self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
         try:
             await self._server.serve(sockets=[self._listener])
@@ -195,12 +195,17 @@ class _Service:
 
     def _stop(self) -> None:
         """End when the running requests have ended; asked again, at once."""
-        if self._readiness.is_ending:
+        if self._is_asked:
             self._admission.end_all()
             self._server.should_exit = self._server.force_exit = True
-            return
-        self._readiness.is_ending = True
-        self._accompany(self._end_after(self._settings.shutdown_timeout))
+        self._is_asked = True
+        self._end_in_order()
+
+    def _end_in_order(self) -> None:
+        """As other nodes wish, any number of them: a signal to all machines at once cuts nobody off."""
+        if not self._readiness.is_ending:
+            self._readiness.is_ending = True
+            self._accompany(self._end_after(self._settings.shutdown_timeout))
 
     async def _end_after(self, seconds: float) -> None:
         """Take no more requests, give the running ones so long, then tell their clients, and end."""

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -53,7 +54,8 @@ class Followers:
             end()
 
     def dismiss(self) -> None:
-        """Tell the others that the engine has ended in order."""
+        """Tell the others that the engine has ended in order; they leave then."""
+        self._is_left = True
         for wire in self._wires.values():
             wire.send(end=True)
 
@@ -73,11 +75,12 @@ class Followers:
                 logger.info("node %d was asked to end; all nodes end", rank)
                 self._is_wished = True
                 if self._at_wish is not None:
-                    self._at_wish()
+                    with suppress(RuntimeError):  # its loop has ended, and with it the service
+                        self._at_wish()
         if not self._is_left:
             logger.error("node %d (%s) is gone; the engine ends on all nodes", rank, wire.address)
-            while True:  # until this process ends: some may only be about to start
-                self._killed |= kill_children()
+            while not self._is_left:  # some may only be about to start
+                self._killed = self._killed | kill_children()
                 time.sleep(1)
 
 
@@ -95,7 +98,8 @@ def gather(seconds: float, prepared: Prepared, points: MeetingPoints, progress: 
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     with progress.step("meet the other nodes"):
         store = _host_store(points.processes)
-        wires, problems = _meet(points.nodes, own, node.num_nodes, seconds, progress)
+        with points.nodes:  # a node that is started again waits for the next engine
+            wires, problems = _meet(points.nodes, own, node.num_nodes, seconds, progress)
         refusal = _one_line(problems) if problems else None
         for wire in wires.values():
             wire.send(refusal=refusal)
@@ -118,14 +122,14 @@ def _meet(
 ) -> tuple[dict[int, Wire], list[str]]:
     """Connections by rank, and what is wrong with them."""
     wires: dict[int, Wire] = {}
-    problems: list[str] = []
+    problems: dict[int, list[str]] = {}
     listener.listen(socket.SOMAXCONN)
     deadline = time.monotonic() + seconds
     while missing := sorted(set(range(1, num_nodes)) - wires.keys()):
         names = ", ".join(f"node {rank}" for rank in missing)
         left = deadline - time.monotonic()
         if left <= 0:
-            problems.append(f"{names} did not come within {seconds:g} s; start all {num_nodes} nodes")
+            problems[0] = [f"{names} did not come within {seconds:g} s; start all {num_nodes} nodes"]
             break
         host, port = listener.getsockname()[:2]
         progress.say(f"      waiting for {names} at {host} port {port}, {left:.0f} s at most")
@@ -137,14 +141,15 @@ def _meet(
             wire.send(refusal=f"--node-rank: node {rank} is there, from {wires[rank].address}; give each its own")
             wire.close()
             continue
-        wires[rank] = wire
-        found = differences(rank, arrival.values, own)
-        for line in found:
+        wires[rank] = wire  # in the place of one that has left
+        problems[rank] = differences(rank, arrival.values, own)
+        if rank >= num_nodes:
+            problems[rank].append(f"node {rank} is one too many for {num_nodes} nodes")
+        for line in problems[rank]:
             logger.error(line)
-        problems += found
         if rank >= num_nodes:
             break
-    return wires, problems
+    return wires, [line for rank in sorted(problems) for line in problems[rank]]
 
 
 def _next_arrival(listener: socket.socket, seconds: float) -> _Arrival | None:
@@ -156,7 +161,7 @@ def _next_arrival(listener: socket.socket, seconds: float) -> _Arrival | None:
     wire = Wire(connection)
     hello = wire.receive(_HELLO_SECONDS) or {}
     rank, values = hello.get("rank"), hello.get("likeness")
-    if isinstance(rank, int) and rank > 0 and isinstance(values, dict):
+    if type(rank) is int and rank > 0 and isinstance(values, dict):
         return _Arrival(rank, {str(name): str(value) for name, value in values.items()}, wire)
     logger.warning("a connection from %s is no node's; it is closed", wire.address)
     wire.close()

@@ -16,7 +16,7 @@ from ultrafuser.server.engine.client.input_processor import FusedInputProcessor
 from ultrafuser.server.engine.client.mark_stream import Takeover
 from ultrafuser.server.engine.client.step_feed import StepFeed
 from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS, fused_input
-from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.engine.shared.options import check_devices, engine_arguments, override_engine
 
 
 class OfflineEngine(LLM):
@@ -26,6 +26,7 @@ class OfflineEngine(LLM):
 
     def __init__(self, fusion: FusionConfig, info: FusedModelInfo, engine_options: Mapping[str, Any]) -> None:
         """Start the engine of a materialized fusion; raises what `engine_arguments` does."""
+        check_devices(override_engine(fusion, engine_options))
         super().__init__(**engine_arguments(fusion, info, engine_options))
         self.input_processor = FusedInputProcessor(self.input_processor)
         self.llm_engine.input_processor = self.input_processor

@@ -23,7 +23,7 @@ class SplitExecutor(MultiprocExecutor):
         super()._get_parallel_sizes()
         if current_platform.is_cpu():
             # By itself vLLM binds each rank to a NUMA node of its own, and most machines have but one.
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", shares_of_cores(self.world_size))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", shares_of_cores(self.local_world_size))
         return self.world_size, 1, 1
 
     def _get_output_rank(self) -> int:

@@ -84,7 +84,6 @@ def engine_arguments(
     spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
     if spec.exchange is not None:
-        _check_devices(len(spec.specialists) * settings.get("tensor_parallel_size", 1))
         settings["distributed_executor_backend"] = SPLIT_EXECUTOR
     return {
         "max_model_len": info.max_model_len,
@@ -156,15 +155,24 @@ def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
         return
     if options.get("distributed_executor_backend") not in (None, "mp"):
         raise EngineOptionError(
-            "distributed_executor_backend: specialists with placement: split run in processes of this machine; "
-            "leave it out, or say mp"
+            "distributed_executor_backend: specialists with placement: split run in processes that vLLM starts "
+            "itself; leave it out, or say mp"
         )
     if is_drafting:
         raise EngineOptionError("speculation: does not go with placement: split; leave one of them out")
 
 
-def _check_devices(num_needed: int) -> None:
-    if not current_platform.is_cpu() and (num_devices := current_platform.device_count()) < num_needed:
+def check_devices(fusion: FusionConfig) -> None:
+    """Whether one machine has a device for every rank of split placement.
+
+    Raises:
+        EngineOptionError: it has fewer.
+    """
+    engine = fusion.engine
+    if engine.placement != "split" or current_platform.is_cpu():
+        return
+    num_needed = len(fusion.specialists) * (engine.tensor_parallel_size or 1)
+    if (num_devices := current_platform.device_count()) < num_needed:
         raise EngineOptionError(
             f"placement: split needs {num_needed} devices, tensor_parallel_size for each specialist, and there are "
             f"{num_devices}; leave it out"

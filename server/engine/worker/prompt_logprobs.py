@@ -50,6 +50,8 @@ class PromptLogprobs:
             num_scheduled: tokens that the leader computed for each request of the step.
         """
         wanted: dict[str, int] = self._leader.num_prompt_logprobs
+        if not wanted:
+            return {}
         complete = {}
         for request in [name for name in num_scheduled if name in wanted]:  # the plan's order, that of all ranks
             state = self._leader.requests[request]

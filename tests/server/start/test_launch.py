@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import uvloop
@@ -14,6 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.server.scripted import ScriptedEngine
 from ultrafuser.gating.model.fusion import FusionConfig
+from ultrafuser.server.health import Readiness
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.serving.serving import Serving, warm_up
 from ultrafuser.server.settings import ServerSettings
@@ -215,3 +217,19 @@ def test_an_engine_that_stalls_ends_the_server_where_ranks_wait_for_others(
     engine = start.fusion.engine.model_copy(update={"placement": placement})
     start.fusion = start.fusion.model_copy(update={"engine": engine})
     assert start.serve() == status
+
+
+def test_wishes_of_other_nodes_cut_nobody_off() -> None:
+    """Stopped all at once, every node tells the first, which has a signal of its own, before or after."""
+    service = launch._Service.__new__(launch._Service)
+    service._is_asked, service._readiness, service._settings = False, Readiness(), ServerSettings()
+    service._server = server = mock.Mock(force_exit=False)
+    service._admission, ends = mock.Mock(), list[Any]()
+    with mock.patch.multiple(service, _end_after=lambda seconds: seconds, _accompany=ends.append):
+        for end in (service._end_in_order, service._stop, service._end_in_order):
+            end()
+        assert not server.force_exit
+        assert ends == [service._settings.shutdown_timeout]
+        service._stop()
+        assert server.force_exit
+        service._admission.end_all.assert_called_once_with()

@@ -22,14 +22,17 @@ from tests.server.engine.harness import InProcessEngine, engine_input, random_pr
 from ultrafuser.gating.errors import FusionError, UserError
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.server.engine.core.scheduler import make_scheduler
+from ultrafuser.server.engine.shared.node import Node, check_node
 from ultrafuser.server.engine.shared.options import (
     ALLOWED_ENGINE_OPTIONS,
     GPU_WORKER,
     OWN_OPTIONS,
     SCHEDULER,
     EngineOptionError,
+    check_devices,
     check_engine_options,
     engine_arguments,
+    override_engine,
 )
 from ultrafuser.server.engine.shared.spec import ADDITIONAL_CONFIG_KEY, EngineSpec
 from ultrafuser.server.engine_options import REFUSED_OPTIONS
@@ -334,9 +337,19 @@ def test_one_specialist_has_nothing_to_split(tiny_fusion: Path) -> None:
 
 
 def test_more_ranks_than_devices_are_refused_by_number(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fusion = load_fusion(tiny_fusion)
-    info = inspect_fusion(fusion)
+    fusion = override_engine(load_fusion(tiny_fusion), {"placement": "split", "tensor_parallel_size": 2})
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
     monkeypatch.setattr(type(current_platform), "device_count", lambda _: 5, raising=False)
     with pytest.raises(EngineOptionError, match=r"^placement: split needs 6 devices.* there are 5; leave it out$"):
-        engine_arguments(fusion, info, {"placement": "split", "tensor_parallel_size": 2})
+        check_devices(fusion)
+
+
+def test_several_machines_need_a_device_for_their_own_ranks_only(
+    tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fusion = override_engine(load_fusion(tiny_fusion), {"placement": "split"})
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    monkeypatch.setattr(type(current_platform), "device_count", lambda _: 1, raising=False)
+    check_node(fusion, Node(1, 3, "10.0.0.1", 29501))
+    arguments = engine_arguments(fusion, inspect_fusion(fusion), {})
+    assert arguments["distributed_executor_backend"].endswith("SplitExecutor")
