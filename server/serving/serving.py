@@ -167,6 +167,22 @@ class FusedServingCompletion(_Fused, OpenAIServingCompletion):
         return response
 
 
+class _PlainRenderer(OnlineRenderer):
+    """vLLM's request code over our renderer, whoever leads.
+
+    If GPT-OSS does, vLLM writes a prompt by itself, past every renderer and for one model only, and reads answers in
+    the same format (Harmony). It decides that with this attribute, before it chooses its parser.
+    """
+
+    @property
+    def use_harmony(self) -> bool:
+        return False
+
+    @use_harmony.setter
+    def use_harmony(self, is_gpt_oss: bool) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Serving:
     """Everything the routes call."""
@@ -194,19 +210,19 @@ def build_serving(
     if parser:
         init_parser_metrics(model_name=names[0])
     is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
-    tools: dict[str, Any] = {"tool_parser": parser, "enable_auto_tools": is_auto}
     template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
     config = engine.vllm_config
     fused_renderer = FusedRenderer(config, fusion, info)
-    renderer = OnlineRenderer(engine.model_config, fused_renderer, **template, **tools)
-    if renderer.parser is not None:
-        renderer.parser = held_to_tools(renderer.parser)
+    renderer = _PlainRenderer(
+        engine.model_config, fused_renderer, **template, tool_parser=parser, enable_auto_tools=is_auto
+    )
     shared: dict[str, Any] = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
-    chat = FusedServingChat(engine, models, "assistant", **shared, **template, **tools)
+    chat = FusedServingChat(engine, models, "assistant", **shared, **template, enable_auto_tools=is_auto)
     completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
     grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
-    if chat.parser_cls is not None:
-        chat.parser_cls = read_alike(chat.parser_cls, fused_renderer.tokenizer)
+    if renderer.parser is not None:
+        chat.parser_cls = read_alike(renderer.parser, fused_renderer.tokenizer)
+        renderer.parser = held_to_tools(renderer.parser)
     dtypes = [specialist.dtype for specialist in EngineSpec.from_vllm_config(config).specialists]
     for serving in (chat, completion):
         serving.grammars = grammars
