@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm import RequestOutput, SamplingParams
 from vllm.distributed import get_tp_group
@@ -15,6 +16,7 @@ from tests.reference import read_text
 from tests.server.engine.conftest import SPLIT
 from tests.server.engine.harness import Arrival, InProcessEngine, engine_input, greedy, random_prompts
 from tests.server.engine.judge import Judge
+from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
 
 Engines = Callable[[str], InProcessEngine]
@@ -56,8 +58,12 @@ def test_a_batch_with_mixed_arrivals_equals_the_reference(
 ) -> None:
     engine = engine_of(configuration)
     engine.reports.clear()
-    arrivals = [Arrival(prompts, greedy(MAX_TOKENS), step=i * steps_apart) for i, prompts in enumerate(BATCH)]
-    assert engine.tokens(arrivals) == [judge.tokens(prompts, MAX_TOKENS) for prompts in BATCH]
+    params = greedy(MAX_TOKENS, extra_args={GATE_WEIGHTS: True})
+    outputs = engine.generate([Arrival(prompts, params, step=i * steps_apart) for i, prompts in enumerate(BATCH)])
+    for prompts, output in zip(BATCH, outputs, strict=True):
+        expected = judge.generation(prompts, MAX_TOKENS)
+        assert list(output.outputs[0].token_ids) == expected.token_ids
+        np.testing.assert_allclose(output.outputs[0].gate_weights, expected.gate_weights.numpy(), atol=1e-4, rtol=0)
     assert sum(len(report.weights_TS) for report in engine.reports) == len(BATCH) * MAX_TOKENS, "one rank reports"
 
 
