@@ -122,15 +122,15 @@ def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, text, complaint
 
 @pytest.mark.parametrize("name", ["nothing.yaml", "../presets/demo", "demo2"])
 def test_a_missing_file_is_refused_with_the_names_of_the_presets(name):
-    with pytest.raises(FusionError, match=r"no such fusion file; .*demo, qwen2.5-7b, ultrafuser-13b"):
+    with pytest.raises(FusionError, match=r"no such fusion file; .*demo, qwen2.5-7b, qwen3-30b-a3b, ultrafuser-13b"):
         load_fusion(name)
 
 
 def test_every_preset_loads():
-    assert preset_names() == ("demo", "qwen2.5-7b", "ultrafuser-13b")
+    assert preset_names() == ("demo", "qwen2.5-7b", "qwen3-30b-a3b", "ultrafuser-13b")
     for name in preset_names():
         config = load_fusion(name)
-        assert config.specialist_names == ("text", "code", "math")
+        assert config.specialist_names == ("text", "code", "math")[: len(config.specialists)]
         assert config.gate is not None
 
 
