@@ -97,5 +97,12 @@ def test_only_the_command_reads_the_environment() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                 readers.add(str(path))
-    # The command hands its environment to settings.py; the engine package sets one variable for vLLM.
-    assert readers == {"server/__main__.py", "server/engine/__init__.py"}
+    # The command hands its environment to settings.py; the others set variables for vLLM's and torch's processes, where
+    # the user has set none.
+    assert readers == {
+        "server/__main__.py",
+        "server/engine/__init__.py",
+        "server/engine/core/split_executor.py",
+        "server/start/following.py",
+        "server/start/leading.py",
+    }
