@@ -24,13 +24,10 @@ client's fault is always 4xx: the official client sends a request that failed wi
 `x-should-retry` is false, as it is for every 500: the same request would fail again. Knows no routes and no vLLM.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
-
-from fastapi.responses import JSONResponse
 
 MAX_MESSAGE_CHARS = 1000
 """A message may quote the request, but must not send it back whole."""
@@ -76,17 +73,10 @@ class ApiError(Exception):
         return "invalid_request_error" if self.status < 500 else "server_error"
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The JSON body: `{"error": {"message", "type", "param", "code"}}`."""
+        """OpenAI's JSON: `{"error": {"message", "type", "param", "code"}}`; others' are in `server/dialects.py`."""
         message = sanitized(self.message)
         param = self.param and self.param[:MAX_PARAM_CHARS]
         return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), status_code=self.status, headers=dict(self.headers))
-
-    def last_events(self) -> str:
-        """The server-sent events that end a stream which has already begun: this error, and that there is no more."""
-        return f"data: {json.dumps(self.body())}\n\ndata: [DONE]\n\n"
 
 
 class InvalidRequest(ApiError, ValueError):

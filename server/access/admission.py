@@ -17,6 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultrafuser.server.access.middleware import is_among, refuse
+from ultrafuser.server.dialects import error_response, last_events
 from ultrafuser.server.errors import ApiError, Overloaded, Rejection, ShuttingDown, TimedOut
 from ultrafuser.server.metrics import REJECTIONS
 
@@ -143,9 +144,10 @@ class RunningRequest:
             return
         error = self._end.result()
         if not self._is_started:
-            await error.response()(scope, self._receive, self._send)
+            await error_response(error, scope)(scope, self._receive, self._send)
         elif self._is_stream:
-            await self._send({"type": "http.response.body", "body": error.last_events().encode(), "more_body": False})
+            body = last_events(error, scope).encode()
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 class AdmissionControl:

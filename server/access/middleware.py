@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultrafuser.server.access.keys import CACHE_SALT, KeyRing
 from ultrafuser.server.access.quotas import Quota
+from ultrafuser.server.dialects import error_response
 from ultrafuser.server.errors import (
     UNFORESEEN,
     ApiError,
@@ -63,7 +64,7 @@ class RequestLog:
             logger.exception("the request failed")
             if exchange.status is not None:
                 raise
-            await ApiError(UNFORESEEN).response()(scope, exchange.receive, exchange.send)
+            await error_response(ApiError(UNFORESEEN), scope)(scope, exchange.receive, exchange.send)
         finally:
             exchange.log(logging.DEBUG if scope["path"] in self._quiet_paths else logging.INFO)
             request_id.reset(token)
@@ -152,7 +153,7 @@ class HeaderCount:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (count := len(scope["headers"])) > MAX_HEADERS:
             error = TooManyHeaders(f"The request has {count} headers, at most {MAX_HEADERS} are read.")
-            await error.response()(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -219,7 +220,7 @@ def is_among(scope: Scope, paths: Collection[str]) -> bool:
 async def refuse(error: Rejection, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with a rejection and count it."""
     REJECTIONS.labels(error.reason).inc()
-    await error.response()(scope, receive, send)
+    await error_response(error, scope)(scope, receive, send)
 
 
 async def _pass_on(_scope: Scope, _receive: Receive, _send: Send) -> None:

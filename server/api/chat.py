@@ -16,4 +16,4 @@ router = APIRouter(route_class=CheckedRoute, responses=BODY_ERRORS)
 async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
     """Answer a conversation; an event stream if `stream` is set. The engine's request ends when the client leaves."""
     serving: Serving = raw_request.app.state.serving
-    return await to_response(await serving.chat.create_chat_completion(request, raw_request))
+    return await to_response(await serving.chat.create_chat_completion(request, raw_request), raw_request)

@@ -16,4 +16,4 @@ router = APIRouter(route_class=CheckedRoute, responses=BODY_ERRORS)
 async def create_completion(request: CompletionRequest, raw_request: Request) -> Response:
     """Continue a text or token ids; an event stream if `stream` is set."""
     serving: Serving = raw_request.app.state.serving
-    return await to_response(await serving.completion.create_completion(request, raw_request))
+    return await to_response(await serving.completion.create_completion(request, raw_request), raw_request)

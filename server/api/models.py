@@ -3,9 +3,9 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
-from ultrafuser.server.api.response import READ_ERRORS, error_responses, to_response
+from ultrafuser.server.api.response import READ_ERRORS, error_responses
 from ultrafuser.server.errors import ModelNotFound
 from ultrafuser.server.serving.openapi import answer
 from ultrafuser.server.serving.serving import Serving
@@ -16,7 +16,7 @@ router = APIRouter(responses=READ_ERRORS)
 @router.get("/v1/models", responses=answer("/v1/models"))
 async def list_models(raw_request: Request) -> Response:
     """Every name of the one model that is served."""
-    return await to_response(await _models(raw_request))
+    return JSONResponse((await _models(raw_request)).model_dump())
 
 
 @router.get("/v1/models/{name:path}", responses=error_responses(400, 404) | answer("/v1/models/{name:path}"))
@@ -24,7 +24,7 @@ async def retrieve_model(name: str, raw_request: Request) -> Response:
     """One name; 404 if it is not served."""
     for model in (await _models(raw_request)).data:
         if model.id == name:
-            return await to_response(model)
+            return JSONResponse(model.model_dump())
     raise ModelNotFound(f"The model `{name}` does not exist.", "model")
 
 

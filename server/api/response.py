@@ -1,4 +1,4 @@
-"""What a serving class returned, as an HTTP response: JSON, an event stream, or OpenAI's error object."""
+"""What a serving class returned, as an HTTP response: JSON, an event stream, or an error in the route's way."""
 
 import asyncio
 import logging
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from ultrafuser.server.dialects import error_response, last_events
 from ultrafuser.server.errors import ApiError, NonfiniteOutput, Rejection
 from ultrafuser.server.metrics import REJECTIONS
 from ultrafuser.server.serving.translation import as_api_error, error_in
@@ -32,13 +33,17 @@ _LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\u0085\u202
 logger = logging.getLogger(__name__)
 
 
-async def to_response(result: AsyncGenerator[str, None] | BaseModel) -> Response:
-    """The response for what a vLLM serving class returned."""
+async def to_response(result: AsyncGenerator[str, None] | BaseModel, request: Request) -> Response:
+    """The response for what a vLLM serving class returned.
+
+    Raises:
+        ApiError: it is an error.
+    """
     if (error := error_in(result)) is not None:
-        return error.response()
+        raise error
     if isinstance(result, BaseModel):
         return JSONResponse(result.model_dump())
-    return await _stream(result)
+    return await stream(result, request)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
@@ -53,10 +58,15 @@ async def answer_error(request: Request, error: Exception) -> Response:
         REJECTIONS.labels(told.reason).inc()
     elif told.status >= 500 or isinstance(error, TypeError):
         _log_failure(f"answered {told.status}", told, error)
-    return told.response()
+    return error_response(told, request.scope)
 
 
-async def _stream(events: AsyncGenerator[str, None]) -> Response:
+async def stream(events: AsyncGenerator[str, None], request: Request) -> Response:
+    """The response that streams these events, once it shows that the engine takes the request.
+
+    Raises:
+        Exception: the events begin with it.
+    """
     first: asyncio.Task[str] = asyncio.ensure_future(anext(events))
     try:
         await asyncio.wait({first}, timeout=EARLY_SECONDS)
@@ -65,7 +75,7 @@ async def _stream(events: AsyncGenerator[str, None]) -> Response:
         raise
     if first.done() and isinstance(error := first.exception(), Exception):
         raise error
-    return EventStream(_events(first, events))
+    return EventStream(_events(first, events, request.scope))
 
 
 class EventStream(StreamingResponse):
@@ -117,7 +127,9 @@ class _KeptAlive:
             self._is_silent = True
 
 
-async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _events(
+    first: "asyncio.Task[str]", events: AsyncGenerator[str, None], scope: Scope
+) -> AsyncGenerator[str, None]:
     async with aclosing(events):
         try:
             yield _on_one_line(await first)
@@ -128,7 +140,7 @@ async def _events(first: "asyncio.Task[str]", events: AsyncGenerator[str, None])
             told = as_api_error(error)
             if told.status >= 500:
                 _log_failure("a stream ended early", told, error)
-            yield told.last_events()
+            yield last_events(told, scope)
 
 
 def _on_one_line(event: str) -> str:

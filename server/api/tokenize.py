@@ -16,11 +16,11 @@ router = APIRouter(route_class=CheckedRoute, responses=BODY_ERRORS)
 async def tokenize(request: TokenizeRequest, raw_request: Request) -> Response:
     """Token ids of a text, or of the longest of the n prompts that a conversation becomes."""
     serving: Serving = raw_request.app.state.serving
-    return await to_response(await serving.tokenization.create_tokenize(request, raw_request))
+    return await to_response(await serving.tokenization.create_tokenize(request, raw_request), raw_request)
 
 
 @router.post("/detokenize", responses=answer("/detokenize"))
 async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
     """Text of token ids of the shared vocabulary."""
     serving: Serving = raw_request.app.state.serving
-    return await to_response(await serving.tokenization.create_detokenize(request, raw_request))
+    return await to_response(await serving.tokenization.create_detokenize(request, raw_request), raw_request)

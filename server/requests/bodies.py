@@ -4,7 +4,8 @@ FastAPI alone would read any length, and take "0" for 0, true for 1 and the last
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jiter
@@ -16,17 +17,26 @@ from starlette.requests import ClientDisconnect
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
 from ultrafuser.server.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
-from ultrafuser.server.requests.plain import plain_body
+from ultrafuser.server.requests.plain import plain_body, without_nulls
 from ultrafuser.server.settings import Limits
 
 MAX_DEPTH = 200
 """How deeply a body may nest: the parser's own limit, far below Python's."""
 
-TOKEN_ID_FIELDS = frozenset({"prompt", "allowed_token_ids", "tokens"})
-"""Fields whose arrays of integers may be as long as a prompt or a vocabulary."""
 
-WIDE_FIELDS = frozenset({"messages", "tools", "response_format", "structured_outputs", "chat_template_kwargs"})
-"""Fields that hold a list of objects, or a schema: each of their items may have values of its own."""
+@dataclass(frozen=True)
+class BodyForm:
+    """What is known of a route's bodies before their model reads them."""
+
+    token_id_fields: frozenset[str] = frozenset()
+    """Fields whose arrays of integers may be as long as a prompt or a vocabulary."""
+
+    wide_fields: frozenset[str] = frozenset()
+    """Fields that hold a list of objects, or a schema: each of their items may have values of its own."""
+
+    plain: Callable[[dict[str, Any]], dict[str, Any]] = without_nulls
+    """Brings a body into the form that the model reads; raises InvalidRequest."""
+
 
 _VALUES_PER_ITEM = 16
 """How many values a wide field may have altogether, for each item that one array or object may have."""
@@ -38,7 +48,7 @@ _INTEGERS = range(-(2**63), 2**64)
 """What can be sent to the engine."""
 
 
-async def read_request(request: Request, adapter: TypeAdapter[Any], limits: Limits) -> Request:
+async def read_request(request: Request, adapter: TypeAdapter[Any], form: BodyForm, limits: Limits) -> Request:
     """The request with its body at hand, as bytes and as what the adapter makes of it.
 
     Raises:
@@ -48,9 +58,8 @@ async def read_request(request: Request, adapter: TypeAdapter[Any], limits: Limi
         raise UnsupportedMediaType("Content-Type: send the body as application/json.")
     body = await read_body(request, limits.max_body_bytes)
     value = parse_json(body, limits.max_items)
-    check_shape(value, limits.max_items)
-    plain = plain_body(value)
-    _check_messages(plain.get("messages"))
+    check_shape(value, form, limits.max_items)
+    plain = form.plain(value)
     try:
         return _ReadRequest(request, body, adapter.validate_json(to_json(plain), strict=True))
     except ValidationError as error:
@@ -109,7 +118,7 @@ def parse_json(body: bytes, max_items: int) -> Any:
         raise InvalidRequest(f"The body is not JSON: {error}.") from error
 
 
-def check_shape(value: Any, max_items: int) -> None:
+def check_shape(value: Any, form: BodyForm, max_items: int) -> None:
     """Bound the number of values before they are validated, which would report each wrong one: that takes minutes.
 
     Raises:
@@ -120,12 +129,11 @@ def check_shape(value: Any, max_items: int) -> None:
         raise InvalidRequest("The body must be a JSON object.")
     _check_count(value, max_items, None)
     for name, field in value.items():
-        if not (name in TOKEN_ID_FIELDS and _is_token_ids(field)):
-            _check_field(name, field, max_items)
+        if not (name in form.token_id_fields and _is_token_ids(field)):
+            _check_field(name, field, max_items, 1 + max_items * (_VALUES_PER_ITEM if name in form.wide_fields else 1))
 
 
-def _check_field(name: str, value: Any, max_items: int) -> None:
-    budget = 1 + max_items * (_VALUES_PER_ITEM if name in WIDE_FIELDS else 1)
+def _check_field(name: str, value: Any, max_items: int, budget: int) -> None:
     pending: list[Any] = [[value]]  # a number by itself is looked at, too
     while pending:
         container = pending.pop()
@@ -154,8 +162,10 @@ def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_messages(messages: Any) -> None:
+def _plain_openai(body: dict[str, Any]) -> dict[str, Any]:
     """Look at one message after the other, up to the first wrong one: each has an error for every role there is."""
+    plain = plain_body(body)
+    messages = plain.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         place: tuple[str | int, ...] = ("body", "messages", index)
         try:
@@ -166,6 +176,15 @@ def _check_messages(messages: Any) -> None:
             list(checked.get("tool_calls") or ())  # validated while it is read
         except ValidationError as error:
             raise _as_request_error(error, (*place, "tool_calls")) from error
+    return plain
+
+
+OPENAI_FORM = BodyForm(
+    token_id_fields=frozenset({"prompt", "allowed_token_ids", "tokens"}),
+    wide_fields=frozenset({"messages", "tools", "response_format", "structured_outputs", "chat_template_kwargs"}),
+    plain=_plain_openai,
+)
+"""Bodies of chat and raw completions, and of the routes beside them."""
 
 
 def _as_request_error(error: ValidationError, place: tuple[str | int, ...]) -> RequestValidationError:

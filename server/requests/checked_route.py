@@ -5,20 +5,22 @@ A route of this class cannot forget any of the three. Knows no route in particul
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 from starlette.types import Receive
 
-from ultrafuser.server.requests.bodies import read_request
+from ultrafuser.server.requests.bodies import OPENAI_FORM, BodyForm, read_request
 from ultrafuser.server.requests.checks import check_request, is_checked
 from ultrafuser.server.requests.limits import RequestBounds
 
 
 class CheckedRoute(APIRoute):
     """A route whose body is strict JSON, checked by `check_request` within `app.state.bounds`."""
+
+    form: ClassVar[BodyForm] = OPENAI_FORM
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, given a body that is read, validated and checked already.
@@ -37,7 +39,7 @@ class CheckedRoute(APIRoute):
 
         async def answer_checked(request: Request) -> Response:
             bounds: RequestBounds = request.app.state.bounds
-            read = await read_request(request, adapter, bounds.limits)
+            read = await read_request(request, adapter, self.form, bounds.limits)
             check_request(await read.json(), bounds)
             return await _while_the_client_waits(answer(read), read.receive)
 

@@ -15,13 +15,18 @@ _UNREADABLE = {"audio": "send what was said as content", "function_call": "send 
 """Fields of an assistant's turn that would be lost, and what to send instead."""
 
 
+def without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not null."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def plain_body(body: dict[str, Any]) -> dict[str, Any]:
     """The fields that are not null; what is wrong with their types is left to the request models.
 
     Raises:
         UnsupportedParameter, InvalidRequest: a message has something else than text; names it.
     """
-    plain = {name: value for name, value in body.items() if value is not None}
+    plain = without_nulls(body)
     if isinstance(messages := plain.get("messages"), list):
         plain["messages"] = [
             _plain_message(f"messages.{index}", message) if isinstance(message, dict) else message
@@ -31,7 +36,7 @@ def plain_body(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_message(place: str, message: dict[str, Any]) -> dict[str, Any]:
-    plain = {name: value for name, value in message.items() if value is not None}
+    plain = without_nulls(message)
     is_assistant = message.get("role") == "assistant"
     if is_assistant:
         _check_assistant(place, plain)

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.server.scripted import ScriptedEngine
 from ultrafuser.server.api.response import EventStream
+from ultrafuser.server.dialects import OPENAI
 from ultrafuser.server.errors import ShuttingDown
 
 INTERVAL_SECONDS = 0.05
@@ -124,4 +125,4 @@ async def test_an_error_is_not_cut_there_either(client: httpx.AsyncClient, engin
     text = (await client.post("/v1/chat/completions", json=body)).text
     *_, error, last = [line.removeprefix("data: ") for line in text.splitlines() if line]
     assert (json.loads(error)["error"]["message"], last) == (TEXT, "[DONE]")
-    assert ShuttingDown().last_events().isascii()
+    assert OPENAI.last_events(ShuttingDown()).isascii()
