@@ -1,9 +1,11 @@
-"""The engine's one backend of structured output: xgrammar, given what `server/grammar/` makes of a constraint.
+"""The engine's one backend of structured output: xgrammar, given what `server/grammar/` makes of a constraint, which
+holds from the end of a thought on.
 
 vLLM keeps one backend for an engine, that of the first constraint, while it chooses one for each request: what a
 constraint did would depend on what was asked before.
 """
 
+from functools import partial
 from typing import Any
 
 import xgrammar
@@ -12,8 +14,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 
+from ultrafuser.server.engine.core.thought_grammar import behind_thought
 from ultrafuser.server.engine.shared.constraint_kind import named_kind
 from ultrafuser.server.engine.shared.spec import EngineSpec
+from ultrafuser.server.engine.shared.thought import thought_of
 from ultrafuser.server.grammar.compiling import compiled
 
 
@@ -40,4 +44,9 @@ def use_one_backend(manager: StructuredOutputManager, config: VllmConfig) -> Non
     """Give an engine its backend before the first constraint chooses one."""
     manager.backend = GrammarBackend(
         config, tokenizer=manager.tokenizer, vocab_size=config.model_config.get_vocab_size()
+    )
+    create = partial(StructuredOutputManager._create_grammar, manager)
+    eos_token_ids = EngineSpec.from_vllm_config(config).eos_token_ids
+    manager._create_grammar = lambda request: behind_thought(
+        create(request), thought_of(request.sampling_params), eos_token_ids
     )

@@ -21,6 +21,7 @@ from ultrafuser.server.engine.worker.prompt_logprobs import PromptLogprobs, Scor
 from ultrafuser.server.engine.worker.sampling import LeaderDraw, give, in_order_of, no_tokens
 from ultrafuser.server.engine.worker.specialists import Specialists, ending_rows, rows_of, unfinished_slots
 from ultrafuser.server.engine.worker.speculation import Speculation
+from ultrafuser.server.engine.worker.thinking_budget import keep_budgets_in
 from ultrafuser.server.engine.worker.timing import StepClock
 from ultrafuser.server.engine.worker.verifying import verify_in
 from ultrafuser.server.engine.worker.view import SpecialistView, scheduled_requests
@@ -87,6 +88,11 @@ class FusedModelRunner(HalfStep[Mixer]):
         """Bytes of weights, and of what is allocated with them: what vLLM's memory profiling does not see itself."""
         drafting = 0 if self.speculation is None else self.speculation.num_bytes
         return self.specialists.model_memory_usage + self._mixer.num_bytes + drafting
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Give every specialist its cache; vLLM may make the batches anew for it."""
+        self.specialists.initialize_kv_cache(*args, **kwargs)
+        keep_budgets_in(self.leader)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Run every specialist once with the largest batch, then mix and sample once with all their results held."""

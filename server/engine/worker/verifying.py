@@ -123,9 +123,15 @@ def _is_plain_argmax(sampling: SamplingMetadata) -> bool:
         sampling.bad_words_token_ids,
         sampling.max_num_logprobs is not None,
         sampling.logprob_token_ids,
+        _has_budgets(sampling),
         *map(_changes_argmax, sampling.logitsprocs.non_argmax_invariant),
     )
     return sampling.all_greedy and not any(changes)
+
+
+def _has_budgets(sampling: SamplingMetadata) -> bool:
+    budgets = sampling.thinking_budget_state_holder
+    return budgets is not None and budgets.has_tracked_requests()
 
 
 def _changes_argmax(processor: LogitsProcessor) -> bool:
