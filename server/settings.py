@@ -48,6 +48,9 @@ class Model(_Section):
     tool_call_parser: str | None = None
     """vLLM's name of the parser that finds tool calls in a response, e.g. hermes; default: the fusion file's."""
 
+    reasoning_parser: str | None = None
+    """vLLM's name of the parser whose markers a thought has, e.g. qwen3; default: the fusion file's."""
+
     enable_auto_tool_choice: bool | None = None
     """Let the model decide whether to call a tool; default: on if there is a tool call parser."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ultrafuser.gating.model.gate import Gate, save_gate
@@ -39,16 +39,18 @@ def write_tiny_fusion(
     templates: Sequence[str] = TEMPLATES,
     dtype: str = "float32",
     engine: Mapping[str, Any] | None = None,
+    markers: Sequence[str] = (),
 ) -> Path:
     """Write specialists, tokenizers, gate and fusion file below `folder`; returns the path of fusion.yaml.
 
     `gate` is "random", "closed:NAME" (that specialist's weight is exactly one), or "none" (for one specialist).
-    Two calls that differ only in `gate` write the same specialists. `engine` adds to the file's engine settings.
+    Two calls that differ only in `gate` write the same specialists. `engine` adds to the file's engine settings;
+    `markers` are tokens that all tokenizers share, in the place of the last pairs of letters.
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_shared = min(vocab_sizes)
     for index, name in enumerate(names):
-        tokenizer = build_tokenizer(num_shared, vocab_sizes[index], name)
+        tokenizer = build_tokenizer(num_shared, vocab_sizes[index], name, markers)
         tokenizer.save_pretrained(str(folder / name))
         model = build_specialist(
             index, len(names), num_layers[index], hidden_sizes[index], vocab_sizes[index], seed=1000 * seed + index
@@ -71,17 +73,21 @@ def write_tiny_fusion(
     return path
 
 
-def build_tokenizer(num_shared: int, vocab_size: int, name: str) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    num_shared: int, vocab_size: int, name: str, markers: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer; ids from `num_shared` on are this specialist's own."""
     tokens = [*SPECIAL_TOKENS, *_byte_tokens()]
     letters = "etaoinshrdlu"
-    pairs = [(first, second) for first in letters for second in letters][: num_shared - len(tokens)]
+    pairs = [(first, second) for first in letters for second in letters][: num_shared - len(tokens) - len(markers)]
     tokens += [first + second for first, second in pairs]
+    tokens += markers
     assert len(tokens) == num_shared, "num_shared must lie between 260 and 404"
     tokens += [f"<{name}-{index}>" for index in range(vocab_size - num_shared)]
     bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in markers])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",

@@ -184,6 +184,9 @@ class FusionConfig(_Section):
     tool_call_parser: str | None = None
     """vLLM's name of the parser that finds tool calls in a response; null leaves them as text."""
 
+    reasoning_parser: str | None = None
+    """vLLM's name of the parser whose markers a thought has; null tells no thoughts apart."""
+
     engine: EngineSettings = EngineSettings()
     """Settings of the engine."""
 

@@ -2,18 +2,26 @@
 message is text (`content.py`), and special tokens that a conversation spells out (`literals.py`). Knows no models and
 no requests."""
 
-from ultrafuser.gating.templates.content import TEXT_PARTS, text_of_message, text_of_part
+from ultrafuser.gating.templates.content import (
+    REASONING_FIELDS,
+    TEXT_PARTS,
+    reasoning_of,
+    text_of_message,
+    text_of_part,
+)
 from ultrafuser.gating.templates.fold import TemplateError, fold_messages
 from ultrafuser.gating.templates.literals import Literals, Marked
 from ultrafuser.gating.templates.load import load_template, template_names
 
 __all__ = [
+    "REASONING_FIELDS",
     "TEXT_PARTS",
     "Literals",
     "Marked",
     "TemplateError",
     "fold_messages",
     "load_template",
+    "reasoning_of",
     "template_names",
     "text_of_message",
     "text_of_part",

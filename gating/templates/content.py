@@ -9,6 +9,9 @@ from ultrafuser.gating.templates.load import TemplateError
 TEXT_PARTS: Mapping[str, str] = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of content parts that are text, and the key that has it; every other type is media, a file, or a thought."""
 
+REASONING_FIELDS = ("reasoning", "reasoning_content")
+"""Names of a message's field that has what was thought before it."""
+
 
 def text_of_part(part: Any) -> str | None:
     """The text of one part of a content; None if it is none."""
@@ -32,3 +35,17 @@ def text_of_message(message: Mapping[str, Any]) -> str:
     if None in texts:
         raise TemplateError("messages: content parts other than text cannot be read; send text")
     return "\n".join(text for text in texts if text is not None)
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """What an assistant's turn was thought to say before it, under either of its names; None if nothing is.
+
+    Raises:
+        TemplateError: it is not text, or the two say different things.
+    """
+    found = [message[name] for name in REASONING_FIELDS if message.get(name)]
+    if not all(isinstance(text, str) for text in found):
+        raise TemplateError(f"{' and '.join(REASONING_FIELDS)} must be text")
+    if len(set(found)) > 1:
+        raise TemplateError(f"{' and '.join(REASONING_FIELDS)} say different things; send one of them")
+    return found[0] if found else None

@@ -8,6 +8,7 @@ text, so that nothing is lost:
     <tool_call>...</tool_call>, <tool_response>...</tool_response>.
   - arguments that are no JSON object (a call that was cut off, say) have no place in any template: all calls of their
     turn, and its results, become text in the same notation, the arguments as they stand.
+An assistant's earlier reasoning is handed to every template, which shows it or leaves it out, by its own rule.
 Content is always one string, and user turns that only folding has put side by side become one, so that a template
 which insists on alternating turns still works.
 
@@ -20,7 +21,7 @@ from typing import Any
 
 import jiter
 
-from ultrafuser.gating.templates.content import text_of_message
+from ultrafuser.gating.templates.content import reasoning_of, text_of_message
 from ultrafuser.gating.templates.load import TemplateError
 from ultrafuser.gating.templates.probe import Capabilities, capabilities
 
@@ -71,6 +72,9 @@ def _plain(message: Mapping[str, Any]) -> Message:
     plain: Message = {"role": role, "content": text_of_message(message)}
     if role == "assistant" and message.get("tool_calls"):
         plain["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
+    if role == "assistant" and (reasoning := reasoning_of(message)):
+        # Templates know it by one of two names; those that know neither leave it out.
+        plain |= {"reasoning": reasoning, "reasoning_content": reasoning}
     return plain | {key: message[key] for key in ("name", "tool_call_id") if message.get(key) is not None}
 
 

@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from ultrafuser.server.requests.context import cut_to_context
 from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
 from ultrafuser.server.requests.mark_fields import ask_for_marks
+from ultrafuser.server.requests.thinking_fields import SWITCHES, settle_thinking
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
     COMPLETION_REFUSALS,
@@ -43,12 +44,11 @@ def is_checked(kind: type) -> bool:
 def _check_chat(request: ChatCompletionRequest, bounds: RequestBounds) -> None:
     refuse(CHAT_REFUSALS, request)
     refuse_calls(request.messages)
-    # Nothing is told apart as reasoning; but vLLM would leave out logprobs and token ids together with it.
-    request.include_reasoning = True
+    settle_thinking(request, can_be_told=bounds.tells_thoughts)
     if request.echo:
         # vLLM turns echo's default top_logprobs of 0 into a wish for prompt logprobs; None is no wish.
         request.top_logprobs = None
-    _check_generation(request, bounds)
+    _check_generation(request, bounds, SWITCHES)
 
 
 @check_request.register(CompletionRequest)
@@ -57,11 +57,13 @@ def _check_completion(request: CompletionRequest, bounds: RequestBounds) -> None
     _check_generation(request, bounds)
 
 
-def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
+def _check_generation(
+    request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds, known: tuple[str, ...] = ()
+) -> None:
     check_limits(request, bounds)
     cut_to_context(request, bounds.context_length)
     ask_for_marks(request)
-    notice_unknown_fields(request)
+    notice_unknown_fields(request, known)
 
 
 @check_request.register(TokenizeChatRequest)

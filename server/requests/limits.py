@@ -37,6 +37,9 @@ class RequestBounds:
     context_length: int
     """Most tokens of a prompt and its response together."""
 
+    tells_thoughts: bool = False
+    """Whether thoughts are told apart from answers."""
+
 
 def check_limits(request: ChatCompletionRequest | CompletionRequest, bounds: RequestBounds) -> None:
     """Check a generation request.

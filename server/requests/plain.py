@@ -7,7 +7,14 @@ Knows JSON values, no models.
 
 from typing import Any
 
-from ultrafuser.gating.templates import TEXT_PARTS, text_of_message, text_of_part
+from ultrafuser.gating.templates import (
+    REASONING_FIELDS,
+    TEXT_PARTS,
+    TemplateError,
+    reasoning_of,
+    text_of_message,
+    text_of_part,
+)
 from ultrafuser.server.errors import InvalidRequest
 from ultrafuser.server.requests.unsupported import refused
 
@@ -48,6 +55,13 @@ def _plain_message(place: str, message: dict[str, Any]) -> dict[str, Any]:
     plain["content"] = text_of_message(plain)
     if is_assistant:
         plain.pop("refusal", None)  # it is in the content now
+        try:
+            reasoning = reasoning_of(plain)
+        except TemplateError as error:
+            raise InvalidRequest(f"{place}: {error}", f"{place}.reasoning") from error
+        plain.pop("reasoning_content", None)  # vLLM's models know the newer name only
+        if reasoning is not None:
+            plain["reasoning"] = reasoning
     return plain
 
 
@@ -56,8 +70,9 @@ def _check_assistant(place: str, message: dict[str, Any]) -> None:
         if name in message:
             param = f"{place}.{name}"
             raise refused(param, f"{param} is not supported by a fused model: {instead}.", "messages")
-    if not isinstance(message.get("refusal", ""), str):
-        raise InvalidRequest(f"{place}.refusal: must be a string.", f"{place}.refusal")
+    for name in ("refusal", *REASONING_FIELDS):
+        if not isinstance(message.get(name, ""), str):
+            raise InvalidRequest(f"{place}.{name}: must be a string.", f"{place}.{name}")
 
 
 def _check_parts(place: str, parts: list[Any]) -> None:

@@ -24,7 +24,7 @@ RESERVED_TEMPLATE_KEYS = frozenset(
 """Keys of `chat_template_kwargs` that belong to the server: they would change how, not what, is rendered."""
 
 RESERVED_EXTRA_ARGS = frozenset(
-    {"specialist_prompts", "forced_token_ids", "kv_transfer_params", "ec_transfer_params", *MARK_FIELDS}
+    {"specialist_prompts", "forced_token_ids", "thought", "kv_transfer_params", "ec_transfer_params", *MARK_FIELDS}
 )
 """Keys of `vllm_xargs` that belong to the server."""
 
@@ -95,7 +95,6 @@ _GENERATION = (
     Refusal("best_of", _several("best_of"), "use n and choose yourself"),
     Refusal("length_penalty", _other_than("length_penalty", 1.0), "it belongs to beam search; leave it out"),
     Refusal("watermarking", _given("watermarking"), "leave it out"),
-    Refusal("thinking_token_budget", _given("thinking_token_budget"), "nothing is told apart as thinking"),
     Refusal("routed_experts_prompt_start", _other_than("routed_experts_prompt_start", 0), "leave it out"),
     Refusal("return_token_offsets", _given("return_token_offsets"), "leave it out"),
     Refusal("return_mm_kwargs", _given("return_mm_kwargs"), "only text is fused"),
@@ -138,6 +137,7 @@ CHAT_REFUSALS = (
 COMPLETION_REFUSALS = (
     *_GENERATION,
     Refusal("prompt_embeds", _given("prompt_embeds"), "send text or token ids"),
+    Refusal("thinking_token_budget", _given("thinking_token_budget"), "nothing is told apart as thinking in raw text"),
     Refusal("suffix", _given("suffix"), "not every specialist can fill in; leave it out"),
 )
 """What `/v1/completions` refuses."""
@@ -176,9 +176,9 @@ def refuse_calls(messages: Iterable[Any]) -> None:
                 )
 
 
-def notice_unknown_fields(request: BaseModel) -> None:
+def notice_unknown_fields(request: BaseModel, known: Iterable[str] = ()) -> None:
     """Log, once per name, fields that the API does not know: they are accepted and have no effect."""
-    for name in (request.model_extra or {}).keys() - {*MARK_FIELDS} - _noticed:
+    for name in (request.model_extra or {}).keys() - {*MARK_FIELDS, *known} - _noticed:
         # A client can invent names for ever; neither the log nor this set is to grow with them.
         if len(_noticed) < MAX_NOTICED_FIELDS:
             _noticed.add(name)

@@ -21,10 +21,15 @@ from vllm.tokenizers import get_tokenizer
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
 from ultrafuser.gating.templates import Literals, Marked, TemplateError, fold_messages
 from ultrafuser.server.engine.shared.extra_args import SPECIALIST_PROMPTS
+from ultrafuser.server.engine.shared.thought import Opening
 from ultrafuser.server.errors import ContextTooLong, InvalidRequest
 from ultrafuser.server.requests.limits import check_token_ids
+from ultrafuser.server.serving.thinking import Markers, Openings, agreed, check_settings, disagreement, markers_of
 
 Messages = Sequence[Any]
+
+OPENING = "opening"
+"""Key of engine inputs: how the prompts leave the thought; None where none is told apart."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,18 @@ class Rendering:
     token_ids: list[int]
     """The prompt in this specialist's own vocabulary."""
 
+    opening: Opening | None
+    """How the prompt leaves the thought; None where none is told apart."""
+
 
 class SpecialistRenderer:
     """One specialist's chat template and tokenizer."""
 
-    def __init__(self, config: VllmConfig, specialist: SpecialistConfig, eos_token_id: int) -> None:
-        """`config` is the engine's; `eos_token_id` closes earlier responses in the prompt, the same for all."""
+    def __init__(
+        self, config: VllmConfig, specialist: SpecialistConfig, eos_token_id: int, markers: Markers | None
+    ) -> None:
+        """`config` is the engine's; `eos_token_id` closes earlier responses in the prompt, the same for all; `markers`
+        are those of a thought, if it is told apart."""
         tokenizer: Any = get_tokenizer(specialist.model, revision=specialist.revision, tokenizer_mode="hf")
         self.name = specialist.name
         self.template: str = tokenizer.get_chat_template(specialist.chat_template)
@@ -53,6 +64,7 @@ class SpecialistRenderer:
         self._literals = Literals(tokenizer)
         self._renderer = HfRenderer(config, tokenizer)
         self.shutdown = self._renderer.shutdown
+        self.openings = None if markers is None else Openings(markers, self._text)
 
     def render(self, messages: Messages, chat_params: ChatParams, tok_params: TokenizeParams) -> Rendering:
         """Fold, render and tokenize; blocks.
@@ -69,7 +81,8 @@ class SpecialistRenderer:
                 token_ids += self._literals.token_ids[text]
             else:
                 token_ids += self._renderer.tokenize_prompt({"prompt": text}, params)["prompt_token_ids"]
-        return Rendering(marked.restore(conversation), marked.restore(prompt["prompt"]), token_ids)
+        opening = self._opening(messages, chat_params, prompt["prompt"])
+        return Rendering(marked.restore(conversation), marked.restore(prompt["prompt"]), token_ids, opening)
 
     async def render_async(self, messages: Messages, chat_params: ChatParams, tok_params: TokenizeParams) -> Rendering:
         """As `render`, without blocking the event loop."""
@@ -82,7 +95,18 @@ class SpecialistRenderer:
             else:
                 tokens = await self._renderer.tokenize_prompt_async({"prompt": text}, params)
                 token_ids += tokens["prompt_token_ids"]
-        return Rendering(marked.restore(conversation), marked.restore(prompt["prompt"]), token_ids)
+        opening = await asyncio.to_thread(self._opening, messages, chat_params, prompt["prompt"])
+        return Rendering(marked.restore(conversation), marked.restore(prompt["prompt"]), token_ids, opening)
+
+    def _opening(self, messages: Messages, chat_params: ChatParams, text: str) -> Opening | None:
+        return None if self.openings is None else self.openings.of(messages, chat_params.chat_template_kwargs, text)
+
+    def _text(self, messages: Messages, chat_template_kwargs: dict[str, Any]) -> str:
+        kwargs = {**chat_template_kwargs, "tokenize": False}
+        params = ChatParams(chat_template_content_format="auto", chat_template_kwargs=kwargs)
+        marked, own_params = self._fold(messages, params)
+        text: str = self._renderer.render_messages(marked.value, own_params)[1]["prompt"]
+        return text
 
     def _fold(self, messages: Messages, chat_params: ChatParams) -> tuple[Marked, ChatParams]:
         kwargs = chat_params.chat_template_kwargs
@@ -114,17 +138,26 @@ class SpecialistRenderer:
 class FusedRenderer(HfRenderer):
     """vLLM's renderer for n specialists: `render_chat` gives each its own prompt, `render_cmpl` the same to all."""
 
-    def __init__(self, config: VllmConfig, fusion: FusionConfig, info: FusedModelInfo) -> None:
-        """`config` is the engine's, `fusion` the materialized one that it serves.
+    def __init__(
+        self, config: VllmConfig, fusion: FusionConfig, info: FusedModelInfo, reasoning_parser: str | None = None
+    ) -> None:
+        """`config` is the engine's, `fusion` the materialized one that it serves; with vLLM's name of a reasoning
+        parser each prompt says how it leaves the thought.
 
         Raises:
             ValueError: a specialist has no chat template, neither in the fusion file nor with its tokenizer.
+            ThinkingError: thoughts of these specialists cannot be told apart.
         """
         leader = fusion.specialists[0]
         super().__init__(config, get_tokenizer(leader.model, revision=leader.revision, tokenizer_mode="hf"))
-        self.specialists = tuple(
-            SpecialistRenderer(config, specialist, fusion.eos_token_ids[0]) for specialist in fusion.specialists
+        self.markers = (
+            markers_of(reasoning_parser, self.tokenizer, info.num_shared_ids) if reasoning_parser is not None else None
         )
+        self.specialists = tuple(
+            SpecialistRenderer(config, specialist, fusion.eos_token_ids[0], self.markers)
+            for specialist in fusion.specialists
+        )
+        check_settings({own.name: own.openings for own in self.specialists if own.openings is not None})
         self._num_shared_ids = info.num_shared_ids
 
     def shutdown(self) -> None:
@@ -212,8 +245,21 @@ class FusedRenderer(HfRenderer):
             )
             engine_input["arrival_time"] = arrival_time
             engine_input[SPECIALIST_PROMPTS] = [rendering.token_ids for rendering in own]
+            engine_input[OPENING] = self._opening(own)
             inputs.append(engine_input)
         return [own[0].conversation for own in renderings], inputs
+
+    def _opening(self, own: Sequence[Rendering]) -> Opening | None:
+        found = {
+            specialist.name: rendering.opening
+            for specialist, rendering in zip(self.specialists, own, strict=True)
+            if rendering.opening is not None
+        }
+        if not found:
+            return None
+        if (opening := agreed(found)) is None:
+            raise disagreement(found)
+        return opening
 
     def _check_length(self, own: Sequence[Rendering], tok_params: TokenizeParams) -> None:
         lengths = [len(rendering.token_ids) for rendering in own]

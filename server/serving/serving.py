@@ -13,7 +13,11 @@ from typing import Any, NoReturn
 
 from fastapi import Request
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatMessage,
+)
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
@@ -44,7 +48,9 @@ from ultrafuser.server.serving.constraints import (
     leading_vocabulary,
 )
 from ultrafuser.server.serving.fingerprint import fingerprint
-from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.rendering import OPENING, FusedRenderer
+from ultrafuser.server.serving.thinking import Markers
+from ultrafuser.server.serving.thoughts import tell_apart, thoughtful
 from ultrafuser.server.serving.token_marks import MarksInEvents, add_to_choices
 from ultrafuser.server.serving.tool_calls import finish_reason, read_alike
 from ultrafuser.server.serving.translation import as_api_error, error_in
@@ -83,6 +89,15 @@ class _Fused:
 class FusedServingChat(_Fused, OpenAIServingChat):
     """vLLM's chat completions, with what is told of each token for those who ask."""
 
+    markers: Markers | None = None
+    """Of thoughts, if they are told apart."""
+
+    def _create_chat_message(self, **fields: Any) -> ChatMessage:
+        message = super()._create_chat_message(**fields)
+        if message.reasoning is not None:
+            message.reasoning_content = message.reasoning
+        return message
+
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         # A call that is demanded takes the place of every other form.
         own = None if demands_call(request) else constraint_in(request)
@@ -93,6 +108,8 @@ class FusedServingChat(_Fused, OpenAIServingChat):
         if isinstance(rendered, ErrorResponse):
             return rendered
         self._fit(request, rendered[1])
+        if self.markers is not None:
+            tell_apart(request, rendered[1][0][OPENING], self.markers)
         # Rendering has turned tools into a constraint; a part of it that has passed is not tried again.
         await self.grammars.check(constraint_of(request.extract_structured_outputs(), "tools"))
         return rendered
@@ -212,17 +229,29 @@ def build_serving(
     is_auto = bool(parser) if settings.enable_auto_tool_choice is None else settings.enable_auto_tool_choice
     template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto", "request_logger": None}
     config = engine.vllm_config
-    fused_renderer = FusedRenderer(config, fusion, info)
+    reasoning_parser = settings.reasoning_parser or fusion.reasoning_parser
+    fused_renderer = FusedRenderer(config, fusion, info, reasoning_parser)
     renderer = _PlainRenderer(
         engine.model_config, fused_renderer, **template, tool_parser=parser, enable_auto_tools=is_auto
     )
     shared: dict[str, Any] = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
-    chat = FusedServingChat(engine, models, "assistant", **shared, **template, enable_auto_tools=is_auto)
+    chat = FusedServingChat(
+        engine,
+        models,
+        "assistant",
+        **shared,
+        **template,
+        enable_auto_tools=is_auto,
+        reasoning_parser=reasoning_parser or "",
+    )
     completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
     grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
+    chat.parser_cls, chat.markers = None, fused_renderer.markers
     if renderer.parser is not None:
         chat.parser_cls = read_alike(renderer.parser, fused_renderer.tokenizer)
         renderer.parser = held_to_tools(renderer.parser)
+    if chat.markers is not None:
+        chat.parser_cls = thoughtful(chat.parser_cls, chat.markers)
     dtypes = [specialist.dtype for specialist in EngineSpec.from_vllm_config(config).specialists]
     for serving in (chat, completion):
         serving.grammars = grammars
@@ -237,6 +266,7 @@ def build_serving(
         has_priorities=config.scheduler_config.policy == "priority",
         num_shared_ids=info.num_shared_ids,
         context_length=config.model_config.max_model_len,
+        tells_thoughts=reasoning_parser is not None,
     )
     tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
     return Serving(engine, models, chat, completion, tokenization, tokenizer, specialists, grammars, bounds)

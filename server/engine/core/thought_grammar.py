@@ -61,12 +61,18 @@ class ThoughtGrammar(StructuredOutputGrammar):
 
     def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
         """Which tokens may come next, as bits of `bitmask[batch_index]` (int32)."""
+        self._grammar.fill_bitmask(bitmask, batch_index)
         if self._reader.is_in_thought:
+            # What would be the answer's first token has to be one that the answer may begin with.
+            ends = [
+                token_id
+                for token_id in self._reader.thought.implicit_ends
+                if not _is_set(bitmask, batch_index, token_id)
+            ]
             bitmask[batch_index].fill_(-1)
-            for token_id in self._eos_token_ids:
+            for token_id in (*self._eos_token_ids, *ends):
                 _set(bitmask, batch_index, token_id, is_allowed=False)
             return
-        self._grammar.fill_bitmask(bitmask, batch_index)
         if self._reader.may_open:
             _set(bitmask, batch_index, self._reader.thought.start, is_allowed=True)
 
@@ -89,6 +95,11 @@ class ThoughtGrammar(StructuredOutputGrammar):
         """How many of the next tokens are the thought's."""
         reader = copy(self._reader)
         return next((index for index, token_id in enumerate(tokens) if not reader.read(token_id)), len(tokens))
+
+
+def _is_set(bitmask: torch.Tensor, batch_index: int, token_id: int) -> bool:
+    word, bit = divmod(token_id, 32)
+    return bool(int(bitmask[batch_index, word]) >> bit & 1)
 
 
 def _set(bitmask: torch.Tensor, batch_index: int, token_id: int, *, is_allowed: bool) -> None:

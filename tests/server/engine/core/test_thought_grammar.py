@@ -72,6 +72,12 @@ def test_a_token_that_ends_the_thought_by_itself_is_the_grammars_first(compiled:
     assert not grammar.accept_tokens("r", [7])
 
 
+def test_a_thought_is_not_ended_by_what_the_grammar_cannot_begin_with(compiled: Any, letters: list[int]) -> None:
+    grammar = grammar_of(compiled, "open", implicit=(CALL, letters[1]))
+    assert allowed(grammar) & {CALL, letters[1]} == {letters[1]}
+    assert grammar.validate_tokens([7, CALL]) == [7]
+
+
 def test_drafts_are_held_up_to_the_first_that_is_wrong(compiled: Any, letters: list[int]) -> None:
     grammar = grammar_of(compiled, "open")
     assert grammar.validate_tokens([7, EOS_ID, 8]) == [7]

@@ -1,0 +1,344 @@
+"""Thinking over HTTP: thought and answer apart, streamed and whole, and one decision for all specialists."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from tests.fakes import build_tokenizer, write_tiny_fusion
+from tests.server.scripted import ScriptedEngine
+from tests.server.test_app import URL, check_error, events
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.engine.shared.thought import THOUGHT, Opening, num_thought_tokens
+from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.thinking import Markers, ThinkingError, markers_of
+from ultrafuser.server.serving.thoughts import Splitter
+from ultrafuser.server.settings import ServerSettings
+
+# vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
+
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+OPENS = """{%- for m in messages %}<|im_start|>{{ m.role }}
+{%- if m.reasoning_content %}
+<think>{{ m.reasoning_content }}</think>{% endif %}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think></think>
+{% else %}<think>
+{% endif %}{% endif %}"""
+"""Thinks unless it is told not to, and shows what was thought before."""
+
+OTHER = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% if thinking is not defined or thinking %}<think>{% endif %}\
+{% endif %}"""
+"""Asks by another name, and leaves out what was thought before."""
+
+LEAVES = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+"""Knows nothing of thoughts."""
+
+THOUGHT_TEXT, ANSWER = "Let me see: 2 < 3.", "It is 3."
+SCRIPT = f"{THOUGHT_TEXT}</think>{ANSWER}"
+
+
+def written(folder: Path, *templates: str) -> FusionConfig:
+    """A fusion whose specialists have these templates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(templates):
+        (folder / f"{number}.jinja").write_text(text)
+    paths = [f"./{number}.jinja" for number in range(len(templates))]
+    return load_fusion(write_tiny_fusion(folder, templates=paths, markers=MARKERS, num_layers=(1, 1, 1)))
+
+
+@pytest.fixture(scope="session")
+def fusion(tmp_path_factory: pytest.TempPathFactory) -> FusionConfig:
+    """Three thinking specialists."""
+    return written(tmp_path_factory.mktemp("thinking") / "fusion", OPENS, OTHER, OPENS)
+
+
+@pytest.fixture(scope="session")
+def info(fusion: FusionConfig) -> FusedModelInfo:
+    """What the fusion is made of."""
+    return inspect_fusion(fusion)
+
+
+@pytest.fixture(scope="session")
+def vllm_config(fusion: FusionConfig, info: FusedModelInfo) -> Any:
+    """The engine's configuration; no engine is started."""
+    return AsyncEngineArgs(**engine_arguments(fusion, info)).create_engine_config()
+
+
+@pytest.fixture
+def settings() -> ServerSettings:
+    """A server that tells thoughts apart."""
+    return ServerSettings(reasoning_parser="qwen3", tool_call_parser="hermes")
+
+
+@pytest.fixture
+def engine(vllm_config: Any) -> ScriptedEngine:
+    """An engine that goes on with the thought that the prompt has opened."""
+    engine = ScriptedEngine(vllm_config)
+    engine.script = SCRIPT
+    return engine
+
+
+def asked(**fields: Any) -> dict[str, Any]:
+    """A body."""
+    return {"messages": [{"role": "user", "content": "What is <think> for?"}], **fields}
+
+
+def told_thought(engine: ScriptedEngine) -> dict[str, Any]:
+    """What the engine was told of the last request's thought."""
+    thought: dict[str, Any] = (engine.params[-1].extra_args or {})[THOUGHT]
+    return thought
+
+
+async def test_thought_and_answer_come_apart(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    response = (await client.post(URL, json=asked(gate_weights=True, logprobs=True))).json()
+    (choice,) = response["choices"]
+    assert choice["message"]["reasoning"] == choice["message"]["reasoning_content"] == THOUGHT_TEXT
+    assert choice["message"]["content"] == ANSWER
+    num_tokens = response["usage"]["completion_tokens"]
+    assert len(choice["logprobs"]["content"]) == len(choice["gate_weights"]["content"]) == num_tokens
+    details = response["usage"]["completion_tokens_details"]
+    tokenizer = build_tokenizer(320, 320, "text", MARKERS)
+    assert details["reasoning_tokens"] == len(tokenizer.encode(THOUGHT_TEXT, add_special_tokens=False))
+    assert told_thought(engine)["opening"] == "open"
+
+
+async def test_a_stream_tells_the_same(client: httpx.AsyncClient) -> None:
+    response = await client.post(URL, json=asked(stream=True, gate_weights=True, logprobs=True))
+    *chunks, last = events(response)
+    assert last == "[DONE]"
+    choices = [choice for chunk in chunks for choice in json.loads(chunk)["choices"]]
+    deltas = [choice["delta"] for choice in choices]
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(delta.get(name) or "" for delta in deltas) == THOUGHT_TEXT
+    assert "".join(delta.get("content") or "" for delta in deltas) == ANSWER
+    weights = [row for choice in choices for row in (choice.get("gate_weights") or {}).get("content", [])]
+    logprobs = [row for choice in choices for row in (choice.get("logprobs") or {}).get("content") or []]
+    assert len(weights) == len(logprobs) == len(build_tokenizer(320, 320, "x", MARKERS).encode(SCRIPT))
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"enable_thinking": False},
+        {"thinking": False},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template_kwargs": {"thinking": False}},
+    ],
+    ids=json.dumps,
+)
+async def test_one_decision_reaches_every_template(
+    client: httpx.AsyncClient, engine: ScriptedEngine, off: dict[str, Any]
+) -> None:
+    engine.script = ANSWER
+    message = (await client.post(URL, json=asked(**off))).json()["choices"][0]["message"]
+    assert (message["content"], message.get("reasoning")) == (ANSWER, None)
+    assert told_thought(engine)["opening"] == "closed"
+    tokenizer = engine.renderer.get_tokenizer()
+    text, other, _ = (tokenizer.decode(prompt) for prompt in engine.prompts[-1]["specialist_prompts"])
+    assert text.endswith("<think></think>\n")
+    assert other.endswith("assistant: ")
+
+
+async def test_what_users_spell_opens_nothing(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.script = ANSWER
+    await client.post(URL, json=asked(enable_thinking=False))
+    assert told_thought(engine)["opening"] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"enable_thinking": True, "thinking": False}, "enable_thinking"),
+        ({"enable_thinking": False, "reasoning_effort": "high"}, "enable_thinking"),
+        ({"enable_thinking": "yes"}, "enable_thinking"),
+        ({"thinking": {"type": "much"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}, "thinking_token_budget": 6}, "thinking_token_budget"),
+        (
+            {"messages": [{"role": "assistant", "content": "Hi", "reasoning": "a", "reasoning_content": "b"}]},
+            "messages.0.reasoning",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "Hi", "reasoning_content": 3}]},
+            "messages.0.reasoning_content",
+        ),
+    ],
+)
+async def test_fields_that_contradict_each_other_are_named(
+    client: httpx.AsyncClient, body: dict[str, Any], param: str
+) -> None:
+    check_error(await client.post(URL, json=asked(**body)), 400, param, None)
+
+
+@pytest.mark.parametrize("body", [{"thinking_token_budget": 7}, {"thinking": {"type": "enabled", "budget_tokens": 7}}])
+async def test_a_budget_reaches_the_engine(
+    client: httpx.AsyncClient, engine: ScriptedEngine, body: dict[str, Any]
+) -> None:
+    assert (await client.post(URL, json=asked(**body))).status_code == 200
+    assert told_thought(engine)["budget"] == 7
+
+
+async def test_the_engines_own_key_cannot_be_sent(client: httpx.AsyncClient) -> None:
+    body = asked(vllm_xargs={THOUGHT: [1]})
+    check_error(await client.post(URL, json=body), 400, "vllm_xargs", "unsupported_parameter")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+async def test_earlier_thoughts_are_shown_where_a_template_shows_them(
+    client: httpx.AsyncClient, engine: ScriptedEngine, name: str
+) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?", name: "Hm, who is it"}]
+    await client.post(URL, json=asked(messages=[*turns, {"role": "user", "content": "Me"}]))
+    tokenizer = engine.renderer.get_tokenizer()
+    text, other, _ = (tokenizer.decode(prompt) for prompt in engine.prompts[-1]["specialist_prompts"])
+    assert "<think>Hm, who is it</think>Yes?" in text
+    assert "Hm" not in other
+    assert told_thought(engine)["opening"] == "open"
+
+
+async def test_an_answer_that_is_gone_on_with_has_no_thought_but_one_that_is_open(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    for content, opening in (("It", "closed"), ("<think>Let", "open"), ("<think>a</think>It", "closed")):
+        turns = [*asked()["messages"], {"role": "assistant", "content": content}]
+        response = await client.post(URL, json=asked(messages=turns, **going_on))
+        assert response.status_code == 200, response.text
+        assert told_thought(engine)["opening"] == opening
+
+
+async def test_reasoning_can_be_left_out(client: httpx.AsyncClient) -> None:
+    message = (await client.post(URL, json=asked(include_reasoning=False))).json()["choices"][0]["message"]
+    assert (message["content"], message.get("reasoning"), message.get("reasoning_content")) == (ANSWER, None, None)
+    chunks = events(await client.post(URL, json=asked(include_reasoning=False, stream=True)))[:-1]
+    deltas = [choice["delta"] for chunk in chunks for choice in json.loads(chunk)["choices"]]
+    assert not any(delta.get("reasoning") or delta.get("reasoning_content") for delta in deltas)
+    assert "".join(delta.get("content") or "" for delta in deltas) == ANSWER
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize("script", [f"Hm.</think>{CALL}", f"Hm.{CALL}"], ids=["marker", "implicit"])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_call_behind_a_thought_is_a_call(
+    client: httpx.AsyncClient, engine: ScriptedEngine, script: str, is_stream: bool
+) -> None:
+    engine.script = script
+    response = await client.post(URL, json=asked(tools=TOOLS, stream=is_stream))
+    if is_stream:
+        choices = [choice for chunk in events(response)[:-1] for choice in json.loads(chunk)["choices"]]
+        deltas = [choice["delta"] for choice in choices]
+        calls = [call for delta in deltas for call in delta.get("tool_calls") or ()]
+        reasoning = "".join(delta.get("reasoning") or "" for delta in deltas)
+        arguments = "".join(call["function"].get("arguments") or "" for call in calls)
+        reason = choices[-1]["finish_reason"]
+    else:
+        choice = response.json()["choices"][0]
+        reasoning, reason = choice["message"]["reasoning"], choice["finish_reason"]
+        arguments = choice["message"]["tool_calls"][0]["function"]["arguments"]
+    assert (reasoning, json.loads(arguments), reason) == ("Hm.", {"a": 1}, "tool_calls")
+
+
+async def test_thoughts_that_eat_the_limit_end_as_length(client: httpx.AsyncClient) -> None:
+    (choice,) = (await client.post(URL, json=asked(max_tokens=5))).json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert THOUGHT_TEXT.startswith(choice["message"]["reasoning"])
+    assert not choice["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Of all specialists."""
+    return build_tokenizer(320, 320, "text", MARKERS)
+
+
+@pytest.fixture(scope="module")
+def markers(tokenizer: Any) -> Markers:
+    """Those of Qwen's models."""
+    return markers_of("qwen3", tokenizer, 320)
+
+
+ANSWERS: list[tuple[Opening, str]] = [
+    ("open", SCRIPT),
+    ("open", f"<think>{SCRIPT}"),
+    ("open", "</think>At once."),
+    ("open", "No end"),
+    ("open", "Ends here</think>"),
+    ("open", f"Hm.{CALL}"),
+    ("open", "a < b </ c </thin k></think>x </think> y"),
+    ("unopened", f"<think>{SCRIPT}"),
+    ("unopened", "It is <think>no</think>"),
+    ("unopened", "<think>"),
+    ("closed", "It </think> is."),
+    ("open", ""),
+]
+
+
+@pytest.mark.parametrize(("opening", "text"), ANSWERS)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_split_does_not_depend_on_the_cut(
+    tokenizer: Any, markers: Markers, opening: Opening, text: str, seed: int
+) -> None:
+    """Text that comes later than its tokens, as where a stop string may begin, included."""
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    thought = markers.thought(opening, None)
+    whole = Splitter(thought, markers, tokenizer.decode).take(text, token_ids, is_last=True)
+    draw = random.Random(seed)
+    splitter = Splitter(thought, markers, tokenizer.decode)
+    told, rest, num_ids, num_chars = "", "", 0, 0
+    behind: list[int] = []
+    while num_ids < len(token_ids) or num_chars < len(text):
+        ids = token_ids[num_ids : num_ids + draw.randint(0, 3)]
+        num_ids += len(ids)
+        room = len(tokenizer.decode(token_ids[:num_ids])) - num_chars
+        piece = text[num_chars : num_chars + draw.randint(0, room)] if num_ids < len(token_ids) else text[num_chars:]
+        num_chars += len(piece)
+        is_last = num_ids == len(token_ids) and num_chars == len(text)
+        parts = splitter.take(piece, ids, is_last=is_last)
+        told, rest, behind = told + parts[0], rest + parts[1], behind + parts[2]
+    assert (told, rest, behind) == whole or not text
+    assert len(behind) == len(token_ids) - num_thought_tokens(thought, token_ids)
+
+
+def test_a_marker_that_is_spelled_with_other_tokens_ends_nothing(tokenizer: Any, markers: Markers) -> None:
+    spelled = [token for char in "a</think>b" for token in tokenizer.encode(char, add_special_tokens=False)]
+    token_ids = [*spelled, markers.end_id, *tokenizer.encode("c", add_special_tokens=False)]
+    splitter = Splitter(markers.thought("open", None), markers, tokenizer.decode)
+    assert splitter.take("a</think>b</think>c", token_ids, is_last=True)[:2] == ("a</think>b", "c")
+
+
+def test_specialists_that_disagree_are_refused_by_name(tmp_path: Path) -> None:
+    own = written(tmp_path, OPENS, LEAVES, OPENS)
+    own_info = inspect_fusion(own)
+    config = AsyncEngineArgs(**engine_arguments(own, own_info)).create_engine_config()
+    FusedRenderer(config, own, own_info).shutdown()
+    with pytest.raises(ThinkingError, match="prompt of specialist text opens a thought, that of code does not"):
+        FusedRenderer(config, own, own_info, "qwen3")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("qwen4", "vLLM has no parser 'qwen4'"), ("seed_oss", "seed_oss"), ("granite", "no markers around a thought")],
+)
+def test_a_parser_that_does_not_fit_is_refused_by_name(tokenizer: Any, name: str, message: str) -> None:
+    with pytest.raises(ThinkingError, match=message):
+        markers_of(name, tokenizer, 320)
+
+
+def test_markers_must_be_shared(tokenizer: Any) -> None:
+    with pytest.raises(ThinkingError, match="is not a token that all specialists share"):
+        markers_of("qwen3", tokenizer, tokenizer.get_vocab()["</think>"])
