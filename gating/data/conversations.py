@@ -1,7 +1,8 @@
 """Files of conversations: JSON lines, plain or gzipped, checked row by row.
 
-A row is one JSON object: `{"domain": "code", "messages": [{"role": "user", "content": ...}, ...]}`; other fields are
-ignored. A row that cannot be used is reported with file, line and reason. Knows no tokens.
+A row is one JSON object: `{"domain": "code", "messages": [{"role": "user", "content": ...}, ...]}`; an assistant's
+message may have `reasoning` (or `reasoning_content`), other fields are ignored. A row that cannot be used is reported
+with file, line and reason. Knows no tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from ultrafuser.gating.errors import DataError
 from ultrafuser.gating.files import input_file, read_lines, split_name
 from ultrafuser.gating.json_text import JsonError, parse_json
+from ultrafuser.gating.templates import TemplateError, reasoning_of
 
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -123,7 +125,11 @@ def _check_message(index: int, message: object) -> dict[str, str]:
         raise DataError(f"messages.{index}.tool_calls: cannot be trained on; write calls as text")
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"messages.{index}.content: must be text that is not empty")
-    return {"role": role, "content": content}
+    try:
+        reasoning = reasoning_of(message) if role == "assistant" else None
+    except TemplateError as error:
+        raise DataError(f"messages.{index}: {error}") from error
+    return {"role": role, "content": content} | ({} if reasoning is None else {"reasoning": reasoning})
 
 
 def _check_turns(roles: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """One conversation as every specialist reads it: n token sequences whose response tokens are the same, one to one.
 
 A response is tokenised once, alone, and ended by the fusion's first EOS. A template gives only what surrounds it: what
-precedes response k is the prompt that a server would render for it, with the generation prompt at its end. Special
+precedes response k is the prompt that a server would render for it, with the generation prompt at its end, and what was
+thought before it where the template shows that: a thought is read, not trained on. Special
 tokens that a conversation spells out are text, as they are to a server.
 Knows templates and tokenizers; does not know files, batches or models.
 """
@@ -17,7 +18,7 @@ from typing import Any
 from ultrafuser.gating.errors import CommandError
 from ultrafuser.gating.model.inspection import FusedModelInfo
 from ultrafuser.gating.model.schema import FusionConfig
-from ultrafuser.gating.templates import Literals, TemplateError, fold_messages
+from ultrafuser.gating.templates import Literals, TemplateError, fold_messages, reasoning_of
 
 # Stands for response k while a template is rendered: no template trims it, no conversation contains it.
 _MARK = "\ue000response {}\ue001"
@@ -63,22 +64,32 @@ class _Template:
         marked: list[Mapping[str, Any]] = []
         for message in messages:
             if message["role"] == "assistant":
-                glue.append(self._before(marked, len(glue)))
-                message = {**message, "content": _MARK.format(len(glue) - 1)}
+                message = {**message, "content": _MARK.format(len(glue))}
+                glue.append(self._before(marked, len(glue), message))
             marked.append(message)
         return glue
 
-    def _before(self, messages: Sequence[Mapping[str, Any]], num_responses: int) -> list[int]:
-        """What follows the last of so many responses, each a mark, up to and with the generation prompt."""
-        folded, _ = fold_messages(messages, None, self.text)
+    def _before(
+        self, messages: Sequence[Mapping[str, Any]], num_responses: int, response: Mapping[str, Any]
+    ) -> list[int]:
+        """What follows the last of so many responses, each a mark, up to and with the generation prompt.
+
+        If the response was thought of first, up to and with the thought, where the template shows it.
+        """
+        has_thought = reasoning_of(response) is not None
+        folded, _ = fold_messages([*messages, response] if has_thought else messages, None, self.text)
         literal = self._literals.mark(folded)
         text = self._tokenizer.apply_chat_template(
             literal.value,
             chat_template=self.text,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not has_thought,
             eos_token=self._eos_token,
         )
+        if has_thought:
+            text, own_mark, _ = text.partition(str(response["content"]))
+            if not own_mark:
+                raise EncodingError(f"messages: the template does not show response {num_responses + 1}")
         if num_responses:
             _, mark, text = text.partition(_MARK.format(num_responses - 1))
             if not mark or _MARK.format(num_responses - 1) in text:
