@@ -6,6 +6,7 @@ thought goes to the parser of tool calls. Knows text and tokens, no single model
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage, FunctionCall
@@ -127,7 +128,7 @@ class _Thoughtful:
     ) -> DeltaMessage | None:
         """What the client is to be told after so much more text; None if nothing."""
         if self._splitter is None:
-            self._splitter = self._splitter_for(request)
+            self._splitter = Splitter(thought_in(request), self.markers, self._decode)
         told, text, token_ids = self._splitter.take(delta_text, delta_token_ids, is_last=finished)
         self._num_reasoning_tokens = self._splitter.num_thought_tokens
         delta = None
@@ -146,18 +147,18 @@ class _Thoughtful:
         model_output_token_ids: Sequence[int] = (),
     ) -> tuple[str | None, str | None, list[FunctionCall] | None]:
         """What the client would have been told by a stream."""
-        splitter = self._splitter_for(request)
+        thought = thought_in(request)
+        splitter = Splitter(thought, self.markers, self._decode)
         told, text, token_ids = splitter.take(model_output, model_output_token_ids, is_last=True)
-        self._num_reasoning_tokens = splitter.num_thought_tokens
+        # The other parser may read by deltas, of what is behind the thought.
+        self._splitter = Splitter(replace(thought, opening="closed"), self.markers, self._decode)
         _, content, calls = super().parse(text, request, enable_auto_tools, token_ids)  # type: ignore[misc]
+        self._num_reasoning_tokens = splitter.num_thought_tokens
         return told or None, content or None, calls
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
         """Tokens of the thought of the answer that was read last."""
         return self._num_reasoning_tokens
-
-    def _splitter_for(self, request: Any) -> Splitter:
-        return Splitter(thought_in(request), self.markers, self._decode)
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self.model_tokenizer.decode(token_ids, skip_special_tokens=False))

@@ -68,7 +68,10 @@ def test_an_answer_in_a_form_follows_the_thought_whole_and_streamed(thinking: Se
 def test_a_demanded_call_follows_the_thought(thinking: ServerProcess) -> None:
     tool = {"type": "function", "function": {"name": "count", "parameters": SCHEMA}}
     body = asked(
-        max_tokens=200, tools=[tool], tool_choice="required", thinking={"type": "enabled", "budget_tokens": BUDGET}
+        max_tokens=200,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "count"}},
+        thinking={"type": "enabled", "budget_tokens": BUDGET},
     )
     (choice,) = ask(thinking, body)["choices"]
     message = choice["message"]
@@ -95,6 +98,7 @@ def test_the_official_client_reads_thoughts(thinking: ServerProcess) -> None:
     assert 0 < details.reasoning_tokens <= BUDGET
 
 
+@pytest.mark.long
 def test_specialists_that_disagree_end_the_start(tmp_path: Path) -> None:
     server = ServerProcess(
         written(tmp_path / "fusion", OPENS, LEAVES, OPENS), tmp_path / "log", "--reasoning-parser", "qwen3"

@@ -253,6 +253,31 @@ async def test_a_call_behind_a_thought_is_a_call(
     assert (reasoning, json.loads(arguments), reason) == ("Hm.", {"a": 1}, "tool_calls")
 
 
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_call_whose_marker_is_spelled_is_a_call_too(
+    client: httpx.AsyncClient, engine: ScriptedEngine, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a grammar may have it."""
+    engine.script = f"Hm.</think>{CALL}"
+    tokenizer = engine.renderer.get_tokenizer()
+    encode = type(tokenizer).encode
+
+    def spelled(own: Any, text: str, **options: Any) -> list[int]:
+        marker = own.get_vocab()["<tool_call>"]
+        ids = encode(own, text, **options)
+        split = [encode(own, char, add_special_tokens=False) for char in "<tool_call>"]
+        return [
+            part
+            for token_id in ids
+            for part in ([part for own in split for part in own] if token_id == marker else [token_id])
+        ]
+
+    monkeypatch.setattr(type(tokenizer), "encode", spelled)
+    for choice in (await client.post(URL, json=asked(tools=TOOLS, n=n))).json()["choices"]:
+        assert choice["message"]["reasoning"] == "Hm."
+        assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": 1}
+
+
 async def test_thoughts_that_eat_the_limit_end_as_length(client: httpx.AsyncClient) -> None:
     (choice,) = (await client.post(URL, json=asked(max_tokens=5))).json()["choices"]
     assert choice["finish_reason"] == "length"
