@@ -14,12 +14,12 @@ from torch.distributed import TCPStore
 
 from ultrafuser.server.settings import SettingsError
 from ultrafuser.server.start.children import end_groups, kill_children
-from ultrafuser.server.start.interfaces import network_environment
+from ultrafuser.server.engine.shared.interfaces import network_environment
 from ultrafuser.server.start.likeness import differences, likeness
 from ultrafuser.server.start.listener import MeetingPoints
 from ultrafuser.server.start.preparing import Prepared
 from ultrafuser.server.start.progress import StartupProgress
-from ultrafuser.server.start.wire import Wire
+from ultrafuser.server.engine.shared.wire import Wire
 
 _HELLO_SECONDS = 5.0
 _REMIND_SECONDS = 30.0
