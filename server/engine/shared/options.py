@@ -34,6 +34,7 @@ CPU_WORKER = f"{_ENGINE}.worker.cpu_worker.FusedCPUWorker"
 GPU_WORKER = f"{_ENGINE}.worker.worker.FusedGPUWorker"
 NO_DRAFTS = f"{_ENGINE}.worker.drafting.NoDrafts"
 SPLIT_EXECUTOR = f"{_ENGINE}.core.split_executor.SplitExecutor"
+RAY_EXECUTOR = f"{_ENGINE}.core.ray_executor.RayExecutor"
 """Names, for vLLM to import in the process they are for: what is imported here is imported in the API process, too."""
 
 ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_timeout"}
@@ -83,7 +84,9 @@ def engine_arguments(
     structured_outputs = settings.pop("structured_outputs_config", None)
     spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
-    if spec.exchange is not None:
+    if settings.get("distributed_executor_backend") == "ray":
+        settings["distributed_executor_backend"] = RAY_EXECUTOR
+    elif spec.exchange is not None:
         settings["distributed_executor_backend"] = SPLIT_EXECUTOR
     return {
         "max_model_len": info.max_model_len,
@@ -153,10 +156,10 @@ def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
         if options.get("exchange") is not None:
             raise EngineOptionError("exchange: specialists that share devices exchange nothing; set placement: split")
         return
-    if options.get("distributed_executor_backend") not in (None, "mp"):
+    if options.get("distributed_executor_backend") not in (None, "mp", "ray"):
         raise EngineOptionError(
-            "distributed_executor_backend: specialists with placement: split run in processes that vLLM starts "
-            "itself; leave it out, or say mp"
+            "distributed_executor_backend: specialists with placement: split run in processes of their own; leave it "
+            "out, or say mp, or ray"
         )
     if is_drafting:
         raise EngineOptionError("speculation: does not go with placement: split; leave one of them out")
@@ -166,9 +169,13 @@ def check_devices(fusion: FusionConfig) -> None:
     """Whether one machine has a device for every rank of split placement.
 
     Raises:
-        EngineOptionError: it has fewer.
+        EngineOptionError: it has fewer, or the ranks are meant for several machines.
     """
     engine = fusion.engine
+    if engine.distributed_executor_backend == "ray":
+        raise EngineOptionError(
+            "distributed_executor_backend: ray needs `ultrafuser serve`, which prepares a cluster's nodes; leave it out"
+        )
     if engine.placement != "split" or current_platform.is_cpu():
         return
     num_needed = len(fusion.specialists) * (engine.tensor_parallel_size or 1)

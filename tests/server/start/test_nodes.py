@@ -176,7 +176,7 @@ def test_an_adapter_is_told_apart_by_its_content_and_prepared_weights_by_their_s
     other_rounding = load_fusion(write_tiny_fusion(tmp_path / "rounded", seed=1))
     gate = fusions[0].gate
     assert values(adapters[0], fusions[1]) == values(adapters[1], other_rounding.model_copy(update={"gate": gate}))
-    found = leading.differences(1, values(adapters[2], fusions[1]), values(adapters[0], fusions[1]))
+    found = leading.differences(1, values(adapters[2], fusions[1]), "node 0", values(adapters[0], fusions[1]))
     assert [line.split(":")[0] for line in found] == [
         f"node 1 differs from node 0 in specialists.{name}.adapter" for name in ("code", "math", "text")
     ]
