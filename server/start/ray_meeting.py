@@ -67,7 +67,7 @@ def meet_ray(settings: ServerSettings, prepared: Prepared, progress: StartupProg
         specs = {node_id: EngineSpec.model_validate(described[node_id]["spec"]) for node_id in others}
         if own in node_ids:
             specs[own] = _spec(prepared)
-        for node_id in specs:
+        for node_id in dict.fromkeys(node_ids):
             progress.say(f"      node {names[node_id]}: {node_ids.count(node_id)} of {len(node_ids)} ranks")
         return RayPlacement(address=ray.get_runtime_context().gcs_address, node_ids=node_ids, specs=specs)
 

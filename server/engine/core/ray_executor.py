@@ -12,6 +12,8 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -109,17 +111,23 @@ class RayExecutor(RayExecutorV2):
     is_ending = False
     """Whether ranks may end."""
 
+    _wires: Mapping[int, Wire] = {}
+    _reserved: PlacementGroup | None = None
+
     def _init_executor(self) -> None:
         placement = RayPlacement.from_vllm_config(self.vllm_config)
         connect(placement.address, tells_workers_output=True)
-        self._wires: dict[int, Wire] = {}
-        self._reserved: PlacementGroup | None = _reserve(placement)
+        self._reserved = _reserve(placement)
         self.parallel_config.placement_group = self._reserved
         self._listener = socket.create_server((ray.util.get_node_ip_address(), 0))
         self._token = secrets.token_hex(16)
         update = {"meeting_point": self._listener.getsockname()[:2], "token": self._token}
         placement.model_copy(update=update).put_into(self.vllm_config)
-        super()._init_executor()
+        try:
+            super()._init_executor()
+        except BaseException:
+            self.shutdown()  # at once: ranks that wait for one that failed heed nothing
+            raise
 
     def _get_parallel_sizes(self) -> tuple[int, int, int]:
         super()._get_parallel_sizes()
@@ -136,16 +144,19 @@ class RayExecutor(RayExecutorV2):
         self._monitor_thread.start()
 
     def dead_ranks(self) -> list[int]:
-        """Ranks whose process, or node, is gone; all of them if the cluster is."""
+        """Ranks whose process, or node, is gone; none before all have come."""
+        if not self._wires:
+            return []
         gone = {rank for rank, wire in self._wires.items() if not wire.is_open}
         ranks = {handle.run_ref: handle.rank for handle in self.ray_worker_handles}
-        ended, _ = ray.wait(list(ranks), num_returns=len(ranks), timeout=0)
-        return sorted(gone | {ranks[reference] for reference in ended})
+        with suppress(ray.exceptions.RayError):  # of a cluster that is gone itself
+            ended, _ = ray.wait(list(ranks), num_returns=len(ranks), timeout=0)
+            gone |= {ranks[reference] for reference in ended}
+        return sorted(gone)
 
-    def end_all(self, dead: list[int]) -> None:
+    def end_all(self) -> None:
         """A rank is gone: end the others, and let the engine core know."""
         self.is_failed = True
-        logger.error("ranks %s of the Ray cluster are gone; the engine ends on all nodes", dead)
         self.shutdown()
         if (tell := self.failure_callback) is not None:
             self.failure_callback: Any = None
@@ -153,13 +164,23 @@ class RayExecutor(RayExecutorV2):
 
     def shutdown(self) -> None:
         """As vLLM's; the ranks end by themselves when their connection does, and the devices are given back."""
+        if not self.is_ending:
+            self._name_the_dead()
         self.is_ending = True
-        for wire in getattr(self, "_wires", {}).values():
+        for wire in self._wires.values():
             wire.close()
+        if not ray.is_initialized():  # at Python's end; to kill a rank would connect to the cluster anew
+            self.ray_worker_handles: list[Any] = []
         super().shutdown()
-        reserved, self._reserved = getattr(self, "_reserved", None), None
+        reserved, self._reserved = self._reserved, None
         if reserved is not None and ray.is_initialized():
             remove_placement_group(reserved)
+
+    def _name_the_dead(self) -> None:
+        """Whoever notices an end first: it may also be a rank that was talking to the dead one."""
+        for rank in self.dead_ranks():
+            address = self._wires[rank].address
+            logger.error("rank %d (%s) of the Ray cluster is gone; the engine ends on all nodes", rank, address)
 
 
 ray_executor_v2.RayWorkerProc = RayRank
@@ -230,13 +251,8 @@ def _meet_ranks(listener: socket.socket, token: str, num_ranks: int) -> dict[int
 
 def _watch(own: "weakref.ref[RayExecutor]") -> None:
     while (executor := own()) is not None and not executor.is_ending:
-        try:
-            dead = executor.dead_ranks()
-        except Exception:  # Ray's, of a cluster that is gone
-            logger.exception("the Ray cluster cannot be asked")
-            dead = sorted(executor._wires)
-        if dead and not executor.is_ending:
-            return executor.end_all(dead)
+        if executor.dead_ranks() and not executor.is_ending:
+            return executor.end_all()
         del executor
         time.sleep(WATCH_SECONDS)
     return None

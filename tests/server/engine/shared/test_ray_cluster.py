@@ -157,9 +157,8 @@ def test_every_rank_of_a_node_has_a_core() -> None:
         mock.patch.object(ray_executor, "shares_of_cores", return_value="0,1|2,3"),
         mock.patch.object(os, "sched_setaffinity") as bind,
         mock.patch.object(torch, "set_num_threads") as threads,
-        mock.patch.dict(os.environ),
+        mock.patch.object(ray_executor, "envs", SimpleNamespace(VLLM_CPU_OMP_THREADS_BIND="auto")),
     ):
-        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
         ray_executor._take_cores(2, 1)
         assert bind.call_args.args == (0, [2, 3])
         assert threads.call_args.args == (2,)
