@@ -75,7 +75,6 @@ def engine_config(args: AsyncEngineArgs, node: Node | RayPlacement | None) -> Vl
     """
     if node is None:
         return args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    args.distributed_executor_backend = args.distributed_executor_backend or "mp"
     config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     spec, parallel = EngineSpec.from_vllm_config(config), config.parallel_config
     if spec.exchange is not None:

@@ -33,6 +33,7 @@ SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"
 CPU_WORKER = f"{_ENGINE}.worker.cpu_worker.FusedCPUWorker"
 GPU_WORKER = f"{_ENGINE}.worker.worker.FusedGPUWorker"
 NO_DRAFTS = f"{_ENGINE}.worker.drafting.NoDrafts"
+ENDING_EXECUTOR = f"{_ENGINE}.core.ending_executor.EndingExecutor"
 SPLIT_EXECUTOR = f"{_ENGINE}.core.split_executor.SplitExecutor"
 RAY_EXECUTOR = f"{_ENGINE}.core.ray_executor.RayExecutor"
 """Names, for vLLM to import in the process they are for: what is imported here is imported in the API process, too."""
@@ -84,10 +85,8 @@ def engine_arguments(
     structured_outputs = settings.pop("structured_outputs_config", None)
     spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
-    if settings.get("distributed_executor_backend") == "ray":
-        settings["distributed_executor_backend"] = RAY_EXECUTOR
-    elif spec.exchange is not None:
-        settings["distributed_executor_backend"] = SPLIT_EXECUTOR
+    if (executor := _executor(fusion, spec)) is not None:
+        settings["distributed_executor_backend"] = executor
     return {
         "max_model_len": info.max_model_len,
         **settings,
@@ -102,6 +101,17 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "override_generation_config": _sampling_defaults(fusion),
     }
+
+
+def _executor(fusion: FusionConfig, spec: EngineSpec) -> str | None:
+    """The class that starts several ranks; None: vLLM's choice."""
+    backend = fusion.engine.distributed_executor_backend
+    if backend == "ray":
+        return RAY_EXECUTOR
+    if spec.exchange is not None:
+        return SPLIT_EXECUTOR
+    is_one = (fusion.engine.tensor_parallel_size or 1) == 1
+    return ENDING_EXECUTOR if backend in (None, "mp") and not is_one else None
 
 
 def speculative_config(speculation: SpeculationSettings | None) -> dict[str, Any] | None:
@@ -166,7 +176,7 @@ def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
 
 
 def check_devices(fusion: FusionConfig) -> None:
-    """Whether one machine has a device for every rank of split placement.
+    """Whether one machine has a device for every rank.
 
     Raises:
         EngineOptionError: it has fewer, or the ranks are meant for several machines.
@@ -176,14 +186,17 @@ def check_devices(fusion: FusionConfig) -> None:
         raise EngineOptionError(
             "distributed_executor_backend: ray needs `ultrafuser serve`, which prepares a cluster's nodes; leave it out"
         )
-    if engine.placement != "split" or current_platform.is_cpu():
+    if current_platform.is_cpu():
         return
-    num_needed = len(fusion.specialists) * (engine.tensor_parallel_size or 1)
-    if (num_devices := current_platform.device_count()) < num_needed:
-        raise EngineOptionError(
-            f"placement: split needs {num_needed} devices, tensor_parallel_size for each specialist, and there are "
-            f"{num_devices}; leave it out"
+    is_split, size = engine.placement == "split", engine.tensor_parallel_size or 1
+    num_needed = size * (len(fusion.specialists) if is_split else 1)
+    if num_needed > 1 and (num_devices := current_platform.device_count()) < num_needed:
+        what, way_out = (
+            ("placement: split needs", "tensor_parallel_size for each specialist, and")
+            if is_split
+            else ("tensor_parallel_size: needs", "and")
         )
+        raise EngineOptionError(f"{what} {num_needed} devices, {way_out} there are {num_devices}; leave it out")
 
 
 def refusal(name: str) -> str:

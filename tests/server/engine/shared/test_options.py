@@ -332,6 +332,31 @@ def test_one_specialist_has_nothing_to_split(tiny_fusion: Path) -> None:
     assert "distributed_executor_backend" not in arguments
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"tensor_parallel_size": 2}, "EndingExecutor"),
+        ({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, "EndingExecutor"),
+        ({"tensor_parallel_size": 2, "placement": "split"}, "SplitExecutor"),
+        ({"tensor_parallel_size": 1}, None),
+    ],
+)
+def test_several_ranks_end_together(tiny_fusion: Path, options: dict[str, Any], name: str | None) -> None:
+    fusion = load_fusion(tiny_fusion)
+    found = engine_arguments(fusion, inspect_fusion(fusion), options).get("distributed_executor_backend")
+    assert (found and found.rpartition(".")[2]) == name
+
+
+def test_more_shards_than_devices_are_refused_by_number(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    monkeypatch.setattr(type(current_platform), "device_count", lambda _: 1, raising=False)
+    check_devices(load_fusion(tiny_fusion))
+    with pytest.raises(
+        EngineOptionError, match=r"^tensor_parallel_size: needs 2 devices, and there are 1; leave it out$"
+    ):
+        check_devices(override_engine(load_fusion(tiny_fusion), {"tensor_parallel_size": 2}))
+
+
 def test_more_ranks_than_devices_are_refused_by_number(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fusion = override_engine(load_fusion(tiny_fusion), {"placement": "split", "tensor_parallel_size": 2})
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
