@@ -1,10 +1,14 @@
 """One engine on a Ray cluster: the reference's tokens, the end of a node is the server's, the cluster is as before."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
 import httpx
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.e2e.asking import ask
@@ -12,7 +16,7 @@ from tests.e2e.clients import Listener
 from tests.e2e.machines import START_SECONDS
 from tests.e2e.process import ServerProcess, wait_for
 from tests.e2e.ray_machines import RayMachines
-from tests.e2e.test_machines import QUESTIONS
+from tests.e2e.test_machines import LISTENING, QUESTIONS
 from tests.fakes import write_tiny_fusion
 from tests.reference import answer
 from ultrafuser.gating.model.fusion import load_fusion
@@ -73,13 +77,29 @@ def wait_until_free(cluster: RayMachines, devices: int) -> None:
     wait_for(lambda: cluster.left() == {"free": devices, "groups": [], "nodes": devices}, "all is given back", 60)
 
 
+def listening_addresses(process: psutil.Process) -> set[str]:
+    """Where a process on one of the machines listens; the port that Ray opens in each of its own is an IPv6 one."""
+    folder = Path(f"/proc/{process.pid}")
+    sockets = set()
+    for file in (folder / "fd").iterdir():
+        with suppress(OSError):
+            sockets.add(os.readlink(file))
+    lines = [line.split() for line in (folder / "net/tcp").read_text().splitlines()[1:]]
+    found = [fields[1] for fields in lines if fields[3] == LISTENING and f"socket:[{fields[9]}]" in sockets]
+    return {".".join(str(byte) for byte in reversed(bytes.fromhex(address.partition(":")[0]))) for address in found}
+
+
 def test_shards_on_two_nodes_answer_as_the_reference_and_give_the_cluster_back(cluster: RayMachines) -> None:
     server = cluster.serve("log-shards", *SHARDS)
     wait_until_ready(server)
     check_answers(cluster, server)
     for rank in (0, 1):
-        assert f"node {cluster.machines.address(rank)}: 1 of 2 ranks" in server.log
-        assert len(cluster.processes(rank, "RayRank")) == 1
+        address = cluster.machines.address(rank)
+        assert f"node {address}: 1 of 2 ranks" in server.log
+        (process,) = cluster.processes(rank, "RayRank")
+        assert process.environ()["VLLM_LOGGING_LEVEL"] == "ERROR", "the server's variables are there"
+        assert listening_addresses(process) == {address}
+    assert listening_addresses(server.child("EngineCore")) == {cluster.machines.address(0)}
     assert server.end() == 0
     assert not server.survivors()
     assert not cluster.processes(1, "RayRank")

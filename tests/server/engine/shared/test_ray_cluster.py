@@ -167,8 +167,10 @@ def test_every_rank_of_a_node_has_a_core() -> None:
         assert not bind.called
 
 
-def test_the_executor_for_ray_answers_by_the_leaders_first_rank() -> None:
+def test_the_executor_for_ray_answers_by_the_leaders_first_rank_and_sends_no_variables() -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install 'ultrafuser[ray]'")
+    from vllm.v1.executor import ray_executor_v2
+
     from ultrafuser.server.engine.core.ray_executor import RayExecutor
 
     executor = RayExecutor.__new__(RayExecutor)
@@ -176,5 +178,6 @@ def test_the_executor_for_ray_answers_by_the_leaders_first_rank() -> None:
         world_size=6, nnodes_within_dp=1, local_world_size=6, tensor_parallel_size=2, pipeline_parallel_size=1,
         prefill_context_parallel_size=1,
     )  # fmt: skip
+    assert ray_executor_v2.get_driver_env_vars(worker_specific_vars=set()) == {}, "vLLM would send all variables"
     assert executor._get_parallel_sizes() == (6, 1, 1)
     assert executor._get_output_rank() == SplitExecutor._get_output_rank(executor) == 0
