@@ -66,7 +66,10 @@ def _serve(arguments: Sequence[str]) -> int:
     os.environ.update(vllm_environment(os.environ, settings.log_level))
     configure_logging(settings.log_level, settings.log_format)
     fusion = load_fusion(settings.fusion)
-    progress = StartupProgress(_num_steps(settings), LogStream() if settings.log_format == "json" else None)
+    backend = command.engine_options.get("distributed_executor_backend", fusion.engine.distributed_executor_backend)
+    progress = StartupProgress(
+        _num_steps(settings, backend == "ray"), LogStream() if settings.log_format == "json" else None
+    )
     if settings.node_rank:
         _introduce(fusion, progress)
         with progress.step("import vLLM"), ending_at_once():
@@ -82,9 +85,9 @@ def _serve(arguments: Sequence[str]) -> int:
         return serve(settings, command.engine_options, fusion, listener, progress, points)
 
 
-def _num_steps(settings: ServerSettings) -> int:
+def _num_steps(settings: ServerSettings, uses_ray: bool) -> int:
     """A node that others have to meet has one step more; those that do not serve generate nothing themselves."""
-    return NUM_STEPS + (settings.nnodes > 1) - (settings.node_rank > 0)
+    return NUM_STEPS + (settings.nnodes > 1 or uses_ray) - (settings.node_rank > 0)
 
 
 def _introduce(fusion: FusionConfig, progress: StartupProgress) -> None:

@@ -79,8 +79,8 @@ def undeclared(files: Iterator[Path], known: set[str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("module", "extras"),
     [
-        ("ultrafuser.server.__main__", ("cpu", "cuda")),
-        ("ultrafuser.server.llm", ("cpu", "cuda")),
+        ("ultrafuser.server.__main__", ("cpu", "cuda", "ray")),
+        ("ultrafuser.server.llm", ("cpu", "cuda", "ray")),
         ("ultrafuser.gating.training.command", ("train",)),
         ("ultrafuser.gating.evaluation.command", ("eval",)),
         ("ultrafuser.gating.analysis.command", ("eval",)),

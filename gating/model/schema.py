@@ -160,7 +160,7 @@ class EngineSettings(_Section):
     states, which are less; the first one's devices then hold all output heads."""
 
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = None
-    """How the devices' processes are started: on this machine (`mp`), by Ray, or in one process (`uni`)."""
+    """How the devices' processes are started: on this machine (`mp`), on a Ray cluster, or in one process (`uni`)."""
 
 
 class FusionConfig(_Section):

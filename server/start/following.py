@@ -15,15 +15,15 @@ from typing import Any
 
 from ultrafuser.gating.model.fusion import FusionConfig
 from ultrafuser.server.engine.core.node_workers import NodeWorkers
+from ultrafuser.server.engine.shared.interfaces import network_environment
+from ultrafuser.server.engine.shared.wire import Wire
 from ultrafuser.server.log import adopt_vllm_logging
 from ultrafuser.server.settings import EngineStartError, ServerSettings, SettingsError
 from ultrafuser.server.start.children import kill_children, tied_children
-from ultrafuser.server.start.interfaces import network_environment
 from ultrafuser.server.start.likeness import likeness
 from ultrafuser.server.start.preparing import Prepared, prepare
 from ultrafuser.server.start.progress import StartupProgress
 from ultrafuser.server.start.signals import STOP_SIGNALS, interrupt
-from ultrafuser.server.start.wire import Wire
 
 _CONNECT_SECONDS = 3.0
 _REMIND_SECONDS = 30.0

@@ -23,6 +23,7 @@ from ultrafuser.server.access.connections import guarded_protocol
 from ultrafuser.server.app import create_app
 from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
 from ultrafuser.server.engine.shared.node import Node
+from ultrafuser.server.engine.shared.ray_cluster import RayPlacement, check_ray
 from ultrafuser.server.errors import EngineDead
 from ultrafuser.server.health import Heartbeat, Readiness, StallWatch
 from ultrafuser.server.log import adopt_vllm_logging
@@ -36,6 +37,7 @@ from ultrafuser.server.start.leading import Followers, gather
 from ultrafuser.server.start.listener import MeetingPoints, base_url
 from ultrafuser.server.start.preparing import prepare
 from ultrafuser.server.start.progress import StartupProgress
+from ultrafuser.server.start.ray_meeting import meet_ray
 from ultrafuser.server.start.signals import STOP_SIGNALS
 
 ENGINE_CHECK_SECONDS = 1.0
@@ -73,9 +75,10 @@ def serve(
     prepared = prepare(settings, engine_options, fusion, progress)
     fusion = prepared.fusion
     with gather(settings.node_timeout, prepared, points, progress) if points else nullcontext() as followers:
+        ray = meet_ray(settings, prepared, progress) if check_ray(prepared.written) else None
         # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
         with progress.step("load all specialists into one engine"), tied_children():
-            engine = _start_engine(fusion, engine_options, prepared.node)
+            engine = _start_engine(fusion, engine_options, prepared.node or ray)
         try:
             adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
             engine.steps.listen(StepMetrics(fusion.specialist_names).record)
@@ -83,7 +86,7 @@ def serve(
             name = serving.models.model_name()
             describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
             # Ranks of other processes, or machines, wait for one that hangs for good.
-            can_hang = followers is not None or fusion.engine.placement == "split"
+            can_hang = followers is not None or ray is not None or fusion.engine.placement == "split"
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 status = runner.run(_Service(serving, settings, listener, progress, followers, can_hang).run())
         finally:
@@ -93,7 +96,9 @@ def serve(
         return status
 
 
-def _start_engine(fusion: FusionConfig, engine_options: Mapping[str, Any], node: Node | None) -> FusedAsyncLLM:
+def _start_engine(
+    fusion: FusionConfig, engine_options: Mapping[str, Any], node: Node | RayPlacement | None
+) -> FusedAsyncLLM:
     try:
         return FusedAsyncLLM.from_fusion(fusion, engine_options, node)
     except UserError:

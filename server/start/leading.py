@@ -12,18 +12,17 @@ from typing import Self
 
 from torch.distributed import TCPStore
 
+from ultrafuser.server.engine.shared.interfaces import network_environment
+from ultrafuser.server.engine.shared.wire import Wire
 from ultrafuser.server.settings import SettingsError
 from ultrafuser.server.start.children import end_groups, kill_children
-from ultrafuser.server.start.interfaces import network_environment
-from ultrafuser.server.start.likeness import differences, likeness
+from ultrafuser.server.start.likeness import differences, likeness, one_line
 from ultrafuser.server.start.listener import MeetingPoints
 from ultrafuser.server.start.preparing import Prepared
 from ultrafuser.server.start.progress import StartupProgress
-from ultrafuser.server.start.wire import Wire
 
 _HELLO_SECONDS = 5.0
 _REMIND_SECONDS = 30.0
-_SHOWN_PROBLEMS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,9 @@ def gather(seconds: float, prepared: Prepared, points: MeetingPoints, progress: 
         store = _host_store(points.processes)
         with points.nodes:  # a node that is started again waits for the next engine
             wires, problems = _meet(points.nodes, own, node.num_nodes, seconds, progress)
-        refusal = _one_line(problems) if problems else None
+        refusal = None
+        if problems:
+            refusal = f"--nnodes: {one_line(problems)}; make all nodes alike, and start them again"
         for wire in wires.values():
             wire.send(refusal=refusal)
         if refusal is not None:
@@ -142,7 +143,7 @@ def _meet(
             wire.close()
             continue
         wires[rank] = wire  # in the place of one that has left
-        problems[rank] = differences(rank, arrival.values, own)
+        problems[rank] = differences(rank, arrival.values, "node 0", own)
         if rank >= num_nodes:
             problems[rank].append(f"node {rank} is one too many for {num_nodes} nodes")
         for line in problems[rank]:
@@ -166,9 +167,3 @@ def _next_arrival(listener: socket.socket, seconds: float) -> _Arrival | None:
     logger.warning("a connection from %s is no node's; it is closed", wire.address)
     wire.close()
     return None
-
-
-def _one_line(problems: list[str]) -> str:
-    shown = "; ".join(problems[:_SHOWN_PROBLEMS])
-    more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-    return f"--nnodes: {shown}{more}; make all nodes alike, and start them again"

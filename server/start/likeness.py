@@ -5,7 +5,7 @@ Values are short texts by a name that says what to look at. Paths do not count: 
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ultrafuser.server.start.preparing import Prepared
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _SHOWN_CHARACTERS = 60
+_SHOWN_PROBLEMS = 5
 _PATHS_IN_CONFIGURATIONS = ("_name_or_path", "transformers_version")
 
 
@@ -60,13 +61,20 @@ def likeness(prepared: Prepared) -> dict[str, str]:
     return {name: _shown(value) for name, value in values.items()}
 
 
-def differences(rank: int, theirs: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
-    """What node `rank` has otherwise than node 0, one line each."""
+def differences(node: int | str, theirs: Mapping[str, str], first: str, own: Mapping[str, str]) -> list[str]:
+    """What a node has otherwise than the `first` one, one line each."""
     return [
-        f"node {rank} differs from node 0 in {name}: {theirs.get(name, 'nothing')}, not {own.get(name, 'nothing')}"
+        f"node {node} differs from {first} in {name}: {theirs.get(name, 'nothing')}, not {own.get(name, 'nothing')}"
         for name in sorted(theirs.keys() | own.keys())
         if theirs.get(name) != own.get(name)
     ]
+
+
+def one_line(problems: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    shown = "; ".join(problems[:_SHOWN_PROBLEMS])
+    more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+    return shown + more
 
 
 def _specialist(before: SpecialistConfig, after: SpecialistConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect
 from ultrafuser.gating.model.materialize import materialize
 from ultrafuser.server.engine.shared.node import Node, check_node
 from ultrafuser.server.engine.shared.options import check_devices, check_engine_options, override_engine
+from ultrafuser.server.engine.shared.ray_cluster import check_ray
 from ultrafuser.server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
 from ultrafuser.server.serving.thinking import markers_of
 from ultrafuser.server.serving.tool_calls import TOOL_PARSERS
@@ -61,10 +62,10 @@ def prepare(
     _check_tool_parser(settings.tool_call_parser or fusion.tool_call_parser, settings.enable_auto_tool_choice)
     written = override_engine(fusion, engine_options)
     node = _node(settings)
-    if node is None:
-        check_devices(written)
-    else:
+    if node is not None:
         check_node(written, node)
+    elif not check_ray(written):
+        check_devices(written)
     with progress.step("prepare weights"):
         fusion = materialize(written, Path(settings.cache) if settings.cache else None, progress.report)
         info = inspect_fusion(fusion)

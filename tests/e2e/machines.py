@@ -4,6 +4,7 @@ Nothing of them is seen by the machine they stand on, and they reach nothing but
 """
 
 import ctypes
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -26,8 +27,10 @@ _OWN_SHARED_MEMORY = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
 class Machines:
     """So many machines, numbered from 0; skips the test where they cannot be had."""
 
+    _hubs = itertools.count()
+
     def __init__(self, count: int) -> None:
-        self._hub = f"uf{os.getpid()}-{count}"
+        self._hub = f"uf{os.getpid()}-{next(self._hubs)}"
         self._names = [f"{self._hub}-{rank}" for rank in range(count)]
 
     def __enter__(self) -> Self:
@@ -59,10 +62,13 @@ class Machines:
 
     def start(self, rank: int, fusion: Path, log: Path, *options: str) -> ServerProcess:
         """`ultrafuser serve` on one of them, as one node of all."""
-        around = ["ip", "netns", "exec", self._names[rank], "unshare", "--mount", "--propagation", "private"]
-        around += ["sh", "-c", _OWN_SHARED_MEMORY, "sh"]
         nodes = ["--nnodes", str(len(self._names)), "--node-rank", str(rank), "--master-addr", self.address(0)]
-        return ServerProcess(fusion, log, *nodes, *options, around=around)
+        return ServerProcess(fusion, log, *nodes, *options, around=self.around(rank))
+
+    def around(self, rank: int) -> list[str]:
+        """What makes a command run on one of them."""
+        namespaces = ["ip", "netns", "exec", self._names[rank], "unshare", "--mount", "--propagation", "private"]
+        return [*namespaces, "sh", "-c", _OWN_SHARED_MEMORY, "sh"]
 
     @contextmanager
     def on(self, rank: int) -> Iterator[None]:

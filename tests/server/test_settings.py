@@ -98,11 +98,14 @@ def test_only_the_command_reads_the_environment() -> None:
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                 readers.add(str(path))
     # The command hands its environment to settings.py; the others set variables for vLLM's and torch's processes, where
-    # the user has set none.
+    # the user has set none, and on a Ray cluster they read what a node, or Ray, was told by its own.
     assert readers == {
         "server/__main__.py",
         "server/engine/__init__.py",
+        "server/engine/core/ray_executor.py",
         "server/engine/core/split_executor.py",
+        "server/engine/shared/ray_cluster.py",
         "server/start/following.py",
         "server/start/leading.py",
+        "server/start/ray_meeting.py",
     }

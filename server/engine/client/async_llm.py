@@ -21,6 +21,7 @@ from ultrafuser.server.engine.client.nonfinite import raise_if_nan, raise_if_non
 from ultrafuser.server.engine.client.step_feed import StepFeed
 from ultrafuser.server.engine.shared.node import Node, engine_config
 from ultrafuser.server.engine.shared.options import engine_arguments
+from ultrafuser.server.engine.shared.ray_cluster import RayPlacement
 from ultrafuser.server.engine.shared.spec import EngineSpec
 
 
@@ -69,11 +70,14 @@ class FusedAsyncLLM(AsyncLLM):
 
     @classmethod
     def from_fusion(
-        cls, fusion: FusionConfig, engine_options: Mapping[str, Any] | None = None, node: Node | None = None
+        cls,
+        fusion: FusionConfig,
+        engine_options: Mapping[str, Any] | None = None,
+        node: Node | RayPlacement | None = None,
     ) -> "FusedAsyncLLM":
         """Start the engine of a materialized fusion; blocks until it can serve.
 
-        `node` is this machine among several, the first of them; the others start `NodeWorkers`.
+        `node` is this machine among several, the first of them; the others start `NodeWorkers`, or Ray starts theirs.
 
         Raises:
             FusionError, GateError: the fusion does not fit together; checked before any weight is loaded.

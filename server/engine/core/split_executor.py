@@ -9,12 +9,12 @@ import os
 
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+from ultrafuser.server.engine.core.ending_executor import EndingExecutor
 from ultrafuser.server.engine.shared.spec import EngineSpec
 
 
-class SplitExecutor(MultiprocExecutor):
+class SplitExecutor(EndingExecutor):
     """Starts the ranks of all specialists; the leader's first answers for all."""
 
     def _get_parallel_sizes(self) -> tuple[int, int, int]:
@@ -28,14 +28,6 @@ class SplitExecutor(MultiprocExecutor):
 
     def _get_output_rank(self) -> int:
         return 0
-
-    def shutdown(self) -> None:
-        """As vLLM's; once a rank is gone the others are killed: on a GPU they wait for it and heed nothing else, and
-        vLLM would give them nine seconds before it tells anybody."""
-        if self.is_failed:
-            for worker in self.workers:
-                worker.proc.kill()
-        super().shutdown()
 
 
 def shares_of_cores(num_ranks: int) -> str:

@@ -12,6 +12,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from ultrafuser.gating.model.fusion import FusionConfig
 from ultrafuser.server.engine.shared.options import EngineOptionError
+from ultrafuser.server.engine.shared.ray_cluster import RayPlacement
 from ultrafuser.server.engine.shared.spec import EngineSpec
 
 
@@ -67,18 +68,20 @@ def check_node(fusion: FusionConfig, node: Node) -> None:
         )
 
 
-def engine_config(args: AsyncEngineArgs, node: Node | None) -> VllmConfig:
+def engine_config(args: AsyncEngineArgs, node: Node | RayPlacement | None) -> VllmConfig:
     """vLLM's configuration, of this node's share where there are several.
 
     Nodes are told to it afterwards: it would count the ranks of one specialist only, and take no executor but its own.
     """
     if node is None:
         return args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    args.distributed_executor_backend = args.distributed_executor_backend or "mp"
     config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     spec, parallel = EngineSpec.from_vllm_config(config), config.parallel_config
     if spec.exchange is not None:
         parallel.world_size = len(spec.specialists) * parallel.tensor_parallel_size
+    if isinstance(node, RayPlacement):
+        node.put_into(config)
+        return config
     parallel.nnodes, parallel.node_rank = node.num_nodes, node.rank
     parallel.master_addr, parallel.master_port = node.master_addr, node.master_port
     return config

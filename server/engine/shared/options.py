@@ -33,7 +33,9 @@ SCHEDULER = f"{_ENGINE}.core.scheduler.make_scheduler"
 CPU_WORKER = f"{_ENGINE}.worker.cpu_worker.FusedCPUWorker"
 GPU_WORKER = f"{_ENGINE}.worker.worker.FusedGPUWorker"
 NO_DRAFTS = f"{_ENGINE}.worker.drafting.NoDrafts"
+ENDING_EXECUTOR = f"{_ENGINE}.core.ending_executor.EndingExecutor"
 SPLIT_EXECUTOR = f"{_ENGINE}.core.split_executor.SplitExecutor"
+RAY_EXECUTOR = f"{_ENGINE}.core.ray_executor.RayExecutor"
 """Names, for vLLM to import in the process they are for: what is imported here is imported in the API process, too."""
 
 ALLOWED_ENGINE_OPTIONS = frozenset(EngineOptions.model_fields) | {"shutdown_timeout"}
@@ -83,8 +85,8 @@ def engine_arguments(
     structured_outputs = settings.pop("structured_outputs_config", None)
     spec = engine_spec(fusion, info, max_whitespace_of(structured_outputs), bool(settings.get("async_scheduling")))
     settings = {name: value for name, value in settings.items() if name not in OWN_OPTIONS}
-    if spec.exchange is not None:
-        settings["distributed_executor_backend"] = SPLIT_EXECUTOR
+    if (executor := _executor(fusion, spec)) is not None:
+        settings["distributed_executor_backend"] = executor
     return {
         "max_model_len": info.max_model_len,
         **settings,
@@ -99,6 +101,17 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "override_generation_config": _sampling_defaults(fusion),
     }
+
+
+def _executor(fusion: FusionConfig, spec: EngineSpec) -> str | None:
+    """The class that starts several ranks; None: vLLM's choice."""
+    backend = fusion.engine.distributed_executor_backend
+    if backend == "ray":
+        return RAY_EXECUTOR
+    if spec.exchange is not None:
+        return SPLIT_EXECUTOR
+    is_one = (fusion.engine.tensor_parallel_size or 1) == 1
+    return ENDING_EXECUTOR if backend in (None, "mp") and not is_one else None
 
 
 def speculative_config(speculation: SpeculationSettings | None) -> dict[str, Any] | None:
@@ -153,30 +166,37 @@ def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
         if options.get("exchange") is not None:
             raise EngineOptionError("exchange: specialists that share devices exchange nothing; set placement: split")
         return
-    if options.get("distributed_executor_backend") not in (None, "mp"):
+    if options.get("distributed_executor_backend") not in (None, "mp", "ray"):
         raise EngineOptionError(
-            "distributed_executor_backend: specialists with placement: split run in processes that vLLM starts "
-            "itself; leave it out, or say mp"
+            "distributed_executor_backend: specialists with placement: split run in processes of their own; leave it "
+            "out, or say mp, or ray"
         )
     if is_drafting:
         raise EngineOptionError("speculation: does not go with placement: split; leave one of them out")
 
 
 def check_devices(fusion: FusionConfig) -> None:
-    """Whether one machine has a device for every rank of split placement.
+    """Whether one machine has a device for every rank.
 
     Raises:
-        EngineOptionError: it has fewer.
+        EngineOptionError: it has fewer, or the ranks are meant for several machines.
     """
     engine = fusion.engine
-    if engine.placement != "split" or current_platform.is_cpu():
-        return
-    num_needed = len(fusion.specialists) * (engine.tensor_parallel_size or 1)
-    if (num_devices := current_platform.device_count()) < num_needed:
+    if engine.distributed_executor_backend == "ray":
         raise EngineOptionError(
-            f"placement: split needs {num_needed} devices, tensor_parallel_size for each specialist, and there are "
-            f"{num_devices}; leave it out"
+            "distributed_executor_backend: ray needs `ultrafuser serve`, which prepares a cluster's nodes; leave it out"
         )
+    if current_platform.is_cpu():
+        return
+    is_split, size = engine.placement == "split", engine.tensor_parallel_size or 1
+    num_needed = size * (len(fusion.specialists) if is_split else 1)
+    if num_needed > 1 and (num_devices := current_platform.device_count()) < num_needed:
+        what, way_out = (
+            ("placement: split needs", "tensor_parallel_size for each specialist, and")
+            if is_split
+            else ("tensor_parallel_size: needs", "and")
+        )
+        raise EngineOptionError(f"{what} {num_needed} devices, {way_out} there are {num_devices}; leave it out")
 
 
 def refusal(name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,17 +17,17 @@ from tests.e2e.process import wait_for
 from tests.fakes import write_tiny_fusion
 from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion, load_fusion
 from ultrafuser.gating.model.schema import EngineSettings
+from ultrafuser.server.engine.shared.interfaces import interface_of, network_environment
 from ultrafuser.server.engine.shared.node import Node, check_node
 from ultrafuser.server.engine.shared.options import EngineOptionError, override_engine
+from ultrafuser.server.engine.shared.wire import Wire
 from ultrafuser.server.settings import EngineStartError, ServerSettings, SettingsError, resolve_settings
 from ultrafuser.server.start import following, leading
-from ultrafuser.server.start.interfaces import interface_of, network_environment
 from ultrafuser.server.start.leading import Followers, gather
 from ultrafuser.server.start.likeness import likeness
 from ultrafuser.server.start.listener import MeetingPoints, listen_on, meeting_points
 from ultrafuser.server.start.preparing import Prepared
 from ultrafuser.server.start.progress import StartupProgress
-from ultrafuser.server.start.wire import Wire
 
 HOST = "127.0.0.1"
 PATIENCE_SECONDS = 20.0
@@ -175,7 +176,7 @@ def test_an_adapter_is_told_apart_by_its_content_and_prepared_weights_by_their_s
     other_rounding = load_fusion(write_tiny_fusion(tmp_path / "rounded", seed=1))
     gate = fusions[0].gate
     assert values(adapters[0], fusions[1]) == values(adapters[1], other_rounding.model_copy(update={"gate": gate}))
-    found = leading.differences(1, values(adapters[2], fusions[1]), values(adapters[0], fusions[1]))
+    found = leading.differences(1, values(adapters[2], fusions[1]), "node 0", values(adapters[0], fusions[1]))
     assert [line.split(":")[0] for line in found] == [
         f"node 1 differs from node 0 in specialists.{name}.adapter" for name in ("code", "math", "text")
     ]
@@ -275,6 +276,36 @@ def test_a_line_too_long_and_one_cut_off_are_the_end_of_a_connection() -> None:
         assert near.receive(PATIENCE_SECONDS) is None
         near.close()
         thread.join(PATIENCE_SECONDS)
+
+
+def test_a_line_that_comes_in_drops_is_waited_for_as_long_as_a_silent_one() -> None:
+    """The limit was one for each of its pieces: whoever sent a byte now and then held a node for ever."""
+    near, far = pair()
+    is_over = threading.Event()
+
+    def drip() -> None:
+        while not is_over.wait(0.1):
+            far._connection.sendall(b"[")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        start = time.monotonic()
+        assert near.receive(0.5) is None
+        assert 0.4 < time.monotonic() - start < 5
+    finally:
+        is_over.set()
+        thread.join()
+        near.close()
+        far.close()
+
+
+def test_two_objects_that_come_together_are_two() -> None:
+    near, far = pair()
+    with near, far:
+        far._connection.sendall(b'{"a": 1}\n{"b"')
+        far._connection.sendall(b": 2}\n")
+        assert [near.receive(5), near.receive(5)] == [{"a": 1}, {"b": 2}]
 
 
 @pytest.mark.parametrize(

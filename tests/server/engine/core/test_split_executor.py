@@ -40,10 +40,15 @@ class Ranks:
             time.sleep(0.05)
 
 
+SPLIT: dict[str, Any] = {"placement": "split"}
+SHARDS: dict[str, Any] = {"tensor_parallel_size": 2, "speculation": {"max_tokens": 0}}
+
+
 @pytest.fixture
-def ranks(two_specialists: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+def ranks(two_specialists: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """With a specialist each, or as the test's parameter says."""
     monkeypatch.setattr("vllm.envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", 1, raising=False)
-    with InProcessEngine(two_specialists, placement="split") as engine:
+    with InProcessEngine(two_specialists, **getattr(request, "param", SPLIT)) as engine:
         engine.tokens([Arrival(PROMPTS, greedy(2))])
         ranks = Ranks(engine)
         try:
@@ -78,7 +83,16 @@ def kill_the_follower_of_a_leader_that_heeds_nothing(ranks: Ranks) -> None:
     follower.kill()
 
 
-@pytest.mark.parametrize("fault", [raise_in_the_follower, kill_the_follower_of_a_leader_that_heeds_nothing])
+@pytest.mark.parametrize(
+    ("ranks", "fault"),
+    [
+        (SPLIT, raise_in_the_follower),
+        (SPLIT, kill_the_follower_of_a_leader_that_heeds_nothing),
+        (SHARDS, kill_the_follower_of_a_leader_that_heeds_nothing),
+    ],
+    indirect=["ranks"],
+    ids=["split-raise", "split-kill", "shards-kill"],
+)
 def test_the_callers_have_an_error_and_no_rank_is_left(ranks: Ranks, fault: Callable[[Ranks], None]) -> None:
     if fault is raise_in_the_follower:
         fault(ranks)

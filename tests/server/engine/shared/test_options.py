@@ -301,11 +301,7 @@ def test_asynchronous_scheduling_ends_what_is_only_a_default(tiny_fusion: Path, 
         ({"exchange": "logits", "placement": "shared"}, r"^exchange: .*set placement: split$"),
         (
             {"placement": "split", "distributed_executor_backend": "uni"},
-            "^distributed_executor_backend: .*leave it out",
-        ),
-        (
-            {"placement": "split", "distributed_executor_backend": "ray"},
-            "^distributed_executor_backend: .*leave it out",
+            "^distributed_executor_backend: .*leave it out, or say mp, or ray$",
         ),
         ({"placement": "split", "speculation": {}}, "^speculation: .*placement: split; leave one of them out$"),
     ],
@@ -334,6 +330,31 @@ def test_one_specialist_has_nothing_to_split(tiny_fusion: Path) -> None:
     fusion = fusion.alone(fusion.specialists[1])
     arguments = engine_arguments(fusion, inspect_fusion(fusion), {"placement": "split"})
     assert "distributed_executor_backend" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"tensor_parallel_size": 2}, "EndingExecutor"),
+        ({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, "EndingExecutor"),
+        ({"tensor_parallel_size": 2, "placement": "split"}, "SplitExecutor"),
+        ({"tensor_parallel_size": 1}, None),
+    ],
+)
+def test_several_ranks_end_together(tiny_fusion: Path, options: dict[str, Any], name: str | None) -> None:
+    fusion = load_fusion(tiny_fusion)
+    found = engine_arguments(fusion, inspect_fusion(fusion), options).get("distributed_executor_backend")
+    assert (found and found.rpartition(".")[2]) == name
+
+
+def test_more_shards_than_devices_are_refused_by_number(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    monkeypatch.setattr(type(current_platform), "device_count", lambda _: 1, raising=False)
+    check_devices(load_fusion(tiny_fusion))
+    with pytest.raises(
+        EngineOptionError, match=r"^tensor_parallel_size: needs 2 devices, and there are 1; leave it out$"
+    ):
+        check_devices(override_engine(load_fusion(tiny_fusion), {"tensor_parallel_size": 2}))
 
 
 def test_more_ranks_than_devices_are_refused_by_number(tiny_fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:

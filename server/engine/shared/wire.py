@@ -7,6 +7,7 @@ encrypted. Knows no engine.
 import json
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Self
@@ -16,6 +17,7 @@ SILENCE_SECONDS = 15
 
 _MAX_LINE_BYTES = 2**20
 _PROBE_SECONDS = 3
+_RECEIVE_BYTES = 2**16
 
 Message = Mapping[str, Any]
 
@@ -33,7 +35,7 @@ class Wire:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._connection = connection
-        self._reader = connection.makefile("rb")
+        self._received = b""
         self._lock = threading.Lock()
         self.address: str = connection.getpeername()[0]
         self.own_address: str = connection.getsockname()[0]
@@ -50,15 +52,30 @@ class Wire:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float | None = None) -> Message | None:
-        """The next object; None if the other is gone, silent for so many seconds, or says anything else."""
+        """The next object; None if the other is gone, has not said all of it after so many seconds, or says anything
+        else."""
+        deadline = None if seconds is None else time.monotonic() + seconds
         try:
-            self._connection.settimeout(seconds)
-            line = self._reader.readline(_MAX_LINE_BYTES)
-            self._connection.settimeout(None)
-            message = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError, RecursionError):  # ValueError: no JSON, or closed here
+            message = json.loads(self._line(deadline))
+        except (OSError, EOFError, ValueError, RecursionError):  # ValueError: no JSON, or closed here
             return None
         return message if isinstance(message, dict) else None
+
+    def _line(self, deadline: float | None) -> bytes:
+        while b"\n" not in self._received:
+            if len(self._received) > _MAX_LINE_BYTES:
+                raise ValueError("too long a line")
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            self._connection.settimeout(left)
+            some = self._connection.recv(_RECEIVE_BYTES)
+            self._connection.settimeout(None)
+            if not some:
+                raise EOFError
+            self._received += some
+        line, _, self._received = self._received.partition(b"\n")
+        return line
 
     @property
     def is_open(self) -> bool:
@@ -74,5 +91,4 @@ class Wire:
         """End the connection, and a `receive` that waits."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
-        self._reader.close()
         self._connection.close()
