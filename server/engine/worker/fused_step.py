@@ -93,9 +93,9 @@ class FusedModelRunner(HalfStep[Mixer]):
         self.specialists.profile_run(*args, **kwargs)
         with set_current_vllm_config(self.leader.vllm_config):
             rows = largest_step(self.runners)
-            self._mixer.fuse_into_leader(rows, rows[0].rows, StepClock(self.leader.device))
+            mixed = self._mixer.fuse_into_leader(rows, rows[0].rows, StepClock(self.leader.device))
             if self.speculation is not None and self.speculation.head is not None:
-                self.speculation.head.rehearse([own.hidden_RD for own in rows])
+                self.speculation.head.rehearse(mixed.hidden_SBD)
             self.leader._dummy_sampler_run(rows[0].hidden_RD[: self.leader.max_num_reqs])
             self.leader._sync_device()
 
@@ -124,11 +124,11 @@ class FusedModelRunner(HalfStep[Mixer]):
             Rows(rows_R, state.sample_hidden_states, state.logits)
             for rows_R, state in zip(rows_SR, states, strict=True)
         ]
-        fused_RV, marks_XB = self._mixer.fuse_into_leader(specialists, ending, self._clock)
-        self.leader.execute_model_state = states[0]._replace(logits=fused_RV)
+        mixed = self._mixer.fuse_into_leader(specialists, ending, self._clock)
+        self.leader.execute_model_state = states[0]._replace(logits=mixed.logits_RV)
         if self.speculation is not None:
-            self.speculation.see([own.hidden_of(ending) for own in specialists], marks_XB)
-        return marks_XB
+            self.speculation.see(mixed.hidden_SBD, mixed.marks_XB)
+        return mixed.marks_XB
 
     def _draw(
         self, rows_R: list[Row], grammar_output: GrammarOutput | None
