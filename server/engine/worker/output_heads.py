@@ -72,8 +72,8 @@ def introduce(
     model, config = runner.model, runner.model_config
     width = config.get_hidden_size()
     if what == "logits":
-        own = (num_shared_ids, config.head_dtype, (), config.head_dtype, None)
-        exchange.share(_Introduction(*own, width, config.dtype))
+        dtype = _logits_dtype(model, width, config.dtype, runner.device)
+        exchange.share(_Introduction(num_shared_ids, dtype, (), dtype, None, width, config.dtype))
         return
     if not _is_plain(model, width, config.dtype, runner.device):
         raise ValueError(
@@ -118,6 +118,13 @@ def _through_head(follower: _Introduction, weight_VD: Tensor) -> Sent:
 
 def _sent(own: _Introduction, logits_of: Callable[[Tensor], Tensor], num_bytes: int) -> Sent:
     return Sent(own.width, own.dtype, logits_of, num_bytes, own.hidden_size, own.hidden_dtype)
+
+
+@torch.inference_mode()
+def _logits_dtype(model: Any, width: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of what a model really gives: some soften or scale their logits in another type than that of the head."""
+    logits: Tensor = model.compute_logits(torch.zeros(1, width, dtype=dtype, device=device))
+    return logits.dtype
 
 
 @torch.inference_mode()
