@@ -57,8 +57,6 @@ class HalfStep(Generic[M]):
         self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None
     ) -> ModelRunnerOutput | None:
         """Returns vLLM's empty output if nothing is scheduled, or else None."""
-        self._start = time.perf_counter()
-        self._num_tokens = scheduler_output.total_num_scheduled_tokens
         # One by one: a plan is made while the device runs the specialist before.
         plans = (view.translate(scheduler_output) for view in self._views)
         idle = self.specialists.forward(plans, self._clock)
@@ -98,6 +96,14 @@ class FusedModelRunner(HalfStep[Mixer]):
                 self.speculation.head.rehearse(mixed.hidden_SBD)
             self.leader._dummy_sampler_run(rows[0].hidden_RD[: self.leader.max_num_reqs])
             self.leader._sync_device()
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None
+    ) -> ModelRunnerOutput | None:
+        """As `HalfStep`; notes when the step began, and how many tokens are in it."""
+        self._start = time.perf_counter()
+        self._num_tokens = scheduler_output.total_num_scheduled_tokens
+        return super().execute_model(scheduler_output, intermediate_tensors)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """The second half: mix, draw, hand out. The output names every scheduled request."""
