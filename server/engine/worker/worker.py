@@ -80,6 +80,16 @@ class FusedWorkerMixin(Worker):
         with self._fatal_errors():
             return super().determine_available_memory()
 
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """As vLLM's; an error ends the process of a rank that nobody listens to."""
+        with self._fatal_errors():
+            super().initialize_from_config(kv_cache_config)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's; an error ends the process of a rank that nobody listens to."""
+        with self._fatal_errors():
+            return super().compile_or_warm_up_model()
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """As vLLM's; an error ends the process of a rank that nobody listens to."""
         with self._fatal_errors():
