@@ -8,6 +8,7 @@ Run: python -m benchmarks.speculation [--quick]
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.command import Options, run_benchmark, say
@@ -156,11 +157,13 @@ class Drafting:
 
     def use(self, name: str, settings: SpeculationSettings) -> None:
         """Draft like this; what was learned when it was used before is remembered."""
+        from ultrafuser.server.engine.worker.drafting import LeadingDrafter
         from ultrafuser.server.engine.worker.speculation import Speculation
 
         if name not in self._known:
-            num_shared_ids = self._runner.speculation.num_shared_ids
-            self._known[name] = Speculation(self._runner.runners, settings, num_shared_ids)
+            runners, num_shared_ids = self._runner.runners, self._runner.speculation.num_shared_ids
+            leading = partial(LeadingDrafter, runners, num_shared_ids)
+            self._known[name] = Speculation(runners[0], settings, len(runners), num_shared_ids, leading)
             self._count(self._known[name])
         self._runner.speculation = self._known[name]
 

@@ -149,7 +149,8 @@ class EngineSettings(_Section):
     nothing, speed and memory are the real ones."""
 
     speculation: SpeculationSettings | None = None
-    """Guess tokens ahead; null: on a CPU with the defaults, on a GPU not; `max_tokens: 0`: not."""
+    """Guess tokens ahead; null: on a CPU with the defaults, on a GPU or with `placement: split` not; `max_tokens: 0`:
+    not."""
 
     placement: Literal["shared", "split"] | None = None
     """Where specialists are: all on every device (`shared`, the default), or each on `tensor_parallel_size` devices of

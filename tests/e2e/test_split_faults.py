@@ -1,9 +1,11 @@
 """A server whose specialists have processes of their own, one of which fails: clients are told, and all of it ends."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
@@ -19,7 +21,7 @@ EXIT_SECONDS = 20.0
 
 @pytest.fixture(scope="module")
 def fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two specialists, the second of which has twelve layers."""
+    """Two specialists that draft, the second of which has twelve layers."""
     folder = tmp_path_factory.mktemp("split")
     return write_tiny_fusion(
         folder,
@@ -27,7 +29,7 @@ def fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_sizes=(64, 64),
         vocab_sizes=(320, 328),
         names=("text", "code"),
-        engine={"placement": "split"},
+        engine={"placement": "split", "speculation": {"drafter": "leading", "min_tokens": 1, "max_tokens": 2}},
     )
 
 
@@ -64,6 +66,8 @@ def test_a_followers_end_is_the_servers(
     try:
         server.wait_until_ready()
         assert ask(server.url).status_code == 200
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert re.search(r'^fused_draft_tokens_total{.*drafter="leading".*} [1-9]', metrics, re.MULTILINE)
         seconds = check_the_end(server, lambda: fault(server, tmp_path / "fault"), EXIT_SECONDS)
         assert seconds <= 5 or fault is suspend
         if fault is touch:

@@ -155,13 +155,13 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
     is_drafting = speculation is not None and SpeculationSettings.model_validate(speculation).max_tokens > 0
     if options.get("async_scheduling") and is_drafting:
         raise EngineOptionError("async_scheduling: does not go with speculation; leave one of them out")
-    _check_placement(options, is_drafting)
+    _check_placement(options)
     for name in options:
         if name not in ALLOWED_ENGINE_OPTIONS:
             raise EngineOptionError(f"{name}: {refusal(name)}")
 
 
-def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
+def _check_placement(options: Mapping[str, Any]) -> None:
     if options.get("placement") != "split":
         if options.get("exchange") is not None:
             raise EngineOptionError("exchange: specialists that share devices exchange nothing; set placement: split")
@@ -171,8 +171,6 @@ def _check_placement(options: Mapping[str, Any], is_drafting: bool) -> None:
             "distributed_executor_backend: specialists with placement: split run in processes of their own; leave it "
             "out, or say mp, or ray"
         )
-    if is_drafting:
-        raise EngineOptionError("speculation: does not go with placement: split; leave one of them out")
 
 
 def check_devices(fusion: FusionConfig) -> None:
@@ -268,7 +266,10 @@ def _exchange(fusion: FusionConfig) -> Literal["logits", "hidden"] | None:
 
 
 def _speculation(engine: EngineSettings, is_async: bool) -> SpeculationSettings | None:
-    """How tokens are guessed ahead: as asked for, by default on a CPU; None: not at all."""
+    """How tokens are guessed ahead: as asked for, by default on a CPU whose specialists share it; None: not at all.
+
+    With devices of its own a specialist's draft costs as long as the token that it saves.
+    """
     asked = engine.speculation
     if asked is None and current_platform.is_cpu() and not is_async and engine.placement != "split":
         asked = SpeculationSettings()

@@ -7,14 +7,15 @@ guesses pay.
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.server.engine.worker.experience import DraftCost
-from ultrafuser.server.engine.worker.guessing import Guesses
+from ultrafuser.server.engine.worker.guessing import Draw, Guesses, foreseen
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead
 from ultrafuser.server.engine.worker.running_ahead import run_ahead
 
@@ -41,11 +42,60 @@ class Drafter(Protocol):
     """Guesses what follows."""
 
     def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
-        """At most so many tokens as planned, by request; only ids that all specialists share."""
+        """At most so many tokens as planned, by request; only ids that all specialists share.
+
+        Asked after every step, also where nothing is planned.
+        """
+
+
+class Drafts(NamedTuple):
+    """What came of an errand."""
+
+    token_ids_BK: list[list[int]]
+    """So many for each of its requests."""
+
+    pass_seconds: float
+    """What one pass took."""
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What one specialist is to guess: plain data, which may travel to where the specialist is."""
+
+    requests: list[str]
+    num_tokens: int
+    """For each of them."""
+    draws: list[Draw | None]
+
+    @classmethod
+    def of(cls, leader: GPUModelRunner, plan: Mapping[str, Ahead], requests: list[str]) -> "Errand":
+        """As far as the one of these requests that goes furthest; `leader` draws the tokens."""
+        longest = max(plan[request].num_tokens for request in requests)
+        return cls(requests, longest, foreseen(leader, requests, longest))
+
+    def run(self, runner: GPUModelRunner, num_shared_ids: int) -> Drafts:
+        """Do it: the specialist goes on alone, one pass a draft for all requests at once."""
+        start = time.perf_counter()
+        tokens_BK = run_ahead(runner, self.requests, self.num_tokens, num_shared_ids, Guesses(self.draws))
+        return Drafts(tokens_BK, (time.perf_counter() - start) / self.num_tokens)
+
+    def found(self, drafts: Drafts, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
+        """As many of the drafts as are planned, by request."""
+        pairs = zip(self.requests, drafts.token_ids_BK, strict=True)
+        return {own: tokens[: plan[own].num_tokens] for own, tokens in pairs}
+
+
+def errands_of(leader: GPUModelRunner, plan: Mapping[str, Ahead]) -> dict[int, Errand]:
+    """What is to be guessed by whom, by specialist."""
+    drafted: dict[int, list[str]] = defaultdict(list)
+    for request, ahead in plan.items():
+        if ahead.num_tokens:
+            drafted[ahead.drafter].append(request)
+    return {drafter: Errand.of(leader, plan, requests) for drafter, requests in sorted(drafted.items())}
 
 
 class LeadingDrafter:
-    """A specialist goes on alone: one pass a draft for all requests that it drafts for."""
+    """Specialists go on alone, one after the other: those that lead the requests, or one in their place."""
 
     def __init__(self, runners: Sequence[GPUModelRunner], num_shared_ids: int, cost: DraftCost) -> None:
         """`runners[0]` draws the tokens; `cost` is told what a pass took."""
@@ -53,18 +103,11 @@ class LeadingDrafter:
 
     def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
         """So many tokens as planned for every request."""
-        drafted: dict[int, list[str]] = defaultdict(list)
-        for request, ahead in plan.items():
-            if ahead.num_tokens:
-                drafted[ahead.drafter].append(request)
         found: dict[str, list[int]] = {}
-        for drafter, requests in sorted(drafted.items()):
-            longest = max(plan[request].num_tokens for request in requests)
-            start = time.perf_counter()
-            guesses = Guesses(self._runners[0], requests, longest)
-            drafts = run_ahead(self._runners[drafter], requests, longest, self._num_shared_ids, guesses)
-            self._cost.add(drafter, len(requests), (time.perf_counter() - start) / longest)
-            found |= {own: tokens[: plan[own].num_tokens] for own, tokens in zip(requests, drafts, strict=True)}
+        for drafter, errand in errands_of(self._runners[0], plan).items():
+            drafts = errand.run(self._runners[drafter], self._num_shared_ids)
+            self._cost.add(drafter, len(errand.requests), drafts.pass_seconds)
+            found |= errand.found(drafts, plan)
         return found
 
 

@@ -43,8 +43,12 @@ class Exchange:
         told: Tensor = communicator.broadcast(tensor.contiguous(), 0)  # on a GPU in the stream of all the rest
         return told
 
-    def introduce(self, own: Any) -> list[Any]:
-        """What each of them, the leader too, has to say of itself: any object."""
+    def tell_object(self, own: Any = None) -> Any:
+        """The leader's to all: any object; what it is."""
+        return self._group.broadcast_object(own, 0)
+
+    def share(self, own: Any = None) -> list[Any]:
+        """What each of them, the leader too, has for all: any object."""
         everyone: list[Any] = [None] * self._group.world_size
         torch.distributed.all_gather_object(everyone, own, group=self._group.cpu_group)
         return everyone

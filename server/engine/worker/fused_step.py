@@ -58,8 +58,6 @@ class HalfStep(Generic[M]):
         self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None
     ) -> ModelRunnerOutput | None:
         """Returns vLLM's empty output if nothing is scheduled, or else None."""
-        self._start = time.perf_counter()
-        self._num_tokens = scheduler_output.total_num_scheduled_tokens
         # One by one: a plan is made while the device runs the specialist before.
         plans = (view.translate(scheduler_output) for view in self._views)
         idle = self.specialists.forward(plans, self._clock)
@@ -99,11 +97,19 @@ class FusedModelRunner(HalfStep[Mixer]):
         self.specialists.profile_run(*args, **kwargs)
         with set_current_vllm_config(self.leader.vllm_config):
             rows = largest_step(self.runners)
-            self._mixer.fuse_into_leader(rows, rows[0].rows, StepClock(self.leader.device))
+            mixed = self._mixer.fuse_into_leader(rows, rows[0].rows, StepClock(self.leader.device))
             if self.speculation is not None and self.speculation.head is not None:
-                self.speculation.head.rehearse([own.hidden_RD for own in rows])
+                self.speculation.head.rehearse(mixed.hidden_SBD)
             self.leader._dummy_sampler_run(rows[0].hidden_RD[: self.leader.max_num_reqs])
             self.leader._sync_device()
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None
+    ) -> ModelRunnerOutput | None:
+        """As `HalfStep`; notes when the step began, and how many tokens are in it."""
+        self._start = time.perf_counter()
+        self._num_tokens = scheduler_output.total_num_scheduled_tokens
+        return super().execute_model(scheduler_output, intermediate_tensors)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """The second half: mix, draw, hand out. The output names every scheduled request."""
@@ -130,11 +136,11 @@ class FusedModelRunner(HalfStep[Mixer]):
             Rows(rows_R, state.sample_hidden_states, state.logits)
             for rows_R, state in zip(rows_SR, states, strict=True)
         ]
-        fused_RV, marks_XB = self._mixer.fuse_into_leader(specialists, ending, self._clock)
-        self.leader.execute_model_state = states[0]._replace(logits=fused_RV)
+        mixed = self._mixer.fuse_into_leader(specialists, ending, self._clock)
+        self.leader.execute_model_state = states[0]._replace(logits=mixed.logits_RV)
         if self.speculation is not None:
-            self.speculation.see([own.hidden_of(ending) for own in specialists], marks_XB)
-        return marks_XB
+            self.speculation.see(mixed.hidden_SBD, mixed.marks_XB)
+        return mixed.marks_XB
 
     def _draw(
         self, rows_R: list[Row], grammar_output: GrammarOutput | None

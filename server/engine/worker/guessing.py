@@ -8,14 +8,17 @@ arXiv 2408.07978). A guess may be anything: penalties, bias and masks are left o
 vLLM's sampler on a CPU takes one number a token from the request's generator, and noise that depends on it and the
 token's id alone. Requests without a seed are given a generator of their own. Elsewhere drafts are the likeliest tokens.
 
+What is known of a draw is plain numbers: a specialist that guesses need not be where tokens are drawn.
+
 Shapes: B requests that run ahead, Q of them that sample, K drafts, V vocabulary, C candidates.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.sampling_params import SamplingType
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 NUM_CANDIDATES = 128
@@ -29,19 +32,36 @@ NUM_SEEDS = 2**31
 """The sampler's noise begins with a number below this (`vllm/v1/sample/ops/topk_topp_sampler.py`, `forward_cpu`)."""
 
 
+class Draw(NamedTuple):
+    """How the next tokens of a request that samples will be drawn."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seeds: list[int]
+    """The number that the sampler will take for each token."""
+
+
+def foreseen(leader: GPUModelRunner, requests: Sequence[str], num_tokens: int) -> list[Draw | None]:
+    """What can be known of the next so many draws of each request; None: the likeliest token is the best guess.
+
+    `leader` draws the tokens.
+    """
+    is_foreseeable = _is_foreseeable(leader)
+    return [_draw_of(leader, request, num_tokens) if is_foreseeable else None for request in requests]
+
+
 class Guesses:
     """Chooses the next tokens of requests, one pass after the other."""
 
-    def __init__(self, leader: GPUModelRunner, requests: Sequence[str], num_tokens: int) -> None:
-        """`leader` draws the tokens; for each of the requests, in this order, there will be so many guesses."""
-        params = [leader.requests[request].sampling_params for request in requests]
-        sampled = [index for index, own in enumerate(params) if own is not None and _samples(own)]
-        self._rows_Q = torch.tensor(sampled if _is_foreseeable(leader) else [], dtype=torch.int64)
-        if len(self._rows_Q):
-            sampling = [own for own in params if own is not None and _samples(own)]
-            self._seeds_QK = torch.tensor([_next_seeds(leader, requests[index], num_tokens) for index in sampled])
-            self._temperatures_Q = torch.tensor([own.temperature for own in sampling])
-            self._limits = _Limits(sampling)
+    def __init__(self, draws: Sequence[Draw | None]) -> None:
+        """What is foreseen of each request, in the order of B."""
+        self._rows_Q = torch.tensor([index for index, own in enumerate(draws) if own is not None], dtype=torch.int64)
+        if sampled := [own for own in draws if own is not None]:
+            self._seeds_QK = torch.tensor([own.seeds for own in sampled])
+            self._temperatures_Q = torch.tensor([own.temperature for own in sampled])
+            self._limits = _Limits(sampled)
 
     def choose(self, logits_BV: Tensor, index: int) -> Tensor:
         """The tokens [B] of guess `index`, which counts from 0; V are the first ids of the sampler's vocabulary."""
@@ -56,10 +76,10 @@ class Guesses:
 class _Limits:
     """What requests let be drawn: of the likeliest tokens so many, and so much probability."""
 
-    def __init__(self, params: Sequence[SamplingParams]) -> None:
-        self._top_p_Q = torch.tensor([own.top_p for own in params])
-        self._min_p_Q = torch.tensor([own.min_p for own in params])
-        self._top_k_Q = torch.tensor([own.top_k if own.top_k > 0 else _ALL for own in params])
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        self._top_p_Q = torch.tensor([own.top_p for own in draws])
+        self._min_p_Q = torch.tensor([own.min_p for own in draws])
+        self._top_k_Q = torch.tensor([own.top_k if own.top_k > 0 else _ALL for own in draws])
 
     def apply(self, scaled_QV: Tensor) -> Tensor:
         """The same with minus infinity for what may not be drawn: by min_p and top_k, and by top_p of what remains."""
@@ -83,8 +103,12 @@ def _is_foreseeable(leader: GPUModelRunner) -> bool:
     return sampler.forward == sampler.forward_cpu and not sampler.use_fp64_gumbel
 
 
-def _samples(params: SamplingParams) -> bool:
-    return params.sampling_type != SamplingType.GREEDY
+def _draw_of(leader: GPUModelRunner, request: str, num_tokens: int) -> Draw | None:
+    params = leader.requests[request].sampling_params
+    if params is None or params.sampling_type == SamplingType.GREEDY:
+        return None
+    seeds = _next_seeds(leader, request, num_tokens)
+    return Draw(params.temperature, params.top_p, params.top_k, params.min_p, seeds)
 
 
 def _next_seeds(leader: GPUModelRunner, request: str, num_tokens: int) -> list[int]:

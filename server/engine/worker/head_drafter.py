@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from ultrafuser.gating.model.draft_head import DraftHead, attend
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.experience import DraftCost
-from ultrafuser.server.engine.worker.guessing import Guesses
+from ultrafuser.server.engine.worker.guessing import Guesses, foreseen
 from ultrafuser.server.engine.worker.lookahead import Ahead
 
 NOTHING = -1
@@ -116,7 +116,7 @@ class HeadDrafter:
     @torch.inference_mode()
     def _run_ahead(self, requests: Sequence[str], num_tokens: int) -> list[list[int]]:
         """So many tokens for each request, chosen one after the other."""
-        guesses = Guesses(self._leader, requests, num_tokens)
+        guesses = Guesses(foreseen(self._leader, requests, num_tokens))
         latest = [self._latest[request] for request in requests]
         rings_B = self._to_device([self._rings[request] for request in requests])
         ids_B = self._to_device([own.token_id for own in latest])

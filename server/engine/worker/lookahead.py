@@ -1,8 +1,9 @@
 """How far to run ahead, decided in every step by measurement: what passes cost, and how often drafts were right.
 
-A round costs one verification of all rows and, for each specialist that drafts, one pass a draft; what is looked up
-costs no pass. It gives every request as many tokens as drafts hold, and one more. Chosen is what gives most tokens a
-second, or none where nothing promises much more. Knows numbers and names of requests; neither runners nor tokens.
+A round costs one verification of all rows and, for each specialist that drafts, one pass a draft; where specialists
+have devices of their own, several draft side by side, and the longest counts. What is looked up costs no pass. A round
+gives every request as many tokens as drafts hold, and one more. Chosen is what gives most tokens a second, or none
+where nothing promises much more. Knows numbers and names of requests; neither runners nor tokens.
 """
 
 import itertools
@@ -47,10 +48,16 @@ class Match(NamedTuple):
 class Lookahead:
     """Chooses who drafts and how far, for every request of a step."""
 
-    def __init__(self, min_tokens: int, max_tokens: int, only_looks_up: bool = False) -> None:
-        """Between `min_tokens` and `max_tokens` drafts a request; `only_looks_up`: no specialist drafts."""
+    def __init__(
+        self, min_tokens: int, max_tokens: int, only_looks_up: bool = False, side_by_side: bool = False
+    ) -> None:
+        """Between `min_tokens` and `max_tokens` drafts a request.
+
+        `only_looks_up`: no specialist drafts; `side_by_side`: several of them draft at the same time.
+        """
         self._lengths = range(min_tokens, max_tokens + 1)
         self._runs_ahead = not only_looks_up
+        self.side_by_side = side_by_side
         self.step, self.draft_pass = Cost(), DraftCost()
         self.experience = Experience()
         self._num_steps_without: dict[int, int] = defaultdict(int)
@@ -112,7 +119,11 @@ class _Prospects:
         for request, drafter in drafters.items():
             requests[drafter].append(request)
         groups = {drafter: self._group(drafter, own) for drafter, own in requests.items()}
-        lengths = dict.fromkeys(groups, self._lengths[0])
+        # Where drafters share the time of a pass, one alone may not be worth it, and all together may.
+        begin = self._lengths if self._known.side_by_side else self._lengths[:1]
+        lengths = max(
+            (dict.fromkeys(groups, length) for length in begin), key=lambda trial: self._tokens_a_second(trial, groups)
+        )
         for drafter in groups:
             trials = [{**lengths, drafter: length} for length in self._lengths]
             lengths = max(trials, key=lambda trial: self._tokens_a_second(trial, groups))
@@ -156,13 +167,14 @@ class _Prospects:
         )
 
     def _tokens_a_second(self, lengths: Mapping[int, int], groups: Mapping[int, "_Group"]) -> float:
-        num_tokens, num_rows, seconds = 0.0, 0, 0.0
+        num_tokens, num_rows, seconds = 0.0, 0, [0.0]
         for drafter, length in lengths.items():
             group = groups[drafter]
             num_tokens += group.gains[length]
             num_rows += group.num_rows[length]
-            seconds += length * group.pass_seconds
-        return num_tokens / (seconds + self._known.step.of(num_rows))
+            seconds.append(length * group.pass_seconds)
+        drafting = max(seconds) if self._known.side_by_side else sum(seconds)
+        return num_tokens / (drafting + self._known.step.of(num_rows))
 
 
 class _Group(NamedTuple):

@@ -10,6 +10,7 @@ X marks of a row (`server/engine/worker/observing.py`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,15 @@ class Rows:
         index_of = {(row.request, row.position): index for index, row in enumerate(self.rows)}
         return [index_of[row.request, row.position] for row in wanted]
 
-    def hidden_of(self, wanted: Sequence[Row]) -> Tensor:
-        """Hidden states [B, D] of another runner's rows."""
-        return take(self.hidden_RD, self.indices_of(wanted))
+
+class Mixed(NamedTuple):
+    """What became of a step's rows."""
+
+    logits_RV: Tensor
+    """The leader's in float32, with the fused logits in the rows that end in a token."""
+    marks_XB: Tensor
+    hidden_SBD: Sequence[Tensor]
+    """The specialists' last hidden states in the rows that end in a token; the leader's alone if no others came."""
 
 
 class Mixer:
@@ -54,10 +61,8 @@ class Mixer:
         self._gate = gate
         self._num_shared_ids = num_shared_ids
 
-    def fuse_into_leader(
-        self, specialists: Sequence[Rows], ending: Sequence[Row], clock: StepClock
-    ) -> tuple[Tensor, Tensor]:
-        """The leader's logits [R, V] in float32 with the fused logits in the rows that end in a token; marks [X, B].
+    def fuse_into_leader(self, specialists: Sequence[Rows], ending: Sequence[Row], clock: StepClock) -> Mixed:
+        """The leader's logits with the fused logits in the rows that end in a token; marks.
 
         `specialists[0]` is the leader; `ending` are its B rows that end in a token. Ids outside the shared vocabulary
         are -inf: V stays the leader's width, which penalties, masks and top-k depend on. Rows of unfinished prefills
@@ -71,7 +76,8 @@ class Mixer:
             weights_SB = self._weights(hidden_SBD)
         with clock.measure("mix"):
             logits_SBV = [take(own.logits_RV, indices_B)[:, : self._num_shared_ids] for own, indices_B in pairs]
-            return self._fuse(weights_SB, hidden_SBD, logits_SBV, specialists[0].logits_RV, indices_SB[0])
+            fused = self._fuse(weights_SB, hidden_SBD, logits_SBV, specialists[0].logits_RV, indices_SB[0])
+            return Mixed(*fused, hidden_SBD)
 
     def _fuse(
         self,
@@ -81,7 +87,7 @@ class Mixer:
         leader_RV: Tensor,
         indices_B: list[int],
     ) -> tuple[Tensor, Tensor]:
-        """As `fuse_into_leader`, with the rows at hand; `indices_B` are their places among the leader's."""
+        """Logits [R, V] and marks, with the rows at hand; `indices_B` are their places among the leader's."""
         mixed_BV, marks_XB = self._mix_and_mark(weights_SB, hidden_SBD, logits_SBV, leader_RV)
         return _into_leader(mixed_BV, leader_RV, indices_B), marks_XB
 

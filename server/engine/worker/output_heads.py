@@ -7,7 +7,8 @@ follower's rank which it meets has loaded. Knows models and weights, neither row
 Shapes: B rows, D hidden size, V rows of a shard, or of the vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ class Sent:
     """From B of them to their logits [B, V]."""
     num_bytes: int
     """Of memory that this takes at the leader's."""
+    hidden_size: int
+    hidden_dtype: torch.dtype
+    """Of the hidden state, which stands in a row's place or comes beside its logits."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class _Introduction:
     """Of the weights that follow; empty: none."""
     head_dtype: torch.dtype
     logits_processor: nn.Module | None
+    hidden_size: int
+    hidden_dtype: torch.dtype
 
 
 class _Head(nn.Module):
@@ -64,28 +70,42 @@ def introduce(
         ValueError: the leader could not make the same logits of them.
     """
     model, config = runner.model, runner.model_config
-    if what == "logits":
-        exchange.introduce(_Introduction(num_shared_ids, config.head_dtype, (), config.head_dtype, None))
-        return
     width = config.get_hidden_size()
+    if what == "logits":
+        dtype = _logits_dtype(model, width, config.dtype, runner.device)
+        exchange.share(_Introduction(num_shared_ids, dtype, (), dtype, None, width, config.dtype))
+        return
     if not _is_plain(model, width, config.dtype, runner.device):
         raise ValueError(
             f"specialists.{name}.model: its output head is quantised, or no plain matrix; set engine.exchange: logits"
         )
     weight_VD = model.lm_head.weight.data
-    exchange.introduce(
-        _Introduction(width, config.dtype, tuple(weight_VD.shape), weight_VD.dtype, model.logits_processor)
-    )
+    own = (width, config.dtype, tuple(weight_VD.shape), weight_VD.dtype, model.logits_processor)
+    exchange.share(_Introduction(*own, width, config.dtype))
     exchange.send(weight_VD)
-    model.compute_logits = lambda hidden_BD: hidden_BD  # nobody reads them
+    model.compute_logits = _no_logits
+
+
+def _no_logits(hidden_BD: Tensor) -> Tensor:
+    """In the place of logits that nobody reads."""
+    return hidden_BD
+
+
+@contextmanager
+def computing_logits(runner: GPUModelRunner) -> Iterator[None]:
+    """Have a follower's model give logits where it guesses by itself, whatever it is to send of a step's rows."""
+    instead = vars(runner.model).pop("compute_logits", None)
+    yield
+    if instead is not None:
+        runner.model.compute_logits = instead
 
 
 def meet(exchange: Exchange) -> list[Sent]:
     """The leader's part: what each follower sends, the output heads taken in."""
-    followers: list[_Introduction] = exchange.introduce(None)[1:]
+    followers: list[_Introduction] = exchange.share()[1:]
     with_head = [own for own in followers if own.logits_processor is not None]
     if not with_head:
-        return [Sent(own.width, own.dtype, lambda logits_BV: logits_BV, 0) for own in followers]
+        return [_sent(own, lambda logits_BV: logits_BV, 0) for own in followers]
     weights = exchange.receive([(own.head_shape, own.head_dtype) for own in followers])
     return [_through_head(own, weight_VD) for own, weight_VD in zip(followers, weights, strict=True)]
 
@@ -93,7 +113,18 @@ def meet(exchange: Exchange) -> list[Sent]:
 def _through_head(follower: _Introduction, weight_VD: Tensor) -> Sent:
     head, processor = _Head(weight_VD), follower.logits_processor
     assert processor is not None
-    return Sent(follower.width, follower.dtype, lambda hidden_BD: processor(head, hidden_BD), weight_VD.nbytes)
+    return _sent(follower, lambda hidden_BD: processor(head, hidden_BD), weight_VD.nbytes)
+
+
+def _sent(own: _Introduction, logits_of: Callable[[Tensor], Tensor], num_bytes: int) -> Sent:
+    return Sent(own.width, own.dtype, logits_of, num_bytes, own.hidden_size, own.hidden_dtype)
+
+
+@torch.inference_mode()
+def _logits_dtype(model: Any, width: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of what a model really gives: some soften or scale their logits in another type than that of the head."""
+    logits: Tensor = model.compute_logits(torch.zeros(1, width, dtype=dtype, device=device))
+    return logits.dtype
 
 
 @torch.inference_mode()

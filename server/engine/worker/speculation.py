@@ -4,7 +4,7 @@ Drafts are left with the leader's runner, where vLLM's worker looks for them and
 plan. Knows rows, runners and who drafts; verification is the sampler's (`server/engine/worker/verifying.py`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,11 +15,11 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.gating.model.draft_head import load_draft_head
 from ultrafuser.gating.model.schema import SpeculationSettings
-from ultrafuser.server.engine.shared.extra_args import forced_token_ids
+from ultrafuser.server.engine.shared.extra_args import forced_token_ids, specialist_prompts
 from ultrafuser.server.engine.shared.round import Decision, Undrafted
 from ultrafuser.server.engine.shared.row import Row
-from ultrafuser.server.engine.worker.drafting import Drafter, EitherDrafter, LeadingDrafter, NgramDrafter
-from ultrafuser.server.engine.worker.experience import MIN_SAMPLES
+from ultrafuser.server.engine.worker.drafting import Drafter, EitherDrafter, NgramDrafter
+from ultrafuser.server.engine.worker.experience import MIN_SAMPLES, DraftCost
 from ultrafuser.server.engine.worker.head_drafter import HeadDrafter
 from ultrafuser.server.engine.worker.lookahead import NGRAM, Ahead, Lookahead, Match
 
@@ -40,15 +40,24 @@ class Speculation:
     decisions: dict[str, Decision]
     """What was done for the requests of the next step; nothing for those whose response is given."""
 
-    def __init__(self, runners: Sequence[GPUModelRunner], settings: SpeculationSettings, num_shared_ids: int) -> None:
-        """`runners[0]` is the leader."""
-        self._runners, self._leader = runners, runners[0]
+    def __init__(
+        self,
+        leader: GPUModelRunner,
+        settings: SpeculationSettings,
+        num_specialists: int,
+        num_shared_ids: int,
+        leading: Callable[[DraftCost], Drafter],
+        side_by_side: bool = False,
+    ) -> None:
+        """`leader` draws the tokens; `leading` makes the drafter by which specialists go on, `side_by_side` or not."""
+        self._leader, self._num_specialists = leader, num_specialists
         self._max_tokens, self.num_shared_ids = settings.max_tokens, num_shared_ids
-        self.lookahead = Lookahead(settings.min_tokens, settings.max_tokens, only_looks_up=settings.drafter == "ngram")
+        only_looks_up = settings.drafter == "ngram"
+        self.lookahead = Lookahead(settings.min_tokens, settings.max_tokens, only_looks_up, side_by_side)
         self.head = self._load_head(settings)
         self._features_BD: Tensor | None = None
-        going_on = self.head or LeadingDrafter(runners, num_shared_ids, self.lookahead.draft_pass)
-        ngram = NgramDrafter(self._leader, num_shared_ids)
+        going_on = self.head or leading(self.lookahead.draft_pass)
+        ngram = NgramDrafter(leader, num_shared_ids)
         self._ngram = ngram if settings.drafter in (None, "ngram") else None
         drafters: dict[str | None, Drafter] = {"ngram": ngram, None: EitherDrafter(going_on, ngram)}
         self.drafter = drafters.get(settings.drafter, going_on)
@@ -72,7 +81,7 @@ class Speculation:
     def see(self, hidden_SBD: Sequence[Tensor], marks_XB: Tensor) -> None:
         """Last hidden states of a step's rows that end in a token, before they are drawn; marks begin with weights."""
         if self.head is not None:
-            self._features_BD = self.head.features(hidden_SBD, marks_XB[: len(self._runners)])
+            self._features_BD = self.head.features(hidden_SBD, marks_XB[: self._num_specialists])
 
     def go_on(self, ending: Sequence[Row], marks_XB: Tensor | None, seconds: float | None) -> None:
         """Learn from a step whose tokens all runners know, and draft what follows them.
@@ -118,7 +127,7 @@ class Speculation:
     def _last_leading(self, ending: Sequence[Row], marks_XB: Tensor) -> dict[str, int]:
         """Which specialist has the largest weight at the last token of each request."""
         # One head drafts for all, and what was learned of it counts for all.
-        leading_B = [0] * len(ending) if self.head else marks_XB[: len(self._runners)].argmax(dim=0).tolist()
+        leading_B = [0] * len(ending) if self.head else marks_XB[: self._num_specialists].argmax(dim=0).tolist()
         return {
             row.request: leading
             for row, leading in zip(ending, leading_B, strict=True)
@@ -127,12 +136,12 @@ class Speculation:
 
     def _draft(self, leading: dict[str, int]) -> dict[str, list[int]]:
         """Drafts by request: of a given response its own tokens, else the drafter's; none where no more is wanted."""
-        wanted = {request: self._num_wanted(request, self._leader.requests[request]) for request in leading}
+        wanted = {request: self._num_wanted(self._leader.requests[request]) for request in leading}
         given = {request: forced_token_ids(self._leader.requests[request].sampling_params) for request in leading}
         sampled = {own: index for own, index in leading.items() if given[own] is None and wanted[own]}
         self._looked_up = {}
         self._plan = self._agree(sampled) if sampled else {}
-        guesses = self.drafter.propose(self._plan) if self._plan else {}
+        guesses = self.drafter.propose(self._plan)
         drafts = {
             request: self._up_to_the_end(request, token_ids[: wanted[request]])
             for request, token_ids in guesses.items()
@@ -178,17 +187,17 @@ class Speculation:
     def _choose(self, leading: dict[str, int]) -> dict[str, Ahead]:
         self._looked_up = self._look_up(leading)
         matches = {request: Match(own.num_matched, len(own.token_ids)) for request, own in self._looked_up.items()}
-        return self.lookahead.choose(leading, 1 if self.head else len(self._runners), matches)
+        return self.lookahead.choose(leading, 1 if self.head else self._num_specialists, matches)
 
-    def _num_wanted(self, request: str, state: CachedRequestState) -> int:
+    def _num_wanted(self, state: CachedRequestState) -> int:
         """How many drafts may help: the last token needs none, and near the end of the context not all have room."""
         assert state.sampling_params is not None
         if state.output_token_ids and state.output_token_ids[-1] in _ending_ids(state.sampling_params):
             return 0
-        batches = (runner.input_batch for runner in self._runners)
-        longest = max(int(batch.num_tokens_no_spec[batch.req_id_to_index[request]]) for batch in batches)
+        prompts = specialist_prompts(state.sampling_params)
+        longest = max(map(len, prompts)) if prompts else state.num_prompt_tokens
         most = self._leader.num_spec_tokens
-        if self._leader.max_model_len - 1 - longest < most:
+        if self._leader.max_model_len - 1 - longest - len(state.output_token_ids) < most:
             return 0
         max_tokens = state.sampling_params.max_tokens
         return most if max_tokens is None else max(min(most, max_tokens - len(state.output_token_ids) - 1), 0)

@@ -97,8 +97,12 @@ def verify_in(runners: Sequence[GPUModelRunner], forcing: Forcing) -> None:
     _keep_logits_processors(leader)
     leader.rejection_sampler = Verifier(leader, forcing)
     for runner in runners:
-        # Near the end of the context vLLM would draft zeros for all requests; ours are left out one by one.
-        runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 1
+        draft_to_the_end(runner)
+
+
+def draft_to_the_end(runner: GPUModelRunner) -> None:
+    """Near the end of the context vLLM would draft zeros for all requests; ours are left out one by one."""
+    runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 1
 
 
 def _keep_logits_processors(leader: GPUModelRunner) -> None:

@@ -8,8 +8,9 @@ Knows no CPU: to import vLLM's worker for it takes the GPU away (`server/engine/
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -21,14 +22,17 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ultrafuser.gating.model.gate import Gate, load_gate
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
+from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter
 from ultrafuser.server.engine.worker.exchange import Exchange
+from ultrafuser.server.engine.worker.experience import DraftCost
 from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
 from ultrafuser.server.engine.worker.groups import make_own_ranks_the_world
 from ultrafuser.server.engine.worker.mixing import Mixer
 from ultrafuser.server.engine.worker.output_heads import introduce, meet
 from ultrafuser.server.engine.worker.specialists import Specialists
 from ultrafuser.server.engine.worker.speculation import Speculation
-from ultrafuser.server.engine.worker.split_mixing import GatheringMixer, SendingMixer
+from ultrafuser.server.engine.worker.split_drafting import AskedDrafter, AskingDrafter
+from ultrafuser.server.engine.worker.split_mixing import GatheringMixer, Kinds, SendingMixer
 from ultrafuser.server.engine.worker.split_step import SplitFollower, SplitLeader
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's, which alone is written in a worker's process
@@ -60,15 +64,31 @@ class FusedWorkerMixin(Worker):
         for specialist in spec.specialists[1:]:
             runners.append(self._runner_of(follower_config(self.vllm_config, specialist)))
         specialists = Specialists(runners, dict(enumerate(spec.names)))
-        speculation = None
-        if spec.speculation is not None:
-            speculation = Speculation(runners, spec.speculation, spec.num_shared_ids)
+        speculation = self._speculation(runners[0], partial(LeadingDrafter, runners, spec.num_shared_ids))
         self.model_runner = FusedModelRunner(specialists, lambda: Mixer(self._gate(), spec.num_shared_ids), speculation)
+
+    def _speculation(self, leader: GPUModelRunner, leading: Callable[[DraftCost], Drafter]) -> Speculation | None:
+        """Guessing ahead, if that is asked for, where `leading` makes the drafter by which specialists go on."""
+        spec = self._spec
+        if spec.speculation is None:
+            return None
+        side_by_side = spec.exchange is not None
+        return Speculation(leader, spec.speculation, len(spec.names), spec.num_shared_ids, leading, side_by_side)
 
     def determine_available_memory(self) -> int:
         """As vLLM's; an error ends the process of a rank that nobody listens to."""
         with self._fatal_errors():
             return super().determine_available_memory()
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """As vLLM's; an error ends the process of a rank that nobody listens to."""
+        with self._fatal_errors():
+            super().initialize_from_config(kv_cache_config)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's; an error ends the process of a rank that nobody listens to."""
+        with self._fatal_errors():
+            return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """As vLLM's; an error ends the process of a rank that nobody listens to."""
@@ -103,21 +123,25 @@ class FusedWorkerMixin(Worker):
         make_own_ranks_the_world()
         runner = self._runner_of(self.vllm_config) if index else self.model_runner
         specialists, num_shared_ids = Specialists([runner], {index: spec.names[index]}), spec.num_shared_ids
+        drafter = spec.speculation and (spec.speculation.drafter or "leading")
+        kinds: Kinds = ("logits", "hidden") if what == "logits" and drafter == "head" else (what,)
 
         def gathering() -> GatheringMixer:
             gate = self._gate()
             assert gate is not None
-            return GatheringMixer(gate, num_shared_ids, spec.names, exchange, meet(exchange))
+            return GatheringMixer(gate, num_shared_ids, spec.names, kinds, exchange, meet(exchange))
 
         def sending() -> SendingMixer:
             gate = self._gate()
             assert gate is not None
             introduce(runner, spec.names[index], what, num_shared_ids, exchange)
-            return SendingMixer(gate, index, num_shared_ids, what, exchange)
+            return SendingMixer(gate, index, num_shared_ids, kinds, exchange)
 
         if index:
-            return SplitFollower(specialists, sending, exchange)
-        return SplitLeader(specialists, gathering, exchange)
+            asked = AskedDrafter(runner, index, num_shared_ids, exchange) if drafter == "leading" else None
+            return SplitFollower(specialists, sending, exchange, asked)
+        speculation = self._speculation(runner, partial(AskingDrafter, runner, num_shared_ids, exchange))
+        return SplitLeader(specialists, gathering, exchange, speculation)
 
     def _gate(self) -> Gate | None:
         spec = self._spec

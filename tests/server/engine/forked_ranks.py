@@ -14,12 +14,14 @@ from multiprocessing.context import BaseContext
 from unittest import mock
 
 import torch
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
 import ultrafuser.server.engine.worker.cpu_worker  # noqa: F401  for the ranks
 
 torch.set_num_threads(1)
 SpinCondition.__init__.__defaults__ = (0.0,)  # in the place of `busy_loop_s`, a second
+shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = 20  # in the place of 5 s: now and then a word that wakes a rank is lost
 
 
 @contextmanager

@@ -127,7 +127,8 @@ def test_how_far_the_head_goes_is_decided_by_what_it_costs_for_all_requests_toge
 
         class Noted(Watched):
             def propose(self, plan: Mapping[str, Ahead]) -> dict[str, list[int]]:
-                plans.append(dict(plan))
+                if plan:
+                    plans.append(dict(plan))
                 return super().propose(plan)
 
         outputs, _ = serve(engine, Noted(engine), [Arrival(own, greedy(NUM_TOKENS)) for own in BATCH])

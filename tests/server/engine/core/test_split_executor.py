@@ -9,9 +9,12 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tests.fakes import write_tiny_fusion
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
+from ultrafuser.server.engine.worker.worker import FusedWorkerMixin
 
 ERROR_SECONDS = 5.0
 END_SECONDS = 20.0
@@ -117,6 +120,42 @@ def test_a_rank_that_hangs_does_not_outlive_the_engine(ranks: Ranks) -> None:
     ranks.wait_for_the_end(start)
     steps.join(5)
     assert not steps.is_alive()
+
+
+class _Faulty(CPUWorker):
+    """The follower fails where caches are made, or where models are warmed up, and the leader waits for it."""
+
+    def initialize_from_config(self, *args: Any) -> None:
+        """As vLLM's, up to the fault."""
+        super().initialize_from_config(*args)
+        self._fail_or_wait("caches")
+
+    def compile_or_warm_up_model(self) -> Any:
+        """The fault."""
+        self._fail_or_wait("warm-up")
+        return super().compile_or_warm_up_model()
+
+    def _fail_or_wait(self, where: str) -> None:
+        if os.environ["FAULT"] == where:
+            if self.rank == 1:
+                raise RuntimeError("an injected fault")
+            torch.distributed.barrier()
+
+
+class FaultyWorker(FusedWorkerMixin, _Faulty):
+    """Ours over one that fails."""
+
+
+@pytest.mark.parametrize("where", ["caches", "warm-up"])
+def test_a_rank_that_fails_before_the_first_request_ends_the_start(
+    two_specialists: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr("ultrafuser.server.engine.shared.options.CPU_WORKER", f"{__name__}.{FaultyWorker.__name__}")
+    monkeypatch.setenv("FAULT", where)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        InProcessEngine(two_specialists, placement="split")
+    assert time.monotonic() - start < 60  # a start, and the end
 
 
 def serve_until_the_end(engine: InProcessEngine) -> None:

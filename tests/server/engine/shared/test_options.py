@@ -21,6 +21,7 @@ from tests.fakes import write_tiny_fusion
 from tests.server.engine.harness import InProcessEngine, engine_input, random_prompts
 from ultrafuser.gating.errors import FusionError, UserError
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.core.scheduler import make_scheduler
 from ultrafuser.server.engine.shared.node import Node, check_node
 from ultrafuser.server.engine.shared.options import (
@@ -303,7 +304,10 @@ def test_asynchronous_scheduling_ends_what_is_only_a_default(tiny_fusion: Path, 
             {"placement": "split", "distributed_executor_backend": "uni"},
             "^distributed_executor_backend: .*leave it out, or say mp, or ray$",
         ),
-        ({"placement": "split", "speculation": {}}, "^speculation: .*placement: split; leave one of them out$"),
+        (
+            {"placement": "split", "async_scheduling": True, "speculation": {}},
+            "^async_scheduling: does not go with speculation",
+        ),
     ],
     ids=str,
 )
@@ -313,7 +317,7 @@ def test_what_does_not_go_with_a_placement_stops_the_start(options: dict[str, An
 
 
 @pytest.mark.parametrize(("options", "exchange"), [({}, "logits"), ({"exchange": "hidden"}, "hidden")])
-def test_split_placement_has_an_executor_of_its_own_and_no_drafts(
+def test_split_placement_has_an_executor_of_its_own_and_drafts_if_they_are_asked_for(
     tiny_fusion: Path, options: dict[str, Any], exchange: str
 ) -> None:
     fusion = load_fusion(tiny_fusion)
@@ -323,6 +327,10 @@ def test_split_placement_has_an_executor_of_its_own_and_no_drafts(
         assert issubclass(resolve_obj_by_qualname(arguments["distributed_executor_backend"]), MultiprocExecutor)
         spec = EngineSpec.model_validate(arguments["additional_config"][ADDITIONAL_CONFIG_KEY])
         assert (spec.exchange, spec.speculation, arguments["speculative_config"]) == (exchange, None, None)
+    asked = engine_arguments(fusion, inspect_fusion(fusion), options | {"speculation": {"drafter": "leading"}})
+    spec = EngineSpec.model_validate(asked["additional_config"][ADDITIONAL_CONFIG_KEY])
+    assert (spec.exchange, spec.speculation) == (exchange, SpeculationSettings(drafter="leading"))
+    assert asked["speculative_config"]["num_speculative_tokens"] == 4
 
 
 def test_one_specialist_has_nothing_to_split(tiny_fusion: Path) -> None:

@@ -17,9 +17,13 @@ Rate = Callable[[int, int], float]
 class Machine:
     """What an engine would take for its steps, and give; random, but the same each time. What it measures is noisy."""
 
-    def __init__(self, step: tuple[float, float], draft_pass: float, rate: Rate, noise: float = 0.0) -> None:
-        """`step` is the time of a step without rows and that of a row."""
+    def __init__(
+        self, step: tuple[float, float], draft_pass: float, rate: Rate, noise: float = 0.0, side_by_side: bool = False
+    ) -> None:
+        """`step` is the time of a step without rows and that of a row; `side_by_side`: drafters do not wait for each
+        other."""
         self._step, self._draft_pass, self._rate, self._noise = step, draft_pass, rate, noise
+        self._side_by_side = side_by_side
         self._random = random.Random(0)
 
     def serve(self, lookahead: Lookahead, leading: Mapping[str, int], num_steps: int) -> tuple[float, list[int]]:
@@ -29,10 +33,12 @@ class Machine:
         for _ in range(num_steps):
             drafted = [ahead for ahead in plan.values() if ahead.num_tokens]
             drafters = {ahead.drafter for ahead in drafted}
+            passes = [0]
             for drafter in drafters:
                 own = [ahead.num_tokens for ahead in drafted if ahead.drafter == drafter]
                 lookahead.draft_pass.add(drafter, len(own), self._noisy(self._draft_pass))
-                seconds += max(own) * self._draft_pass
+                passes.append(max(own))
+            seconds += (max(passes) if self._side_by_side else sum(passes)) * self._draft_pass
             num_rows = len(plan) + sum(ahead.num_tokens for ahead in plan.values())
             step_seconds = self._step[0] + self._step[1] * num_rows
             lookahead.step.add(num_rows, self._noisy(step_seconds))
@@ -122,6 +128,42 @@ def test_one_specialist_drafts_for_all_where_each_alone_would_cost_a_pass() -> N
     machine = Machine(MEMORY_BOUND, 1.0, own_drafts(0.95, foreign=0.9))
     machine.serve(lookahead, MIXED, 300)
     assert len({ahead.drafter for ahead in lookahead.choose(MIXED, NUM_SPECIALISTS).values()}) == 1
+
+
+def taught(machine: Machine, side_by_side: bool) -> dict[str, Ahead]:
+    """How mixed requests go on when a machine has been measured."""
+    lookahead = Lookahead(0, LONGEST, side_by_side=side_by_side)
+    machine.serve(lookahead, MIXED, 300)
+    return lookahead.choose(MIXED, NUM_SPECIALISTS)
+
+
+def test_a_draft_that_takes_as_long_as_a_step_saves_nothing() -> None:
+    """As where each specialist has devices of its own: a step takes the slowest one's pass, and so does a draft."""
+    always_right = own_drafts(1.0, foreign=1.0)
+    for draft_pass, is_worth_it in [(1.0, False), (0.1, True)]:
+        plan = taught(Machine((1.0, 0.01), draft_pass, always_right, side_by_side=True), side_by_side=True)
+        assert any(ahead.num_tokens for ahead in plan.values()) == is_worth_it
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_specialists_that_draft_side_by_side_share_the_time_of_a_pass(side_by_side: bool) -> None:
+    """Half a step long: too long for the requests that one of them leads, not for all requests together."""
+    machine = Machine((1.0, 0.001), 0.5, own_drafts(0.95, foreign=0.0), side_by_side=side_by_side)
+    plan = taught(machine, side_by_side)
+    assert drafters_of(plan) == (MIXED if side_by_side else {})
+
+
+@pytest.mark.parametrize("right", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("draft_pass", [0.05, 0.4, 0.9])
+def test_no_fixed_length_is_much_quicker_side_by_side(draft_pass: float, right: float) -> None:
+    def rate_of(lookahead: Lookahead) -> float:
+        machine = Machine((1.0, 0.02), draft_pass, own_drafts(right), noise=0.2, side_by_side=True)
+        machine.serve(lookahead, MIXED, 100)
+        return machine.serve(lookahead, MIXED, 600)[0]
+
+    chosen = rate_of(Lookahead(0, LONGEST, side_by_side=True))
+    fixed = [rate_of(Lookahead(length, length, side_by_side=True)) for length in range(LONGEST + 1)]
+    assert chosen > 0.95 * max(fixed)
 
 
 @pytest.mark.parametrize(("promised", "num_drafts"), [(1.02, 0), (1.04, 1)])

@@ -72,10 +72,11 @@ def test_rows_are_mixed_with_the_same_position_of_the_other_specialists(
     monkeypatch.setattr("ultrafuser.server.engine.worker.mixing.get_tp_group", lambda: SimpleNamespace(world_size=1))
     passes, found = forward_passes([[*LEADER, *others], [*others, *FOLLOWER], [*LEADER, *others]])
     mixer = Mixer(FixedGate(), NUM_SHARED)  # type: ignore[arg-type]
-    fused_RV, marks_XB = mixer.fuse_into_leader(passes, LEADER, StepClock(torch.device("cpu")))
+    fused_RV, marks_XB, hidden_SBD = mixer.fuse_into_leader(passes, LEADER, StepClock(torch.device("cpu")))
     assert fused_RV.shape == passes[0].logits_RV.shape
     for index, row in enumerate(LEADER):
         hidden_SD, logits_SV = zip(*found[row.request, row.position], strict=True)
+        assert all(torch.equal(own_BD[index], own_D) for own_BD, own_D in zip(hidden_SBD, hidden_SD, strict=True))
         weights_SB = FixedGate()([hidden_D[None] for hidden_D in hidden_SD])
         wanted_BV = fuse(weights_SB, [logits_V[None, :NUM_SHARED] for logits_V in logits_SV], NUM_SHARED)
         torch.testing.assert_close(fused_RV[index, :NUM_SHARED], wanted_BV[0])
