@@ -130,7 +130,9 @@ class ApiKeys:
             return
         number = self._keys.find(scope["headers"])
         if number is None:
-            error = InvalidApiKey("Missing or wrong API key: send it as `Authorization: Bearer KEY`.")
+            error = InvalidApiKey(
+                "Missing or wrong API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+            )
             await refuse(error, scope, receive, send)
             return
         if self._salts_cache:
