@@ -34,6 +34,7 @@ from ultrafuser.server.requests.context import cut_to_room
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.requests.limits import RequestBounds
 from ultrafuser.server.requests.mark_fields import asked_marks
+from ultrafuser.server.serving.anthropic_messages import AsMessages
 from ultrafuser.server.serving.constraints import (
     constraint_in,
     constraint_of,
@@ -131,6 +132,10 @@ class FusedServingChat(_Fused, OpenAIServingChat):
         return response
 
 
+class FusedServingMessages(AsMessages, FusedServingChat):
+    """The same, in Anthropic's words."""
+
+
 class FusedServingCompletion(_Fused, OpenAIServingCompletion):
     """vLLM's completions, with what is told of each token for those who ask."""
 
@@ -190,6 +195,7 @@ class Serving:
     engine: EngineClient
     models: OpenAIServingModels
     chat: FusedServingChat
+    messages: FusedServingMessages
     completion: FusedServingCompletion
     tokenization: ServingTokenization
     tokenizer: Any
@@ -218,13 +224,14 @@ def build_serving(
     )
     shared: dict[str, Any] = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
     chat = FusedServingChat(engine, models, "assistant", **shared, **template, enable_auto_tools=is_auto)
+    messages = FusedServingMessages(engine, models, "assistant", **shared, **template, enable_auto_tools=is_auto)
     completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
     grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
     if renderer.parser is not None:
-        chat.parser_cls = read_alike(renderer.parser, fused_renderer.tokenizer)
+        chat.parser_cls = messages.parser_cls = read_alike(renderer.parser, fused_renderer.tokenizer)
         renderer.parser = held_to_tools(renderer.parser)
     dtypes = [specialist.dtype for specialist in EngineSpec.from_vllm_config(config).specialists]
-    for serving in (chat, completion):
+    for serving in (chat, messages, completion):
         serving.grammars = grammars
         serving.specialists = fusion.specialist_names
         serving.system_fingerprint = fingerprint(fusion, dtypes)
@@ -238,8 +245,9 @@ def build_serving(
         num_shared_ids=info.num_shared_ids,
         context_length=config.model_config.max_model_len,
     )
+    messages.bounds = bounds
     tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
-    return Serving(engine, models, chat, completion, tokenization, tokenizer, specialists, grammars, bounds)
+    return Serving(engine, models, chat, messages, completion, tokenization, tokenizer, specialists, grammars, bounds)
 
 
 async def warm_up(serving: Serving) -> None:
