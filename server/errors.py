@@ -130,7 +130,7 @@ class Rejection(ApiError):
 
 
 class InvalidApiKey(Rejection):
-    """The bearer token is missing or wrong."""
+    """The key is missing or wrong."""
 
     status = HTTPStatus.UNAUTHORIZED
     code = "invalid_api_key"

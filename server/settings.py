@@ -86,8 +86,8 @@ class Network(_Section):
     """Seconds a client may stop reading its response; then its connection is closed and its request ends."""
 
     keep_alive_interval: Annotated[float, Field(ge=0)] = 15.0
-    """Seconds between looks at a stream; one without an event since the last gets a comment, so that no proxy gives
-    it up; 0: never."""
+    """Seconds of silence after which a stream gets a comment (of /v1/messages a ping, after at most 10), so that no
+    proxy gives it up; 0: never."""
 
 
 class Nodes(_Section):

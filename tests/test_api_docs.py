@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client import Counter
@@ -10,13 +11,21 @@ from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from ultrafuser.server import errors, metrics
+from ultrafuser.server import dialects, errors, metrics
 from ultrafuser.server.access import connections, middleware
 from ultrafuser.server.app import ROUTERS
 from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
+from ultrafuser.server.requests.anthropic_bodies import CountTokensRequest, MessagesRequest
+from ultrafuser.server.requests.blocks import BILLING_HEADER
 from ultrafuser.server.requests.bodies import MAX_DEPTH
-from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
+from ultrafuser.server.requests.unsupported import (
+    CHAT_REFUSALS,
+    COMPLETION_REFUSALS,
+    MESSAGES_REFUSALS,
+    Refusal,
+)
 from ultrafuser.server.serving import step_metrics, translation
+from ultrafuser.server.serving.message_answers import StopReason
 from ultrafuser.server.settings import Limits
 
 ROOT = Path(__file__).parent.parent
@@ -25,14 +34,15 @@ SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | 
 ENDPOINTS = {
     "POST /v1/chat/completions": (ChatCompletionRequest, CHAT_REFUSALS),
     "POST /v1/completions": (CompletionRequest, COMPLETION_REFUSALS),
+    "POST /v1/messages": (MessagesRequest, MESSAGES_REFUSALS),
 }
 PARTLY_REFUSED = {"chat_template_kwargs", "vllm_xargs", "echo"}
 """Fields that work, but not with every value."""
 
 
 def rows(section: str) -> dict[str, str]:
-    """First and second column of a section's tables."""
-    return dict(re.findall(r"^\| `(.+?)` \| (.*?) \|", SECTIONS[section], re.MULTILINE))
+    """First and second column of a section's tables, but for those of its subsections."""
+    return dict(re.findall(r"^\| `(.+?)` \| (.*?) \|", SECTIONS[section].split("\n### ")[0], re.MULTILINE))
 
 
 def test_every_route_is_listed_and_exists() -> None:
@@ -52,6 +62,19 @@ def _check_fields(listed: dict[str, str], model: type[BaseModel], refusals: tupl
     assert set(listed.values()) == {"works", "refused", "no effect"}
     refused = {refusal.param for refusal in refusals} & set(model.model_fields)
     assert {name for name, fate in listed.items() if fate == "refused"} == refused - PARTLY_REFUSED
+
+
+def test_the_page_says_what_becomes_of_messages() -> None:
+    section = SECTIONS["POST /v1/messages"]
+    assert set(rows("POST /v1/messages/count_tokens")) == set(CountTokensRequest.model_fields)
+    own = {refusal.param for refusal in MESSAGES_REFUSALS} - {refusal.param for refusal in CHAT_REFUSALS}
+    assert [param for param in own if f"`{param}`" not in section] == []
+    reasons = re.findall(r"^\| `(\w+)` \|", section.split("### Answers")[1].split("### Events")[0], re.MULTILINE)
+    assert reasons == ["stop_reason", *sorted(get_args(StopReason), key=reasons.index)]
+    kinds = re.findall(r"^\| (\d+) \| `(\w+)` \|$", section, re.MULTILINE)
+    assert {int(status): kind for status, kind in kinds} == {**dialects._ANTHROPIC_TYPES, 500: "api_error"}
+    assert f"at most {dialects.ANTHROPIC.longest_silence_seconds} s" in section
+    assert f"`{BILLING_HEADER}`" in section
 
 
 def test_what_is_refused_beyond_vllms_fields_is_named() -> None:

@@ -10,6 +10,8 @@ ROOMS = ("server/engine/", "server/serving/")
 """They may import whatever vLLM has."""
 
 REQUEST_MODELS = {
+    "vllm.entrypoints.anthropic.protocol.AnthropicCountTokensRequest",
+    "vllm.entrypoints.anthropic.protocol.AnthropicMessagesRequest",
     "vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",
     "vllm.entrypoints.openai.completion.protocol.CompletionRequest",
     "vllm.entrypoints.serve.tokenize.protocol.DetokenizeRequest",

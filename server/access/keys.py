@@ -35,10 +35,11 @@ class KeyRing:
         return len(self._digests)
 
     def find(self, headers: Headers) -> int | None:
-        """The number of the key in the only Authorization header; None if it is missing, double or wrong."""
-        values = [value for name, value in headers if name == b"authorization"]
-        scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        if scheme.lower() != b"bearer":
+        """The number of the key in the only Authorization header, or in Anthropic's only x-api-key, or in both; None if
+        it is missing, double or wrong, or if the two differ."""
+        given = [(name, value) for name, value in headers if name in (b"authorization", b"x-api-key")]
+        tokens = {_token(name, value) for name, value in given}
+        if len({name for name, _ in given}) < len(given) or len(tokens) != 1 or (token := tokens.pop()) is None:
             return None
         digest = hashlib.sha256(token).digest()
         matches = [hmac.compare_digest(digest, own) for own in self._digests]
@@ -47,6 +48,14 @@ class KeyRing:
     def salt(self, number: int) -> str:
         """What separates this key's prefix cache from the others'; nobody outside can work it out."""
         return hmac.new(self._secret, self._digests[number], hashlib.sha256).hexdigest()
+
+
+def _token(header: bytes, value: bytes) -> bytes | None:
+    """The key that a header's value has; None if it is of another scheme."""
+    if header == b"x-api-key":
+        return value
+    scheme, _, token = value.partition(b" ")
+    return token if scheme.lower() == b"bearer" else None
 
 
 def salt_cache(request: Any, state: Any) -> None:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultrafuser.server.access.keys import CACHE_SALT, KeyRing
 from ultrafuser.server.access.quotas import Quota
-from ultrafuser.server.dialects import error_response
+from ultrafuser.server.dialects import dialect_of, error_response
 from ultrafuser.server.errors import (
     UNFORESEEN,
     ApiError,
@@ -93,7 +93,10 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
-            MutableHeaders(scope=message)["x-request-id"] = self.id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.id
+            if own := dialect_of(self._scope).id_header:
+                headers[own] = self.id
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._is_complete = True
@@ -130,7 +133,9 @@ class ApiKeys:
             return
         number = self._keys.find(scope["headers"])
         if number is None:
-            error = InvalidApiKey("Missing or wrong API key: send it as `Authorization: Bearer KEY`.")
+            error = InvalidApiKey(
+                "Missing or wrong API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+            )
             await refuse(error, scope, receive, send)
             return
         if self._salts_cache:

@@ -4,7 +4,8 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from time import monotonic
+from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from ultrafuser.server.dialects import error_response, last_events
+from ultrafuser.server.dialects import dialect_of, error_response, last_events
 from ultrafuser.server.errors import ApiError, NonfiniteOutput, Rejection
 from ultrafuser.server.metrics import REJECTIONS
 from ultrafuser.server.serving.translation import as_api_error, error_in
@@ -24,11 +25,12 @@ What is wrong with a request often shows only in the engine, milliseconds after 
 the client gets the right status instead of a stream that begins with an error."""
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_COMMENT = b": keep-alive\n\n"
 
 # An event's data ends with its line. JSON escapes what ends one in ASCII; these three it may write as they are, and
 # clients that split where Unicode (Python's `splitlines`) ends a line would cut the event there.
 _LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029"})
+
+_GENERATING = "/v1/chat/completions, /v1/messages or /v1/completions"
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """The response for an exception; a fault of ours goes into the log, a client's does not."""
     told = as_api_error(error)
     if isinstance(error, HTTPException) and told.status in (404, 405):
-        hint = "" if told.status == 405 else "; to generate, POST to /v1/chat/completions or /v1/completions"
+        hint = "" if told.status == 405 else f"; to generate, POST to {_GENERATING}"
         told.message = f"{request.method} {request.scope['path'][:200]}: {error.detail.lower()}{hint}"
         if "GET" in told.headers.get("Allow", ""):  # not every route knows that HEAD is answered before it
             told.headers = {**told.headers, "Allow": "GET, HEAD"}
@@ -79,52 +81,59 @@ async def stream(events: AsyncGenerator[str, None], request: Request) -> Respons
 
 
 class EventStream(StreamingResponse):
-    """Events as they come, and comments while none comes; the generator is closed when the client leaves."""
+    """Events as they come, and signs of life while none comes; the generator is closed when the client leaves."""
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        line = _KeptAlive(send, scope["app"].state.keep_alive_interval)
+        dialect = dialect_of(scope)
+        interval = min(scope["app"].state.keep_alive_interval, dialect.longest_silence_seconds)
+        line = _KeptAlive(send, interval, dialect.keep_alive)
         async with aclosing(self._events), line:
             await super().__call__(scope, receive, line.send)
 
 
 class _KeptAlive:
-    """A stream's `send`, and a comment after every interval in which it was not used.
+    """A stream's `send`, and a sign of life whenever it was not used for an interval.
 
     vLLM's `with_sse_keep_alive` does the same with a task for every event, a tenth of what an event costs.
     """
 
-    def __init__(self, send: Send, interval_seconds: float) -> None:
+    def __init__(self, send: Send, interval_seconds: float, sign: bytes) -> None:
         self._send = send
         self._interval_seconds = interval_seconds
-        self._is_silent = self._is_sending = False
-        self._comments: asyncio.Task[None] | None = None
+        self._sign = sign
+        self._last_use = monotonic()
+        self._is_sending = False
+        self._signs: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
         if self._interval_seconds:
-            self._comments = asyncio.create_task(self._comment())
+            self._signs = asyncio.create_task(self._break_silence())
 
     async def __aexit__(self, *_: object) -> None:
-        if self._comments is not None:
-            self._comments.cancel()
+        if self._signs is not None:
+            self._signs.cancel()
 
     async def send(self, message: Message) -> None:
         """Pass a message on; the silence begins anew."""
-        self._is_silent, self._is_sending = False, True
+        self._is_sending = True
         try:
             await self._send(message)
         finally:
             self._is_sending = False
+            self._last_use = monotonic()
 
-    async def _comment(self) -> None:
+    async def _break_silence(self) -> None:
         while True:
-            await asyncio.sleep(self._interval_seconds)
-            if self._is_silent and not self._is_sending:
-                await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
-            self._is_silent = True
+            rest = self._last_use + self._interval_seconds - monotonic()
+            if rest > 0 or self._is_sending:
+                await asyncio.sleep(max(rest, self._interval_seconds / 10))
+            else:
+                self._last_use = monotonic()
+                await self._send({"type": "http.response.body", "body": self._sign, "more_body": True})
 
 
 async def _events(
@@ -168,13 +177,34 @@ class ErrorBody(BaseModel):
     error: ErrorObject
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+class AnthropicErrorObject(BaseModel):
+    """Anthropic's description of an error."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The body of an error on a route of Anthropic's API."""
+
+    type: Literal["error"]
+    error: AnthropicErrorObject
+    request_id: str
+
+
+def error_responses(*statuses: int, body: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
     """What the API's schema says of these statuses."""
-    return {status: {"model": ErrorBody} for status in statuses}
+    return {status: {"model": body} for status in statuses}
 
 
-READ_ERRORS = error_responses(400, 401, 429, 431, 500, 503, 504)
+_OF_READING = (400, 401, 429, 431, 500, 503, 504)
+_OF_BODIES = (*_OF_READING, 404, 413, 415)
+
+READ_ERRORS = error_responses(*_OF_READING)
 """How a route that takes no body can fail."""
 
-BODY_ERRORS = READ_ERRORS | error_responses(404, 413, 415)
+BODY_ERRORS = error_responses(*_OF_BODIES)
 """How a route that takes a body can fail."""
+
+ANTHROPIC_ERRORS = error_responses(*_OF_BODIES, body=AnthropicErrorBody)
+"""How a route of Anthropic's API can fail."""

@@ -134,6 +134,15 @@ CHAT_REFUSALS = (
 )
 """What `/v1/chat/completions` refuses, beside content that is not text."""
 
+MESSAGES_REFUSALS = (
+    *_GENERATION,
+    *_TEMPLATES,
+    Refusal("output_format", _given("output_format"), "use output_config.format"),
+    Refusal("previous_input_messages", _given("previous_input_messages"), "send all turns as messages"),
+    Refusal("enable_response_messages", _given("enable_response_messages"), "leave it out"),
+)
+"""What `/v1/messages` refuses, beside blocks that are not text."""
+
 COMPLETION_REFUSALS = (
     *_GENERATION,
     Refusal("prompt_embeds", _given("prompt_embeds"), "send text or token ids"),

@@ -11,9 +11,13 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse, Comp
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeResponse, TokenizeResponse
 
+from ultrafuser.server.serving.message_answers import Message, MessageEvent, TokenCount
+
 _ANSWERS: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionResponse,
     "/v1/completions": CompletionResponse,
+    "/v1/messages": Message,
+    "/v1/messages/count_tokens": TokenCount,
     "/v1/models": ModelList,
     "/v1/models/{name:path}": ModelCard,
     "/tokenize": TokenizeResponse,
@@ -23,6 +27,7 @@ _ANSWERS: Mapping[str, type[BaseModel]] = {
 STREAMS: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionStreamResponse,
     "/v1/completions": CompletionStreamResponse,
+    "/v1/messages": MessageEvent,
 }
 """Routes that answer with events if `stream` is set, and what the data of each event is."""
 

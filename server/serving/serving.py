@@ -38,6 +38,7 @@ from ultrafuser.server.requests.context import cut_to_room
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.requests.limits import RequestBounds
 from ultrafuser.server.requests.mark_fields import asked_marks
+from ultrafuser.server.serving.anthropic_messages import AsMessages
 from ultrafuser.server.serving.constraints import (
     constraint_in,
     constraint_of,
@@ -148,6 +149,10 @@ class FusedServingChat(_Fused, OpenAIServingChat):
         return response
 
 
+class FusedServingMessages(AsMessages, FusedServingChat):
+    """The same, in Anthropic's words."""
+
+
 class FusedServingCompletion(_Fused, OpenAIServingCompletion):
     """vLLM's completions, with what is told of each token for those who ask."""
 
@@ -207,6 +212,7 @@ class Serving:
     engine: EngineClient
     models: OpenAIServingModels
     chat: FusedServingChat
+    messages: FusedServingMessages
     completion: FusedServingCompletion
     tokenization: ServingTokenization
     tokenizer: Any
@@ -235,25 +241,26 @@ def build_serving(
         engine.model_config, fused_renderer, **template, tool_parser=parser, enable_auto_tools=is_auto
     )
     shared: dict[str, Any] = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
-    chat = FusedServingChat(
-        engine,
-        models,
-        "assistant",
+    chats: dict[str, Any] = {
         **shared,
         **template,
-        enable_auto_tools=is_auto,
-        reasoning_parser=reasoning_parser or "",
-    )
+        "enable_auto_tools": is_auto,
+        "reasoning_parser": reasoning_parser or "",
+    }
+    chat = FusedServingChat(engine, models, "assistant", **chats)
+    messages = FusedServingMessages(engine, models, "assistant", **chats)
     completion = FusedServingCompletion(engine, models, request_logger=None, **shared)
     grammars = GrammarCheck(leading_vocabulary(config), settings.grammar_timeout)
-    chat.parser_cls, chat.markers = None, fused_renderer.markers
+    answers = None
     if renderer.parser is not None:
-        chat.parser_cls = read_alike(renderer.parser, fused_renderer.tokenizer)
+        answers = read_alike(renderer.parser, fused_renderer.tokenizer)
         renderer.parser = held_to_tools(renderer.parser)
-    if chat.markers is not None:
-        chat.parser_cls = thoughtful(chat.parser_cls, chat.markers)
+    if fused_renderer.markers is not None:
+        answers = thoughtful(answers, fused_renderer.markers)
+    for serving in (chat, messages):
+        serving.parser_cls, serving.markers = answers, fused_renderer.markers
     dtypes = [specialist.dtype for specialist in EngineSpec.from_vllm_config(config).specialists]
-    for serving in (chat, completion):
+    for serving in (chat, messages, completion):
         serving.grammars = grammars
         serving.specialists = fusion.specialist_names
         serving.system_fingerprint = fingerprint(fusion, dtypes)
@@ -268,8 +275,9 @@ def build_serving(
         context_length=config.model_config.max_model_len,
         tells_thoughts=reasoning_parser is not None,
     )
+    messages.bounds = bounds
     tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
-    return Serving(engine, models, chat, completion, tokenization, tokenizer, specialists, grammars, bounds)
+    return Serving(engine, models, chat, messages, completion, tokenization, tokenizer, specialists, grammars, bounds)
 
 
 async def warm_up(serving: Serving) -> None:

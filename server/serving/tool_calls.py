@@ -19,6 +19,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.outputs import CompletionOutput
 from vllm.parser import Parser
 
+from ultrafuser.server.serving.constraints import demands_call
 from ultrafuser.server.serving.told import Told, joined
 
 _NAMES = """
@@ -114,7 +115,9 @@ class _ReadAlike:
         if self._is_plain(request):
             return None, model_output, []
         if len(model_output) > MAX_READ_ALIKE:
-            return super().parse(model_output, request, enable_auto_tools, model_output_token_ids)  # type: ignore[misc]
+            read = super().parse(model_output, request, enable_auto_tools, model_output_token_ids)  # type: ignore[misc]
+            reasoning, content, calls = read
+            return reasoning, None if _is_bound_to_call(request) and not calls else content, calls
         self.parse_delta(model_output, list(model_output_token_ids), request, finished=True)
         told = self._told
         calls = [FunctionCall(id=call.id, name=call.name, arguments=call.arguments) for call in told.calls]
@@ -138,12 +141,13 @@ class _ReadAlike:
     def _read(self, piece: str, token_ids: list[int], request: Any, *, finished: bool) -> DeltaMessage:
         try:
             # Whether the prompt ends within reasoning is asked of reasoning parsers, of which there are none.
-            return self._told.take(super().parse_delta(piece, token_ids, request, [], finished=finished))  # type: ignore[misc]
+            delta = super().parse_delta(piece, token_ids, request, [], finished=finished)  # type: ignore[misc]
+            return self._told.take(_without_beginning(delta, request) if finished else delta)
         except Exception:  # a parser that fails on what the model has written is no reason to lose it
             logger.debug("the tool call parser failed", exc_info=True)
             return DeltaMessage()
 
-    def _missing(self, request: Any) -> DeltaMessage:
+    def _missing(self, request: Any) -> DeltaMessage | None:
         try:
             _, content, calls = self._other().parse(
                 self._text, request, enable_auto_tools=True, model_output_token_ids=self._token_ids
@@ -151,7 +155,20 @@ class _ReadAlike:
         except Exception:  # as above
             logger.debug("the tool call parser failed", exc_info=True)
             content, calls = self._text, []
-        return self._told.missing(content or "", calls or [])
+        return _without_beginning(self._told.missing(content or "", calls or []), request)
+
+
+def _is_bound_to_call(request: Any) -> bool:
+    """Whether the answer can only begin with a call, in the form that its parser reads."""
+    bound = request.structured_outputs
+    return demands_call(request) and bound is not None and bound.structural_tag is not None
+
+
+def _without_beginning(delta: DeltaMessage | None, request: Any) -> DeltaMessage | None:
+    """What an answer's end adds, but for text that was held back as the beginning of a call that is demanded."""
+    if delta is not None and _is_bound_to_call(request):
+        delta.content = None
+    return delta
 
 
 def read_alike(parser: type[Parser], tokenizer: Any) -> type[Parser]:

@@ -310,6 +310,8 @@ async def test_the_schema_describes_the_routes(client: httpx.AsyncClient) -> Non
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/gate/analyze",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
         "/v1/models",
         "/v1/models/{name}",
         "/tokenize",

@@ -43,6 +43,27 @@ def test_nothing_else_is(ring: KeyRing, values: list[bytes]) -> None:
     assert ring.find([(b"authorization", value) for value in values]) is None
 
 
+@pytest.mark.parametrize(
+    ("values", "number"),
+    [
+        ([(b"x-api-key", b"second")], 1),
+        ([(b"x-api-key", b"first"), (b"authorization", b"Bearer first")], 0),
+        ([(b"x-api-key", b"first"), (b"authorization", b"Bearer second")], None),
+        ([(b"x-api-key", b"first"), (b"authorization", b"Bearer wrong")], None),
+        ([(b"x-api-key", b"wrong"), (b"authorization", b"Bearer first")], None),
+        ([(b"x-api-key", b"first"), (b"authorization", b"Basic first")], None),
+        ([(b"x-api-key", b""), (b"authorization", b"Bearer first")], None),
+        ([(b"x-api-key", b"first"), (b"x-api-key", b"first")], None),
+        ([(b"x-api-key", b"Bearer first")], None),
+        ([(b"x-api-key", b"")], None),
+    ],
+)
+def test_anthropics_header_has_the_same_key(
+    ring: KeyRing, values: list[tuple[bytes, bytes]], number: int | None
+) -> None:
+    assert ring.find(values) == ring.find(values[::-1]) == number
+
+
 def test_a_ring_holds_no_key() -> None:
     assert SECRET not in repr(vars(KeyRing([SecretStr(SECRET)])))
 

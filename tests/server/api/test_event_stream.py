@@ -4,6 +4,7 @@ line, however lines are counted."""
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -26,7 +27,8 @@ EVENTS = ["data: one\n\n", "data: two\n\n", "data: [DONE]\n\n"]
 class Stream:
     """A stream that is silent before its last events, and a client that may leave."""
 
-    def __init__(self, interval_seconds: float) -> None:
+    def __init__(self, interval_seconds: float, path: str = "/v1/chat/completions") -> None:
+        self.path = path
         self.app = FastAPI()
         self.app.state.keep_alive_interval = interval_seconds
         self.sent: list[Message] = []
@@ -45,7 +47,9 @@ class Stream:
 
     async def run(self) -> list[str]:
         """Send everything; the bodies that were sent."""
-        await EventStream(self.events())({"type": "http", "app": self.app}, self._receive, self._send)
+        await EventStream(self.events())(
+            {"type": "http", "path": self.path, "app": self.app}, self._receive, self._send
+        )
         return [message["body"].decode() for message in self.sent[1:] if message["body"]]
 
     async def _receive(self) -> Message:
@@ -66,6 +70,26 @@ async def test_comments_fill_a_silence_and_touch_no_event() -> None:
     num_sent = len(stream.sent)
     await asyncio.sleep(3 * INTERVAL_SECONDS)
     assert len(stream.sent) == num_sent  # none after the end
+
+
+async def test_a_silence_is_never_much_longer_than_the_interval() -> None:
+    """It could be twice as long: looks came at fixed times."""
+    stream = Stream(INTERVAL_SECONDS)
+    times: list[float] = []
+    send = stream._send
+
+    async def note(message: Message) -> None:
+        times.append(asyncio.get_running_loop().time())
+        await send(message)
+
+    stream._send = note  # type: ignore[method-assign]
+    await stream.run()
+    assert max(after - before for before, after in pairwise(times)) < 1.9 * INTERVAL_SECONDS
+
+
+async def test_anthropics_clients_get_pings() -> None:
+    bodies = await Stream(INTERVAL_SECONDS, "/v1/messages").run()
+    assert set(bodies) - set(EVENTS) == {'event: ping\ndata: {"type": "ping"}\n\n'}
 
 
 @pytest.mark.parametrize("interval_seconds", [0, 10 * SILENCE_SECONDS])

@@ -15,9 +15,12 @@ from ultrafuser.server.requests.checked_route import CheckedRoute
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
 
+MESSAGES: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [{"messages": [{"role": "user", "content": "Hi"}]}],
     "/v1/completions": [{"prompt": "Hi"}],
+    "/v1/messages": [MESSAGES | {"max_tokens": 5}],
+    "/v1/messages/count_tokens": [MESSAGES],
     "/v1/gate/analyze": [{"text": "Hi there"}],
     "/tokenize": [{"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}],
     "/detokenize": [{"tokens": [76]}],
@@ -43,7 +46,8 @@ async def test_every_body_passes_through_the_one_check(
     monkeypatch.setattr(checked_route, "check_request", refuse)
     for body in BODIES[path]:
         response = await client.post(path, json=body)
-        assert (response.status_code, response.json()["error"]["param"]) == (400, "everything")
+        assert response.status_code == 400
+        assert "everything" in response.text
 
 
 class Unknown(BaseModel):

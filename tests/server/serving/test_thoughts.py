@@ -228,6 +228,41 @@ async def test_reasoning_can_be_left_out(client: httpx.AsyncClient) -> None:
     assert "".join(delta.get("content") or "" for delta in deltas) == ANSWER
 
 
+MESSAGES = "/v1/messages"
+
+
+async def test_messages_have_thoughts_in_blocks_of_their_own(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    body = asked(model="tiny", max_tokens=2000, thinking={"type": "enabled", "budget_tokens": 1024})
+    whole = (await client.post(MESSAGES, json=body)).json()
+    thought, text = whole["content"]
+    assert (thought["type"], thought["thinking"]) == ("thinking", THOUGHT_TEXT)
+    assert text == {"type": "text", "text": ANSWER}
+    assert told_thought(engine)["budget"] == 1024
+    told = [json.loads(data) for data in events(await client.post(MESSAGES, json=body | {"stream": True}))]
+    blocks: dict[int, dict[str, Any]] = {}
+    for event in told:
+        if event["type"] == "content_block_start":
+            blocks[event["index"]] = dict(event["content_block"])
+        elif event["type"] == "content_block_delta":
+            name = event["delta"]["type"].removesuffix("_delta")
+            blocks[event["index"]][name] = blocks[event["index"]].get(name, "") + event["delta"][name]
+    assert list(blocks.values()) == [thought, text]
+    kinds = [event["type"] for event in told]
+    assert kinds.index("content_block_stop") < kinds.index("content_block_start", kinds.index("content_block_stop"))
+    turns = [*body["messages"], {"role": "assistant", "content": whole["content"]}, {"role": "user", "content": "So?"}]
+    assert (await client.post(MESSAGES, json=body | {"messages": turns})).status_code == 200
+    prompt, other, _ = (engine.renderer.get_tokenizer().decode(own) for own in engine.prompts[-1]["specialist_prompts"])
+    assert f"<think>{THOUGHT_TEXT}</think>{ANSWER}" in prompt
+    assert THOUGHT_TEXT not in other
+
+
+async def test_messages_can_turn_thinking_off(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.script = ANSWER
+    body = asked(model="tiny", max_tokens=2000, thinking={"type": "disabled"})
+    assert (await client.post(MESSAGES, json=body)).json()["content"] == [{"type": "text", "text": ANSWER}]
+    assert told_thought(engine)["opening"] == "closed"
+
+
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 

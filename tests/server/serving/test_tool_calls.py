@@ -191,6 +191,22 @@ def test_demanded_calls_are_equal_wherever_they_are_cut_off(name: str, tool_choi
                 assert found == expected, (text[:length], size)
 
 
+@pytest.mark.parametrize("tool_choice", ["required", NAMED], ids=["required", "named"])
+@pytest.mark.parametrize("name", ["hermes", "glm45", "kimi_k2", "mimo", "minimax_m2", "qwen3_coder"])
+def test_a_demanded_call_that_is_cut_off_is_no_text(name: str, tool_choice: Any, tokenizer: Any) -> None:
+    """`<too` was shown as what the model says."""
+    parser, text = parser_class(name, tokenizer), CALLS.get(name, HERMES)
+    for length in range(1, len(text) + 1):
+        asked = request(tool_choice=tool_choice)
+        parser(tokenizer, asked.tools).adjust_request(asked)
+        content, calls = whole(parser(tokenizer, asked.tools), text[:length], asked, tokenizer)
+        assert content.strip() == "", text[:length]
+        for size in (1, 0):
+            deltas = cut(text[:length], size, length)
+            assert streamed(parser(tokenizer, asked.tools), deltas, asked, tokenizer) == (content, calls)
+    assert [called for called, _ in calls] == ["get_weather"]
+
+
 def test_what_follows_the_end_of_arguments_is_no_part_of_them(tokenizer: Any) -> None:
     parser, asked = parser_class("hermes", tokenizer), request()
     text = f'<tool_call>{{"name": "get_weather", "arguments": {ARGUMENTS}, "id": 3}}</tool_call>'
@@ -252,6 +268,17 @@ async def test_a_stream_ends_as_the_whole_answer_does(
         assert found == expected
         assert found[0] or found[1]
         assert found[2] == ("length" if max_tokens else "tool_calls" if found[1] else "stop")
+
+
+async def test_a_demanded_call_that_the_limit_cuts_ends_by_its_length(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    engine.script = HERMES
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL], "tool_choice": "required"}
+    for max_tokens in (1, 3, 8):
+        expected, found = await answers(client, body | {"max_completion_tokens": max_tokens})
+        assert found == expected
+        assert found == ("", [], "length")
 
 
 def test_the_page_lists_the_parsers() -> None:
