@@ -15,7 +15,8 @@ from ultrafuser.server.access import connections, middleware
 from ultrafuser.server.app import ROUTERS
 from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
 from ultrafuser.server.requests.bodies import MAX_DEPTH
-from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, Refusal
+from ultrafuser.server.requests.responses_request import ResponsesRequest
+from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, RESPONSES_REFUSALS, Refusal
 from ultrafuser.server.serving import step_metrics, translation
 from ultrafuser.server.settings import Limits
 
@@ -25,6 +26,7 @@ SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | 
 ENDPOINTS = {
     "POST /v1/chat/completions": (ChatCompletionRequest, CHAT_REFUSALS),
     "POST /v1/completions": (CompletionRequest, COMPLETION_REFUSALS),
+    "POST /v1/responses": (ResponsesRequest, RESPONSES_REFUSALS),
 }
 PARTLY_REFUSED = {"chat_template_kwargs", "vllm_xargs", "echo"}
 """Fields that work, but not with every value."""
@@ -54,9 +56,10 @@ def _check_fields(listed: dict[str, str], model: type[BaseModel], refusals: tupl
     assert {name for name, fate in listed.items() if fate == "refused"} == refused - PARTLY_REFUSED
 
 
-def test_what_is_refused_beyond_vllms_fields_is_named() -> None:
-    section = SECTIONS["POST /v1/chat/completions"]
-    params = {refusal.param for refusal in CHAT_REFUSALS} - set(ChatCompletionRequest.model_fields)
+@pytest.mark.parametrize("endpoint", ["POST /v1/chat/completions", "POST /v1/responses"])
+def test_what_is_refused_beyond_the_models_fields_is_named(endpoint: str) -> None:
+    section, (model, refusals) = SECTIONS[endpoint], ENDPOINTS[endpoint]
+    params = {refusal.param for refusal in refusals} - set(model.model_fields)
     assert [param for param in sorted(params) if f"`{param}`" not in section] == []
 
 

@@ -50,7 +50,11 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """The response for an exception; a fault of ours goes into the log, a client's does not."""
     told = as_api_error(error)
     if isinstance(error, HTTPException) and told.status in (404, 405):
-        hint = "" if told.status == 405 else "; to generate, POST to /v1/chat/completions or /v1/completions"
+        hint = (
+            ""
+            if told.status == 405
+            else "; to generate, POST to /v1/chat/completions, /v1/responses or /v1/completions"
+        )
         told.message = f"{request.method} {request.scope['path'][:200]}: {error.detail.lower()}{hint}"
         if "GET" in told.headers.get("Allow", ""):  # not every route knows that HEAD is answered before it
             told.headers = {**told.headers, "Allow": "GET, HEAD"}

@@ -14,9 +14,11 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from ultrafuser.server.requests.context import cut_to_context
 from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
 from ultrafuser.server.requests.mark_fields import ask_for_marks
+from ultrafuser.server.requests.responses_request import ResponsesRequest
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
     COMPLETION_REFUSALS,
+    RESPONSES_REFUSALS,
     TOKENIZE_REFUSALS,
     notice_unknown_fields,
     refuse,
@@ -61,6 +63,13 @@ def _check_generation(request: ChatCompletionRequest | CompletionRequest, bounds
     check_limits(request, bounds)
     cut_to_context(request, bounds.context_length)
     ask_for_marks(request)
+    notice_unknown_fields(request)
+
+
+@check_request.register(ResponsesRequest)
+def _check_responses(request: ResponsesRequest, _bounds: RequestBounds) -> None:
+    """The rest is checked of the chat completion that it becomes."""
+    refuse(RESPONSES_REFUSALS, request)
     notice_unknown_fields(request)
 
 

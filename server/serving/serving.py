@@ -45,6 +45,7 @@ from ultrafuser.server.serving.constraints import (
 )
 from ultrafuser.server.serving.fingerprint import fingerprint
 from ultrafuser.server.serving.rendering import FusedRenderer
+from ultrafuser.server.serving.responses.answering import FusedServingResponses
 from ultrafuser.server.serving.token_marks import MarksInEvents, add_to_choices
 from ultrafuser.server.serving.tool_calls import finish_reason, read_alike
 from ultrafuser.server.serving.translation import as_api_error, error_in
@@ -191,6 +192,7 @@ class Serving:
     models: OpenAIServingModels
     chat: FusedServingChat
     completion: FusedServingCompletion
+    responses: FusedServingResponses
     tokenization: ServingTokenization
     tokenizer: Any
     """The leader's; it gives text the ids that all specialists share."""
@@ -239,7 +241,8 @@ def build_serving(
         context_length=config.model_config.max_model_len,
     )
     tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
-    return Serving(engine, models, chat, completion, tokenization, tokenizer, specialists, grammars, bounds)
+    responses = FusedServingResponses(chat, bounds)
+    return Serving(engine, models, chat, completion, responses, tokenization, tokenizer, specialists, grammars, bounds)
 
 
 async def warm_up(serving: Serving) -> None:
