@@ -56,7 +56,14 @@ class FusedServingResponses:
             raise InvalidRequest(message, "tool_choice")
         try:
             strict = await self._strict(asked)
-            chunks = await self._chunks(asked.chat(strict), raw_request)
+            try:
+                chunks = await self._chunks(asked.chat(strict), raw_request)
+            except InvalidRequest as error:
+                if error.param != "tools" or not any(strict.values()):
+                    raise
+                # Each can be kept, but not all of them together: nobody has asked for that.
+                strict = dict.fromkeys(strict, False)
+                chunks = await self._chunks(asked.chat(strict), raw_request)
         except Exception as error:
             raise asked.in_the_clients_words(as_api_error(error)) from error
         return ResponseStream(self._shown(asked, strict, raw_request), asked.toolbox, chunks)
@@ -70,11 +77,16 @@ class FusedServingResponses:
         return stream
 
     async def _strict(self, asked: Asked) -> dict[str, bool]:
-        """Of functions whose client has not said it: whether calls follow their parameters, as they do where these can
-        be kept."""
+        """Of functions whose client leaves it open: whether calls follow their parameters, as they do where these can
+        be kept.
+
+        Beside a format that the answer has to have it is always open: only a call that is held to something is possible
+        there.
+        """
         strict: dict[str, bool] = {}
+        is_open = {None, False} if asked.chat_choice == "auto" and asked.response_format else {None}
         for tool in asked.callable if asked.chat_choice != "none" else ():
-            if tool.kind == "function" and tool.strict is None and tool.parameters:
+            if tool.kind == "function" and tool.strict in is_open and tool.parameters:
                 try:
                     await self._chat.grammars.check(Constraint("JSON", json.dumps(tool.parameters), tool.place))
                     strict[tool.flat] = True

@@ -15,6 +15,7 @@ from openai.types.responses.tool_choice_allowed import ToolChoiceAllowed
 from openai.types.responses.tool_choice_custom import ToolChoiceCustom
 from openai.types.responses.tool_choice_function import ToolChoiceFunction
 from pydantic import ValidationError
+from pydantic_core import to_json
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from ultrafuser.server.errors import ApiError, InvalidRequest
@@ -92,7 +93,7 @@ class Asked:
             fields["tool_choice"] = self.chat_choice
         given = {name: value for name, value in fields.items() if value is not None}
         try:
-            return ChatCompletionRequest.model_validate(given, strict=True)
+            return ChatCompletionRequest.model_validate_json(to_json(given), strict=True)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_input=False)
             raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors]) from error

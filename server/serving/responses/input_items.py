@@ -80,7 +80,7 @@ def messages_of(items: str | list[Any], instructions: str | None) -> list[dict[s
     for index, item in enumerate(items):
         _add(turns, f"input.{index}", item)
     turns.check_answered()
-    if not any(turn["role"] != "system" for turn in turns.messages):
+    if len(turns.messages) == bool(instructions):
         raise InvalidRequest("input: is empty; send a text or at least one message.", "input")
     return turns.messages
 

@@ -50,6 +50,7 @@ class ResponseStream:
         self._chunks = chunks
         self._items: list[GrowingItem] = []
         self._open: dict[int, GrowingItem] = {}  # by their index; the last one grows
+        self._ended: dict[int, Status] = {}  # how the others have ended
         self._calls: dict[int, FunctionCall | CustomCall] = {}  # by the chat's number
         self._logprobs: list[dict[str, Any]] = []  # of tokens whose text has not come
         self._marks: dict[str, Any] = {}  # what is told of tokens, and the specialists' names
@@ -158,6 +159,7 @@ class ResponseStream:
 
     def _end(self, item: GrowingItem, status: Status) -> Iterator[Telling]:
         del self._open[item.index]
+        self._ended[item.index] = status
         yield from item.end(status)
 
     def _finish(self) -> Iterator[Telling]:
@@ -167,7 +169,8 @@ class ResponseStream:
         is_cut = self._finish_reason == "length"
         last = self._items[-1]
         for item in list(self._open.values()):
-            yield from self._end(item, "incomplete" if is_cut and item is last else "completed")
+            is_complete = not is_cut or (item.is_whole and item is not last)
+            yield from self._end(item, "completed" if is_complete else "incomplete")
         if is_cut:
             incomplete = self._response("incomplete", incomplete_details={"reason": "max_output_tokens"})
             yield ResponseIncompleteEvent, {"response": incomplete}
@@ -177,18 +180,11 @@ class ResponseStream:
 
     def _response(self, status: str, **told: Any) -> Response:
         """The response as it is now."""
-        is_cut = status == "incomplete"
-        is_over = status in ("completed", "incomplete")
-        items = [item.item(self._status(item, is_cut=is_cut, is_over=is_over)) for item in self._items]
+        items = [item.item(self._ended.get(item.index, "incomplete")) for item in self._items]
         fields: dict[str, Any] = {"error": None, "incomplete_details": None, "completed_at": None, "usage": None}
-        if is_over:
+        if status in ("completed", "incomplete"):
             fields |= {"usage": self._usage and _usage(self._usage), **self._marks}
         return Response.model_validate({**self._shown, **fields, "status": status, "output": items, **told})
-
-    def _status(self, item: GrowingItem, *, is_cut: bool, is_over: bool) -> Status:
-        if is_over:
-            return "incomplete" if is_cut and item is self._items[-1] else "completed"
-        return "incomplete" if item.index in self._open else "completed"
 
     def _beginning(self) -> str:
         """What comes before all else; "" once it is told."""

@@ -90,9 +90,13 @@ def test_text_and_calls_of_an_answer_are_one_turn() -> None:
 
 def test_calls_of_what_the_client_runs_are_shown_with_their_results() -> None:
     actions = {"action": {"command": ["ls"]}, "operation": {"type": "delete_file", "path": "a"}, "arguments": {"q": 1}}
-    outputs = {"shell_call": [{"stdout": "x"}], "apply_patch_call": None}
+    outputs: dict[str, Any] = {"shell_call": [{"stdout": "x"}], "apply_patch_call": None}
     for kind, (name, key) in CLIENT_CALLS.items():
-        result = {"type": f"{kind}_output".replace("search_call", "search"), "call_id": "a", "status": "completed"}
+        result: dict[str, Any] = {
+            "type": f"{kind}_output".replace("search_call", "search"),
+            "call_id": "a",
+            "status": "completed",
+        }
         result["output"] = outputs.get(kind, "x")
         _, turn, answer = messages_of([USER, {"type": kind, "call_id": "a", key: actions[key]}, result], None)
         assert turn["tool_calls"] == [called("a", name, json.dumps(actions[key]))]
@@ -113,7 +117,7 @@ def test_what_only_another_server_could_run_is_left_out(kind: str) -> None:
 
 
 def test_a_search_for_tools_that_the_server_ran_is_left_out() -> None:
-    search = {"type": "tool_search_call", "call_id": None, "execution": "server", "arguments": {}}
+    search: dict[str, Any] = {"type": "tool_search_call", "call_id": None, "execution": "server", "arguments": {}}
     assert messages_of([USER, search, {"type": "tool_search_output", "call_id": None, "tools": []}], None) == [USER]
 
 
@@ -123,7 +127,6 @@ def test_a_search_for_tools_that_the_server_ran_is_left_out() -> None:
         ("", "input"),
         ([], "input"),
         ([{"type": "reasoning", "summary": []}], "input"),
-        ([{"role": "system", "content": "Be kind."}], "input"),
         (["Hi"], "input.0"),
         ([USER, {"type": "telepathy"}], "input.1.type"),
         ([{"type": ["message"]}], "input.0.type"),
@@ -155,7 +158,7 @@ def test_a_search_for_tools_that_the_server_ran_is_left_out() -> None:
 )
 def test_what_is_wrong_is_named_by_its_place(items: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as raised:
-        messages_of(items, None)
+        messages_of(items, "Be kind.")
     assert raised.value.param == param
     assert raised.value.message.startswith(param)
 

@@ -22,7 +22,7 @@ from ultrafuser.server.serving.responses.toolbox import Toolbox
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-PATCH = '*** Begin Patch\n+ é "quoted"\n*** End Patch'
+PATCH = '*** Begin Patch\n+ "quoted"\n*** End Patch'
 MARKS = {"gate_weights": True, "drafted": True}
 
 
@@ -126,8 +126,9 @@ async def test_what_was_asked_stands_in_the_response(client: httpx.AsyncClient) 
 async def test_calls_are_items_under_the_clients_names(engine: ScriptedEngine, events: Asking, ask: Asking) -> None:
     patch = json.dumps({"input": PATCH}, ensure_ascii=False)
     engine.script = "Let me see.\n" + call("f", '{"x": 1}') + call("patch", patch) + call("mcp__f", '{"x": 2}')
-    tools = [FUNCTION, CUSTOM, SPACE]
+    tools = [{"type": "function", "name": "f"}, {"type": "custom", "name": "patch"}, SPACE]
     response = check(await events(tools=tools))
+    assert response["status"] == "completed"
     assert [item["type"] for item in response["output"]] == [
         *("message", "function_call", "custom_tool_call", "function_call")
     ]

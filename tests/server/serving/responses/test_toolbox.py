@@ -7,6 +7,7 @@ import pytest
 
 from tests.server.scripted import ScriptedEngine
 from tests.server.serving.responses.conftest import Asking
+from ultrafuser.server.requests.grammar_worker import Trial
 from ultrafuser.server.serving.responses.toolbox import decode_input, encode_input
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
@@ -144,6 +145,30 @@ async def test_a_function_is_held_to_its_parameters_where_they_can_be_kept(engin
     assert (await ask(tools=[FUNCTION]))["tools"] == [FUNCTION]
     free = engine.params[-1].structured_outputs
     assert free is None or '"integer"' not in str(free.structural_tag)
+
+
+async def test_beside_a_format_a_call_stays_possible(engine: ScriptedEngine, ask: Asking) -> None:
+    """The chat's grammar allows no call of a function that is held to nothing there."""
+    form = {"format": {"type": "json_schema", "name": "n", "schema": {"enum": ["red"]}}}
+    response = await ask(tools=[FUNCTION], text=form)
+    assert [tool["strict"] for tool in response["tools"]] == [True]
+    constraint = engine.params[-1].structured_outputs.structural_tag
+    assert '"integer"' in constraint
+    assert '"red"' in constraint
+
+
+async def test_functions_that_cannot_be_kept_together_are_free(
+    engine: ScriptedEngine, ask: Asking, refusal: Asking, trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the client has said that they are strict."""
+
+    def verdict(kind: str, text: str, **_: Any) -> str | None:
+        return "it takes more than 1 s to compile" if "tool_call" in text and "integer" in text else None
+
+    monkeypatch.setattr(trial, "verdict", verdict)
+    silent = {key: value for key, value in FUNCTION.items() if key != "strict"}
+    assert [tool["strict"] for tool in (await ask(tools=[silent]))["tools"]] == [False]
+    assert (await refusal(tools=[{**FUNCTION, "strict": True}]))[0] == "tools"
 
 
 @pytest.mark.parametrize("text", ["", '*** Begin\n+é"\\\t\u2028😀</tool_call>', "{}"])
