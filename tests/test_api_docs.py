@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client import Counter
@@ -18,6 +19,8 @@ from ultrafuser.server.requests.bodies import MAX_DEPTH
 from ultrafuser.server.requests.responses_request import ResponsesRequest
 from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, RESPONSES_REFUSALS, Refusal
 from ultrafuser.server.serving import step_metrics, translation
+from ultrafuser.server.serving.responses.event_types import ResponseEvent
+from ultrafuser.server.serving.responses.input_items import CLIENT_CALLS, LEFT_OUT, REFUSED_KINDS, RESULTS
 from ultrafuser.server.settings import Limits
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +64,18 @@ def test_what_is_refused_beyond_the_models_fields_is_named(endpoint: str) -> Non
     section, (model, refusals) = SECTIONS[endpoint], ENDPOINTS[endpoint]
     params = {refusal.param for refusal in refusals} - set(model.model_fields)
     assert [param for param in sorted(params) if f"`{param}`" not in section] == []
+
+
+def test_every_kind_of_item_is_listed() -> None:
+    listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Items"], re.MULTILINE)))
+    kinds = {"message", "function_call", "custom_tool_call", "additional_tools"}
+    assert {*listed} == kinds | {*CLIENT_CALLS} | {*RESULTS} | LEFT_OUT | {*REFUSED_KINDS}
+
+
+def test_every_event_of_a_response_is_listed() -> None:
+    events = get_args(ResponseEvent.model_fields["root"].annotation)
+    names = {name for event in events for name in get_args(event.model_fields["type"].annotation)}
+    assert set(re.findall(r"`(response\.[\w.]+|error)`", SECTIONS["Events"])) == names
 
 
 def test_every_error_code_is_listed() -> None:

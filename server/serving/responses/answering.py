@@ -85,7 +85,7 @@ class FusedServingResponses:
         """
         strict: dict[str, bool] = {}
         is_open = {None, False} if asked.chat_choice == "auto" and asked.response_format else {None}
-        for tool in asked.callable if asked.chat_choice != "none" else ():
+        for tool in asked.offered if asked.chat_choice != "none" else ():
             if tool.kind == "function" and tool.strict in is_open and tool.parameters:
                 try:
                     await self._chat.grammars.check(Constraint("JSON", json.dumps(tool.parameters), tool.place))

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from openai.types.responses import ResponseTextConfig
 from openai.types.responses.response import ToolChoice
 from openai.types.responses.tool_choice_allowed import ToolChoiceAllowed
@@ -19,6 +18,7 @@ from pydantic_core import to_json
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from ultrafuser.server.errors import ApiError, InvalidRequest
+from ultrafuser.server.requests.bodies import as_request_error
 from ultrafuser.server.requests.mark_fields import MARK_FIELDS
 from ultrafuser.server.requests.responses_request import SAMPLING_FIELDS, ResponsesRequest
 from ultrafuser.server.requests.unsupported import refused
@@ -37,6 +37,14 @@ _NAMES = {
 }
 """The chat's names of fields, and the client's."""
 
+_SCHEMA_FIELDS: Mapping[str, tuple[type, str, bool]] = {
+    "name": (str, "a string", True),
+    "schema": (dict, "an object", True),
+    "description": (str, "a string", False),
+    "strict": (bool, "true or false", False),
+}
+"""What a format has that is a schema; whether it has to."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -45,7 +53,7 @@ class Asked:
     request: ResponsesRequest
     toolbox: Toolbox
     messages: list[dict[str, Any]]
-    callable: tuple[OfferedTool, ...]
+    offered: tuple[OfferedTool, ...]
     """The tools in force that the choice allows."""
     chat_choice: str | dict[str, Any]
     choice: ToolChoice
@@ -88,20 +96,19 @@ class Asked:
         }
         if LOGPROBS in (request.include or ()) or request.top_logprobs:
             fields |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
-        if self.callable:
-            fields["tools"] = [tool.for_chat(strict.get(tool.flat, tool.strict)) for tool in self.callable]
+        if self.offered:
+            fields["tools"] = [tool.for_chat(strict.get(tool.flat, tool.strict)) for tool in self.offered]
             fields["tool_choice"] = self.chat_choice
         given = {name: value for name, value in fields.items() if value is not None}
         try:
             return ChatCompletionRequest.model_validate_json(to_json(given), strict=True)
         except ValidationError as error:
-            errors = error.errors(include_url=False, include_input=False)
-            raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors]) from error
+            raise as_request_error(error, ("body",)) from error
 
     def in_the_clients_words(self, error: ApiError) -> ApiError:
         """The chat's error about a field, about the one that the client wrote."""
         if (own := error.param) is not None:
-            error.param = _clients_name(own, [tool.place for tool in self.callable])
+            error.param = _clients_name(own, [tool.place for tool in self.offered])
             rest = error.message.removeprefix(own)
             if rest != error.message:
                 error.message = error.param + rest
@@ -147,7 +154,7 @@ def _mode(place: str, mode: Any, tools: Sequence[OfferedTool]) -> tuple[str, Any
 def _allowed(
     choice: Mapping[str, Any], toolbox: Toolbox
 ) -> tuple[tuple[OfferedTool, ...], str | dict[str, Any], ToolChoice]:
-    mode, allowed = choice.get("mode", "auto"), choice.get("tools")
+    mode, allowed = choice.get("mode") or "auto", choice.get("tools")
     if mode not in ("auto", "required"):
         raise InvalidRequest("tool_choice.mode: must be auto or required.", "tool_choice.mode")
     if not isinstance(allowed, list) or not all(isinstance(item, dict) for item in allowed):
@@ -166,17 +173,20 @@ def _text_format(text: Mapping[str, Any]) -> tuple[ResponseTextConfig, dict[str,
     verbosity = text.get("verbosity") or "medium"
     if verbosity not in ("low", "medium", "high"):
         raise InvalidRequest("text.verbosity: must be low, medium or high.", "text.verbosity")
-    if kind == "text":
-        return ResponseTextConfig.model_validate({"format": {"type": "text"}, "verbosity": verbosity}), None
-    if kind == "json_object":
-        shown = ResponseTextConfig.model_validate({"format": {"type": "json_object"}, "verbosity": verbosity})
-        return shown, {"type": "json_object"}
-    if kind != "json_schema":
+    if kind not in ("text", "json_object", "json_schema"):
         raise InvalidRequest("text.format.type: must be text, json_object or json_schema.", "text.format.type")
-    own = {key: form[key] for key in ("name", "schema", "description", "strict") if form.get(key) is not None}
-    for key, type_ in (("name", str), ("schema", dict), ("description", str), ("strict", bool)):
-        if not isinstance(own.get(key), type_) and (key in own or key in ("name", "schema")):
-            place = f"text.format.{key}"
-            raise InvalidRequest(f"{place}: must be {'an object' if type_ is dict else f'a {type_.__name__}'}.", place)
+    own = _named_schema(form) if kind == "json_schema" else {}
     shown = ResponseTextConfig.model_validate({"format": {"type": kind, **own}, "verbosity": verbosity})
-    return shown, {"type": kind, "json_schema": own}
+    if kind == "json_schema":
+        return shown, {"type": kind, "json_schema": own}
+    return shown, {"type": kind} if kind == "json_object" else None
+
+
+def _named_schema(form: Mapping[str, Any]) -> dict[str, Any]:
+    """What a format of this kind says."""
+    for key, (type_, must, is_needed) in _SCHEMA_FIELDS.items():
+        if form.get(key) is None and not is_needed:
+            continue
+        if not isinstance(form.get(key), type_):
+            raise InvalidRequest(f"text.format.{key}: must be {must}.", f"text.format.{key}")
+    return {key: form[key] for key in _SCHEMA_FIELDS if form.get(key) is not None}

@@ -56,13 +56,14 @@ LEFT_OUT = frozenset(
 )
 """Kinds of items that are accepted and not shown."""
 
-_REFUSED: Mapping[str, str] = {
+REFUSED_KINDS: Mapping[str, str] = {
     "item_reference": "this server stores nothing; send the item itself",
     "compaction": "only the server that wrote it can read it; send the items themselves",
     "compaction_trigger": "send fewer items instead",
     "computer_call": "only text is fused",
     "computer_call_output": "only text is fused",
 }
+"""Kinds of items without which the conversation would be another, and what to do instead."""
 
 
 def messages_of(items: str | list[Any], instructions: str | None) -> list[dict[str, Any]]:
@@ -150,8 +151,8 @@ def _add(turns: _Turns, place: str, item: Any) -> None:
         _add_client_call(turns, place, item, *CLIENT_CALLS[kind])
     elif kind in RESULTS:
         _add_result(turns, place, item, kind)
-    elif kind in _REFUSED:
-        raise refused(place, f"{place}: {kind!r} is not supported: {_REFUSED[kind]}.", "input")
+    elif kind in REFUSED_KINDS:
+        raise refused(place, f"{place}: {kind!r} is not supported: {REFUSED_KINDS[kind]}.", "input")
     elif kind not in LEFT_OUT:
         raise refused(f"{place}.type", f"{place}.type: {kind[:64]!r} is no kind of item that is known here.", "input")
 

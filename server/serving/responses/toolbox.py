@@ -20,6 +20,14 @@ from ultrafuser.server.requests.unsupported import refused
 
 CALLABLE = ("function", "custom")
 
+_FIELDS: Mapping[str, tuple[type, str]] = {
+    "description": (str, "a string"),
+    "parameters": (dict, "an object"),
+    "strict": (bool, "true or false"),
+    "format": (dict, "an object"),
+}
+"""What a tool says of itself beside its name."""
+
 
 @dataclass(frozen=True)
 class OfferedTool:
@@ -176,19 +184,10 @@ def _read(place: str, tool: Mapping[str, Any], namespace: str | None, space: str
     if isinstance(tool.get("function"), dict) and tool.get("name") is None:
         raise refused(f"{place}.function", f"{place}.function: name and parameters stand in the tool itself.", "tools")
     name = _text(place, tool, "name")
-    description, parameters, strict, form = (tool.get(key) for key in ("description", "parameters", "strict", "format"))
-    wrong = [
-        f"{place}.{key}"
-        for key, value, kind in (
-            ("description", description, str),
-            ("parameters", parameters, dict),
-            ("strict", strict, bool),
-            ("format", form, dict),
-        )
-        if value is not None and not isinstance(value, kind)
-    ]
-    if wrong:
-        raise InvalidRequest(f"{wrong[0]}: is of another type than it must be.", wrong[0])
+    for key, (kind, must) in _FIELDS.items():
+        if tool.get(key) is not None and not isinstance(tool[key], kind):
+            raise InvalidRequest(f"{place}.{key}: must be {must}.", f"{place}.{key}")
+    description, parameters, strict, form = map(tool.get, _FIELDS)
     if tool["type"] == "function":
         return OfferedTool(place, "function", namespace, space, name, description, parameters, strict, None)
     return OfferedTool(place, "custom", namespace, space, name, description, None, None, _format(place, form))
