@@ -68,7 +68,7 @@ def test_what_is_refused_beyond_the_models_fields_is_named(endpoint: str) -> Non
 
 def test_every_kind_of_item_is_listed() -> None:
     listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Items"], re.MULTILINE)))
-    kinds = {"message", "function_call", "custom_tool_call", "additional_tools"}
+    kinds = {"message", "agent_message", "function_call", "custom_tool_call", "additional_tools"}
     assert {*listed} == kinds | {*CLIENT_CALLS} | {*RESULTS} | LEFT_OUT | {*REFUSED_KINDS}
 
 

@@ -59,6 +59,8 @@ LEFT_OUT = frozenset(
 REFUSED_KINDS: Mapping[str, str] = {
     "item_reference": "this server stores nothing; send the item itself",
     "compaction": "only the server that wrote it can read it; send the items themselves",
+    "compaction_summary": "only the server that wrote it can read it; send the items themselves",
+    "context_compaction": "only the server that wrote it can read it; send the items themselves",
     "compaction_trigger": "send fewer items instead",
     "computer_call": "only text is fused",
     "computer_call_output": "only text is fused",
@@ -141,6 +143,8 @@ def _add(turns: _Turns, place: str, item: Any) -> None:
         raise InvalidRequest(f"{place}.type: must be a string.", f"{place}.type")
     if kind == "message":
         turns.add_message(*_message(place, item))
+    elif kind == "agent_message":
+        turns.add_message("user", _text_of(f"{place}.content", item.get("content"), "user"))
     elif kind == "function_call":
         arguments = _text(place, item, "arguments")
         turns.add_call(place, _text(place, item, "call_id"), _name(place, item), arguments)
@@ -173,7 +177,8 @@ def _add_client_call(turns: _Turns, place: str, item: Mapping[str, Any], name: s
     value = item.get(key)
     if not isinstance(value, dict | str):
         raise InvalidRequest(f"{place}.{key}: must be an object.", f"{place}.{key}")
-    turns.add_call(place, _text(place, item, "call_id"), name, value if isinstance(value, str) else _json(value))
+    key = "id" if call_id is None else "call_id"  # of a local shell's, older clients send the one only
+    turns.add_call(place, _text(place, item, key), name, value if isinstance(value, str) else _json(value))
 
 
 def _add_result(turns: _Turns, place: str, item: Mapping[str, Any], kind: str) -> None:

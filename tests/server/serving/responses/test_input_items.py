@@ -65,6 +65,11 @@ def test_every_part_of_every_message_is_read() -> None:
     ]
 
 
+def test_what_another_agent_says_is_a_users_turn() -> None:
+    content = [{"type": "input_text", "text": "Hi"}]
+    assert messages_of([{"type": "agent_message", "author": "a", "recipient": "b", "content": content}], None) == [USER]
+
+
 def test_text_and_calls_of_an_answer_are_one_turn() -> None:
     items = [
         USER,
