@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 from tests.e2e.process import ServerProcess
-from tests.server.serving.responses.conftest import parsed
+from tests.response_events import parsed
 
 LARK = """start: begin_patch hunk+ end_patch
 begin_patch: "*** Begin Patch" LF

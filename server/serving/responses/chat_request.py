@@ -154,7 +154,8 @@ def _mode(place: str, mode: Any, tools: Sequence[OfferedTool]) -> tuple[str, Any
 def _allowed(
     choice: Mapping[str, Any], toolbox: Toolbox
 ) -> tuple[tuple[OfferedTool, ...], str | dict[str, Any], ToolChoice]:
-    mode, allowed = choice.get("mode") or "auto", choice.get("tools")
+    mode: Any = choice.get("mode") or "auto"
+    allowed = choice.get("tools")
     if mode not in ("auto", "required"):
         raise InvalidRequest("tool_choice.mode: must be auto or required.", "tool_choice.mode")
     if not isinstance(allowed, list) or not all(isinstance(item, dict) for item in allowed):

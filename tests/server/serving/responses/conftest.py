@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.response_events import parsed
 from ultrafuser.server.requests.grammar_worker import Trial
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.serving.constraints import leading_vocabulary
@@ -71,14 +72,3 @@ def refusal(client: httpx.AsyncClient) -> Asking:
         return error["param"], error["message"]
 
     return refusal
-
-
-def parsed(text: str) -> list[dict[str, Any]]:
-    """Events of a stream."""
-    found = []
-    for block in text.split("\n\n")[:-1]:
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append(event)
-    return found

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.response_events import parsed
 from tests.server.scripted import ScriptedEngine
-from tests.server.serving.responses.conftest import parsed
 from tests.server.serving.responses.test_response_stream import check
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 from ultrafuser.server.access.admission import Admission

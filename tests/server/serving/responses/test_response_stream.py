@@ -9,8 +9,9 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from tests.response_events import parsed
 from tests.server.scripted import SCRIPT, ScriptedEngine
-from tests.server.serving.responses.conftest import Asking, parsed
+from tests.server.serving.responses.conftest import Asking
 from tests.server.serving.responses.test_toolbox import CUSTOM, FUNCTION, SPACE
 from ultrafuser.server.engine.client.nonfinite import NonfiniteOutputError
 from ultrafuser.server.errors import ShuttingDown
