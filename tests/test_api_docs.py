@@ -67,7 +67,9 @@ def test_what_is_refused_beyond_the_models_fields_is_named(endpoint: str) -> Non
 
 
 def test_every_kind_of_item_is_listed() -> None:
-    listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Items"], re.MULTILINE)))
+    listed = re.findall(
+        r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Responses API: items"], re.MULTILINE))
+    )
     kinds = {"message", "agent_message", "function_call", "custom_tool_call", "additional_tools"}
     assert {*listed} == kinds | {*CLIENT_CALLS} | {*RESULTS} | LEFT_OUT | {*REFUSED_KINDS}
 
@@ -75,7 +77,7 @@ def test_every_kind_of_item_is_listed() -> None:
 def test_every_event_of_a_response_is_listed() -> None:
     events = get_args(ResponseEvent.model_fields["root"].annotation)
     names = {name for event in events for name in get_args(event.model_fields["type"].annotation)}
-    assert set(re.findall(r"`(response\.[\w.]+|error)`", SECTIONS["Events"])) == names
+    assert set(re.findall(r"`(response\.[\w.]+|error)`", SECTIONS["Responses API: events"])) == names
 
 
 def test_every_error_code_is_listed() -> None:

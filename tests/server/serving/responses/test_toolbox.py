@@ -47,6 +47,13 @@ async def test_tools_are_functions_to_the_model_and_themselves_to_the_client(
     assert response["tools"] == [FUNCTION, CUSTOM, SPACE]
 
 
+async def test_a_call_of_a_custom_tool_is_held_to_its_one_text(engine: ScriptedEngine, ask: Asking) -> None:
+    """Else the model might call it by other arguments, of which no input could be made."""
+    await ask(tools=[CUSTOM])
+    assert '"input"' in str(engine.params[-1].structured_outputs.structural_tag)
+    assert "additionalProperties" in str(engine.params[-1].structured_outputs.structural_tag)
+
+
 async def test_without_a_tool_in_force_nothing_is_told_of_tools(engine: ScriptedEngine, ask: Asking) -> None:
     response = await ask(tools=HOSTED)
     bare = await ask()
