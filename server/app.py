@@ -18,7 +18,7 @@ from ultrafuser.server.access.middleware import (
     TrustedHosts,
 )
 from ultrafuser.server.access.quotas import Quota
-from ultrafuser.server.api import analyze, chat, completions, messages, models, probes, tokenize
+from ultrafuser.server.api import analyze, chat, completions, messages, models, probes, responses_api, tokenize
 from ultrafuser.server.api.playground import FILES, playground_router
 from ultrafuser.server.api.response import answer_error
 from ultrafuser.server.health import Readiness
@@ -28,7 +28,9 @@ from ultrafuser.server.serving.serving import Serving
 from ultrafuser.server.serving.translation import TRANSLATED_ERRORS
 from ultrafuser.server.settings import ServerSettings
 
-ROUTERS = tuple(module.router for module in (chat, completions, messages, analyze, models, tokenize, probes))
+ROUTERS = tuple(
+    module.router for module in (chat, completions, messages, responses_api, analyze, models, tokenize, probes)
+)
 
 PUBLIC_PATHS = PROBE_PATHS | FILES.keys()
 """Paths that need no key and are never turned away: there is nothing secret in the playground's files."""

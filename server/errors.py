@@ -5,6 +5,7 @@
     │   ├── UnsupportedParameter 400 invalid_request_error  code unsupported_parameter
     │   ├── ContextTooLong      400  invalid_request_error  code context_length_exceeded
     │   ├── ModelNotFound       404  invalid_request_error  code model_not_found
+    │   ├── NotStored           404  invalid_request_error  code not_found
     │   ├── BodyTooLarge        413  invalid_request_error  code request_too_large
     │   └── UnsupportedMediaType 415 invalid_request_error  code unsupported_media_type
     ├── Rejection               the request may be fine, but not now or not from this client
@@ -104,6 +105,13 @@ class ModelNotFound(InvalidRequest):
 
     status = HTTPStatus.NOT_FOUND
     code = "model_not_found"
+
+
+class NotStored(InvalidRequest):
+    """Something is asked for by its id that this server does not keep."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "not_found"
 
 
 class BodyTooLarge(InvalidRequest):

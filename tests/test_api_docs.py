@@ -18,14 +18,18 @@ from ultrafuser.server.engine.shared.step import NONFINITE_OUTPUT
 from ultrafuser.server.requests.anthropic_bodies import CountTokensRequest, MessagesRequest
 from ultrafuser.server.requests.blocks import BILLING_HEADER
 from ultrafuser.server.requests.bodies import MAX_DEPTH
+from ultrafuser.server.requests.responses_request import ResponsesRequest
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
     COMPLETION_REFUSALS,
     MESSAGES_REFUSALS,
+    RESPONSES_REFUSALS,
     Refusal,
 )
 from ultrafuser.server.serving import step_metrics, translation
 from ultrafuser.server.serving.message_answers import StopReason
+from ultrafuser.server.serving.responses.event_types import ResponseEvent
+from ultrafuser.server.serving.responses.input_items import CLIENT_CALLS, LEFT_OUT, REFUSED_KINDS, RESULTS
 from ultrafuser.server.settings import Limits
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +39,7 @@ ENDPOINTS = {
     "POST /v1/chat/completions": (ChatCompletionRequest, CHAT_REFUSALS),
     "POST /v1/completions": (CompletionRequest, COMPLETION_REFUSALS),
     "POST /v1/messages": (MessagesRequest, MESSAGES_REFUSALS),
+    "POST /v1/responses": (ResponsesRequest, RESPONSES_REFUSALS),
 }
 PARTLY_REFUSED = {"chat_template_kwargs", "vllm_xargs", "echo"}
 """Fields that work, but not with every value."""
@@ -77,10 +82,25 @@ def test_the_page_says_what_becomes_of_messages() -> None:
     assert f"`{BILLING_HEADER}`" in section
 
 
-def test_what_is_refused_beyond_vllms_fields_is_named() -> None:
-    section = SECTIONS["POST /v1/chat/completions"]
-    params = {refusal.param for refusal in CHAT_REFUSALS} - set(ChatCompletionRequest.model_fields)
+@pytest.mark.parametrize("endpoint", ["POST /v1/chat/completions", "POST /v1/responses"])
+def test_what_is_refused_beyond_the_models_fields_is_named(endpoint: str) -> None:
+    section, (model, refusals) = SECTIONS[endpoint], ENDPOINTS[endpoint]
+    params = {refusal.param for refusal in refusals} - set(model.model_fields)
     assert [param for param in sorted(params) if f"`{param}`" not in section] == []
+
+
+def test_every_kind_of_item_is_listed() -> None:
+    listed = re.findall(
+        r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Responses API: items"], re.MULTILINE))
+    )
+    kinds = {"message", "agent_message", "function_call", "custom_tool_call", "additional_tools"}
+    assert {*listed} == kinds | {*CLIENT_CALLS} | {*RESULTS} | LEFT_OUT | {*REFUSED_KINDS}
+
+
+def test_every_event_of_a_response_is_listed() -> None:
+    events = get_args(ResponseEvent.model_fields["root"].annotation)
+    names = {name for event in events for name in get_args(event.model_fields["type"].annotation)}
+    assert set(re.findall(r"`(response\.[\w.]+|error)`", SECTIONS["Responses API: events"])) == names
 
 
 def test_every_error_code_is_listed() -> None:

@@ -30,7 +30,7 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # clients that split where Unicode (Python's `splitlines`) ends a line would cut the event there.
 _LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029"})
 
-_GENERATING = "/v1/chat/completions, /v1/messages or /v1/completions"
+_GENERATING = "/v1/chat/completions, /v1/responses, /v1/messages or /v1/completions"
 
 logger = logging.getLogger(__name__)
 

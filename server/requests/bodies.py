@@ -63,7 +63,7 @@ async def read_request(request: Request, adapter: TypeAdapter[Any], form: BodyFo
     try:
         return _ReadRequest(request, body, adapter.validate_json(to_json(plain), strict=True))
     except ValidationError as error:
-        raise _as_request_error(error, ("body",)) from error
+        raise as_request_error(error, ("body",)) from error
 
 
 class _ReadRequest(Request):
@@ -171,11 +171,11 @@ def _plain_openai(body: dict[str, Any]) -> dict[str, Any]:
         try:
             checked = _MESSAGE.validate_python(message, strict=True)
         except ValidationError as error:
-            raise _as_request_error(error, place) from error
+            raise as_request_error(error, place) from error
         try:
             list(checked.get("tool_calls") or ())  # validated while it is read
         except ValidationError as error:
-            raise _as_request_error(error, (*place, "tool_calls")) from error
+            raise as_request_error(error, (*place, "tool_calls")) from error
     return plain
 
 
@@ -187,6 +187,7 @@ OPENAI_FORM = BodyForm(
 """Bodies of chat and raw completions, and of the routes beside them."""
 
 
-def _as_request_error(error: ValidationError, place: tuple[str | int, ...]) -> RequestValidationError:
+def as_request_error(error: ValidationError, place: tuple[str | int, ...]) -> RequestValidationError:
+    """FastAPI's error for what a model has found wrong at this place of a body."""
     errors = error.errors(include_url=False, include_input=False)
     return RequestValidationError([{**each, "loc": (*place, *each["loc"])} for each in errors])

@@ -14,10 +14,12 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from ultrafuser.server.requests.context import cut_to_context
 from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
 from ultrafuser.server.requests.mark_fields import ask_for_marks
+from ultrafuser.server.requests.responses_request import ResponsesRequest
 from ultrafuser.server.requests.thinking_fields import SWITCHES, settle_thinking
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
     COMPLETION_REFUSALS,
+    RESPONSES_REFUSALS,
     TOKENIZE_REFUSALS,
     notice_unknown_fields,
     refuse,
@@ -64,6 +66,13 @@ def _check_generation(
     cut_to_context(request, bounds.context_length)
     ask_for_marks(request)
     notice_unknown_fields(request, known)
+
+
+@check_request.register(ResponsesRequest)
+def _check_responses(request: ResponsesRequest, _bounds: RequestBounds) -> None:
+    """The rest is checked of the chat completion that it becomes."""
+    refuse(RESPONSES_REFUSALS, request)
+    notice_unknown_fields(request)
 
 
 @check_request.register(TokenizeChatRequest)

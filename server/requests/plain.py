@@ -51,7 +51,7 @@ def _plain_message(place: str, message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, str | list):
         raise InvalidRequest(f"{place}.content: must be a string or a list of parts.", f"{place}.content")
     if isinstance(content, list):
-        _check_parts(f"{place}.content", content)
+        check_parts(f"{place}.content", content, "messages")
     plain["content"] = text_of_message(plain)
     if is_assistant:
         plain.pop("refusal", None)  # it is in the content now
@@ -75,7 +75,12 @@ def _check_assistant(place: str, message: dict[str, Any]) -> None:
             raise InvalidRequest(f"{place}.{name}: must be a string.", f"{place}.{name}")
 
 
-def _check_parts(place: str, parts: list[Any]) -> None:
+def check_parts(place: str, parts: list[Any], label: str) -> None:
+    """Look at the parts of a content, which stands at this place of a body; a refusal is counted under the label.
+
+    Raises:
+        UnsupportedParameter, InvalidRequest: one is no text; names it.
+    """
     for position, part in enumerate(parts):
         if text_of_part(part) is not None:
             continue
@@ -85,4 +90,4 @@ def _check_parts(place: str, parts: list[Any]) -> None:
         if isinstance(kind, str) and kind in TEXT_PARTS:
             key = f"{param}.{TEXT_PARTS[kind]}"
             raise InvalidRequest(f"{key}: must be a string.", key)
-        raise refused(param, f"{param}: {kind!r} is not fused; send text.", "messages")
+        raise refused(param, f"{param}: {kind!r} is not fused; send text.", label)

@@ -155,6 +155,34 @@ TOKENIZE_REFUSALS = (*_EVERYWHERE, *_TEMPLATES)
 """What `/tokenize` of messages refuses, beside content that is not text."""
 
 
+_CHAT_ELSEWHERE = (
+    Refusal("messages", _given("messages"), "send them as input"),
+    Refusal("max_tokens", _given("max_tokens"), "use max_output_tokens"),
+    Refusal("max_completion_tokens", _given("max_completion_tokens"), "use max_output_tokens"),
+    Refusal("response_format", _given("response_format"), "use text.format"),
+    Refusal("reasoning_effort", _given("reasoning_effort"), "use reasoning.effort"),
+    Refusal("functions", _given("functions"), "use tools"),
+    Refusal("function_call", _given("function_call"), "use tool_choice"),
+)
+
+RESPONSES_REFUSALS = (
+    *_GENERATION,
+    *_TEMPLATES,
+    *_CHAT_ELSEWHERE,
+    Refusal("n", _several("n"), "send a request for each response"),
+    Refusal("background", _given("background"), "nothing is stored that could be asked for later; use stream"),
+    Refusal("background_options", _given("background_options"), "leave it out"),
+    Refusal("previous_response_id", _given("previous_response_id"), "nothing is stored; send all items as input"),
+    Refusal("conversation", _given("conversation"), "nothing is stored; send all items as input"),
+    Refusal("prompt", _given("prompt"), "no prompts are stored here; send instructions and input"),
+    Refusal("truncation", _other_than("truncation", "disabled"), "leave items out yourself"),
+    Refusal("moderation", _given("moderation"), "leave it out"),
+    Refusal("previous_input_messages", _given("previous_input_messages"), "send all items as input"),
+    Refusal("enable_response_messages", _given("enable_response_messages"), "leave it out"),
+)
+"""What `/v1/responses` refuses, beside items that are not text."""
+
+
 def refuse(refusals: Iterable[Refusal], request: BaseModel) -> None:
     """Check a request against one of the tables above.
 

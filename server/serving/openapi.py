@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
+from openai.types.responses import Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse, ChatCompletionStreamResponse
@@ -12,12 +13,14 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeResponse, TokenizeResponse
 
 from ultrafuser.server.serving.message_answers import Message, MessageEvent, TokenCount
+from ultrafuser.server.serving.responses.event_types import ResponseEvent
 
 _ANSWERS: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionResponse,
     "/v1/completions": CompletionResponse,
     "/v1/messages": Message,
     "/v1/messages/count_tokens": TokenCount,
+    "/v1/responses": Response,
     "/v1/models": ModelList,
     "/v1/models/{name:path}": ModelCard,
     "/tokenize": TokenizeResponse,
@@ -28,6 +31,7 @@ STREAMS: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionStreamResponse,
     "/v1/completions": CompletionStreamResponse,
     "/v1/messages": MessageEvent,
+    "/v1/responses": ResponseEvent,
 }
 """Routes that answer with events if `stream` is set, and what the data of each event is."""
 

@@ -50,6 +50,7 @@ from ultrafuser.server.serving.constraints import (
 )
 from ultrafuser.server.serving.fingerprint import fingerprint
 from ultrafuser.server.serving.rendering import OPENING, FusedRenderer
+from ultrafuser.server.serving.responses.answering import FusedServingResponses
 from ultrafuser.server.serving.thinking import Markers
 from ultrafuser.server.serving.thoughts import tell_apart, thoughtful
 from ultrafuser.server.serving.token_marks import MarksInEvents, add_to_choices
@@ -214,6 +215,7 @@ class Serving:
     chat: FusedServingChat
     messages: FusedServingMessages
     completion: FusedServingCompletion
+    responses: FusedServingResponses
     tokenization: ServingTokenization
     tokenizer: Any
     """The leader's; it gives text the ids that all specialists share."""
@@ -277,7 +279,10 @@ def build_serving(
     )
     messages.bounds = bounds
     tokenizer, specialists = fused_renderer.tokenizer, fusion.specialist_names
-    return Serving(engine, models, chat, messages, completion, tokenization, tokenizer, specialists, grammars, bounds)
+    responses = FusedServingResponses(chat, bounds)
+    return Serving(
+        engine, models, chat, messages, completion, responses, tokenization, tokenizer, specialists, grammars, bounds
+    )
 
 
 async def warm_up(serving: Serving) -> None:

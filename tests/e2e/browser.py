@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 from tests.e2e.process import wait_for
 
@@ -36,7 +37,7 @@ def find_chromium() -> str | None:
 class Page:
     """One tab."""
 
-    def __init__(self, socket: ClientConnection, downloads: Path) -> None:
+    def __init__(self, socket: Connection, downloads: Path) -> None:
         self.downloads = downloads
         self._socket = socket
         self._next_id = 0

@@ -1,11 +1,13 @@
 """One real server on the tiny fusion, started once and shared; the official client and a browser talk to it."""
 
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import openai
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.browser import Chromium, Page, find_chromium
@@ -17,6 +19,9 @@ from tests.fakes import write_tiny_fusion
 MODEL = "tiny"
 NO_SPACES = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 """A random model, free to write spaces between JSON tokens, would write nothing else."""
+
+WIDE_CONTEXT = 32768
+"""Tokens that a server for agents has room for: the tiny tokenizers make one of every letter or two."""
 
 POISON = 259
 """A token from which on one specialist, "code", computes NaN. Its byte, 0xFF, is in no text, and none draws it."""
@@ -56,6 +61,24 @@ def server(
     options = ["--tool-call-parser", "hermes", "--structured-outputs-config", NO_SPACES]
     options += ["--otlp-traces-endpoint", collector.endpoint]
     server = ServerProcess(tiny_fusion, log, *options)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server on a tiny fusion with room for what agents send at first; its answers are greedy and short."""
+    path = write_tiny_fusion(tmp_path_factory.mktemp("tiny-wide"), engine={"kv_cache_memory_bytes": 2**28})
+    fusion = yaml.safe_load(path.read_text())
+    fusion |= {"tool_call_parser": "hermes", "sampling_defaults": {"temperature": 0.0, "max_tokens": 12}}
+    path.write_text(yaml.safe_dump(fusion))
+    for name in ("text", "code", "math"):
+        config = path.parent / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": WIDE_CONTEXT}))
+    server = ServerProcess(path, tmp_path_factory.mktemp("wide-server") / "log")
     try:
         server.wait_until_ready()
         yield server

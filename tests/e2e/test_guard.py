@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.e2e.clients import Listener
@@ -93,6 +94,14 @@ def test_without_a_right_key_only_probes_answer(guarded: GuardedServer, header: 
         assert code(response) == (401, "invalid_api_key"), path
         assert response.headers["www-authenticate"] == "Bearer"
     assert httpx.get(f"{guarded.url}/ready", headers=headers).status_code == 200
+
+
+def test_the_official_client_is_told_of_a_wrong_key_on_every_route(guarded: GuardedServer) -> None:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            client.responses.create(model="tiny", input="Hi")
+        with pytest.raises(openai.AuthenticationError):
+            client.responses.create(model="tiny", input="Hi", stream=True)
 
 
 def test_a_host_header_opens_nothing(guarded: GuardedServer) -> None:

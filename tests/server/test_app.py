@@ -74,7 +74,7 @@ async def test_a_stream_has_one_id_and_ends_with_done(client: httpx.AsyncClient)
         ("POST", "/metrics", 405, "method_not_allowed"),
         ("GET", "/docs", 404, "not_found"),
         ("POST", "/v1/embeddings", 404, "not_found"),
-        ("POST", "/v1/responses", 404, "not_found"),
+        ("POST", "/v1/responses/compact", 405, "method_not_allowed"),
         ("POST", "/v1/load_lora_adapter", 404, "not_found"),
     ],
 )
@@ -309,6 +309,10 @@ async def test_the_schema_describes_the_routes(client: httpx.AsyncClient) -> Non
     assert set(paths) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/input_items",
+        "/v1/responses/{response_id}/cancel",
         "/v1/gate/analyze",
         "/v1/messages",
         "/v1/messages/count_tokens",

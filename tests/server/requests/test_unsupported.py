@@ -6,13 +6,19 @@ import httpx
 import pytest
 
 from tests.server.scripted import ScriptedEngine
-from ultrafuser.server.requests.unsupported import CHAT_REFUSALS, COMPLETION_REFUSALS, MAX_NOTICED_FIELDS
+from ultrafuser.server.requests.unsupported import (
+    CHAT_REFUSALS,
+    COMPLETION_REFUSALS,
+    MAX_NOTICED_FIELDS,
+    RESPONSES_REFUSALS,
+)
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"prompt": "Hi"}
+TEMPLATES = {"chat_template", "chat_template_kwargs", "documents", "mm_processor_kwargs", "media_io_kwargs"}
 
 
 def part(kind: str, **content: Any) -> dict[str, Any]:
@@ -115,6 +121,27 @@ COMPLETION_ONLY: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": [[5], [6, 320]]}),
 ]
 
+RESPONSES_ONLY: list[tuple[str, dict[str, Any]]] = [
+    ("messages", CHAT),
+    ("max_tokens", {"max_tokens": 5}),
+    ("max_completion_tokens", {"max_completion_tokens": 5}),
+    ("response_format", {"response_format": {"type": "json_object"}}),
+    ("reasoning_effort", {"reasoning_effort": "low"}),
+    ("functions", {"functions": [{"name": "f"}]}),
+    ("function_call", {"function_call": "auto"}),
+    ("n", {"n": 2}),
+    ("background", {"background": True}),
+    ("background_options", {"background_options": {"completion_window": "2h"}}),
+    ("previous_response_id", {"previous_response_id": "resp_1"}),
+    ("conversation", {"conversation": "conv_1"}),
+    ("prompt", {"prompt": {"id": "pmpt_1"}}),
+    ("truncation", {"truncation": "auto"}),
+    ("moderation", {"moderation": {"model": "m"}}),
+    ("previous_input_messages", {"previous_input_messages": [{"role": "user", "content": "Hi"}]}),
+    ("enable_response_messages", {"enable_response_messages": True}),
+    ("kv_transfer_params", {"kv_transfer_params": {"prompt_token_ids": [5, 6]}}),
+]
+
 
 def named(cases: list[tuple[str, dict[str, Any]]]) -> Any:
     """The cases as parameters of a test, each with its field as name."""
@@ -146,6 +173,15 @@ async def test_a_completion_request_is_refused(
     client: httpx.AsyncClient, engine: ScriptedEngine, param: str, extra: dict[str, Any]
 ) -> None:
     await check(client, engine, "/v1/completions", TEXT | extra, param)
+
+
+@named(EVERYWHERE + RESPONSES_ONLY + [case for case in CHAT_ONLY if case[0] in TEMPLATES])
+async def test_a_request_for_a_response_is_refused(
+    client: httpx.AsyncClient, engine: ScriptedEngine, param: str, extra: dict[str, Any]
+) -> None:
+    if param == "use_beam_search":
+        extra = {"use_beam_search": True}
+    await check(client, engine, "/v1/responses", {"input": "Hi"} | extra, param)
 
 
 @named([case for case in CHAT_ONLY if case[0] in ("chat_template", "chat_template_kwargs", "messages.0.content.1")])
@@ -191,6 +227,8 @@ def test_every_refusal_has_a_case() -> None:
     assert {refusal.param for refusal in CHAT_REFUSALS} <= tested
     tested = {param for param, _ in EVERYWHERE + COMPLETION_ONLY}
     assert {refusal.param for refusal in COMPLETION_REFUSALS} <= tested
+    tested = {param for param, _ in EVERYWHERE + RESPONSES_ONLY} | TEMPLATES
+    assert {refusal.param for refusal in RESPONSES_REFUSALS} <= tested
 
 
 ACCEPTED: list[dict[str, Any]] = [
