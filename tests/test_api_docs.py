@@ -93,7 +93,7 @@ def test_every_kind_of_item_is_listed() -> None:
     listed = re.findall(
         r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Responses API: items"], re.MULTILINE))
     )
-    kinds = {"message", "agent_message", "function_call", "custom_tool_call", "additional_tools"}
+    kinds = {"message", "agent_message", "function_call", "custom_tool_call", "additional_tools", "reasoning"}
     assert {*listed} == kinds | {*CLIENT_CALLS} | {*RESULTS} | LEFT_OUT | {*REFUSED_KINDS}
 
 

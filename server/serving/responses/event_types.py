@@ -15,6 +15,8 @@ from openai.types.responses import (
     ResponseInProgressEvent,
     ResponseOutputItemAddedEvent,
     ResponseOutputItemDoneEvent,
+    ResponseReasoningTextDeltaEvent,
+    ResponseReasoningTextDoneEvent,
     ResponseTextDeltaEvent,
     ResponseTextDoneEvent,
 )
@@ -24,6 +26,8 @@ _Event = (
     ResponseCreatedEvent
     | ResponseInProgressEvent
     | ResponseOutputItemAddedEvent
+    | ResponseReasoningTextDeltaEvent
+    | ResponseReasoningTextDoneEvent
     | ResponseContentPartAddedEvent
     | ResponseTextDeltaEvent
     | ResponseTextDoneEvent

@@ -39,7 +39,6 @@ RESULTS = (
 
 LEFT_OUT = frozenset(
     {
-        "reasoning",
         "additional_tools",  # read with the tools
         "web_search_call",
         "file_search_call",
@@ -95,6 +94,11 @@ class _Turns:
         self.messages: list[dict[str, Any]] = []
         self._waiting: dict[str, str] = {}  # calls without a result, and their places
         self._calls: set[str] = set()
+        self._thought = ""  # before the assistant's next turn
+
+    def add_thought(self, text: str) -> None:
+        """What was thought before what the assistant says next; within a turn it is left out."""
+        self._thought += text
 
     def add_message(self, role: str, text: str) -> None:
         """A message; what the assistant says between or after its calls belongs to their turn."""
@@ -102,7 +106,15 @@ class _Turns:
         if role == "assistant" and turn is not None and "tool_calls" in turn:
             turn["content"] += text
         else:
-            self.messages.append({"role": role, "content": text})
+            self._begin_turn(role, text)
+
+    def _begin_turn(self, role: str, text: str) -> dict[str, Any]:
+        turn: dict[str, Any] = {"role": role, "content": text}
+        if role == "assistant" and self._thought:
+            turn["reasoning"] = self._thought
+        self._thought = ""
+        self.messages.append(turn)
+        return turn
 
     def add_call(self, place: str, call_id: str, name: str, arguments: str) -> None:
         """A call, of the assistant's turn before it if there is one."""
@@ -112,8 +124,7 @@ class _Turns:
         self._waiting[call_id] = place
         turn = self._assistants_turn()
         if turn is None:
-            turn = {"role": "assistant", "content": ""}
-            self.messages.append(turn)
+            turn = self._begin_turn("assistant", "")
         function = {"name": name, "arguments": arguments}
         turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
 
@@ -143,6 +154,8 @@ def _add(turns: _Turns, place: str, item: Any) -> None:
         raise InvalidRequest(f"{place}.type: must be a string.", f"{place}.type")
     if kind == "message":
         turns.add_message(*_message(place, item))
+    elif kind == "reasoning":
+        turns.add_thought(_thought(place, item))
     elif kind == "agent_message":
         turns.add_message("user", _text_of(f"{place}.content", item.get("content"), "user"))
     elif kind == "function_call":
@@ -168,6 +181,17 @@ def _message(place: str, item: Mapping[str, Any]) -> tuple[str, str]:
     if content is None and role == "assistant":
         content = []
     return role, _text_of(f"{place}.content", content, role)
+
+
+def _thought(place: str, item: Mapping[str, Any]) -> str:
+    """The text of a thought; "" of one that another server has summed up or sealed."""
+    parts = item.get("content") or []
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise InvalidRequest(f"{place}.content: must be a list of parts.", f"{place}.content")
+    texts = [part.get("text") for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(f"{place}.content: each part must have a text.", f"{place}.content")
+    return "".join(texts)
 
 
 def _add_client_call(turns: _Turns, place: str, item: Mapping[str, Any], name: str, key: str) -> None:

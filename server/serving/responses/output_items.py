@@ -1,4 +1,4 @@
-"""Output items as they grow: a message, a call of a function, a call of a custom tool.
+"""Output items as they grow: a thought, a message, a call of a function, a call of a custom tool.
 
 Each knows what to tell of its beginning, its growth and its end: an event's class and fields, to which
 `response_stream.py` gives numbers. Knows no chat and no tools.
@@ -24,6 +24,9 @@ from openai.types.responses import (
     ResponseOutputItemDoneEvent,
     ResponseOutputMessage,
     ResponseOutputText,
+    ResponseReasoningItem,
+    ResponseReasoningTextDeltaEvent,
+    ResponseReasoningTextDoneEvent,
     ResponseTextDeltaEvent,
     ResponseTextDoneEvent,
 )
@@ -104,6 +107,32 @@ class Message(_Item):
     def _part(self) -> ResponseOutputText:
         logprobs: Any = self._logprobs
         return ResponseOutputText(type="output_text", text=self._text, annotations=[], logprobs=logprobs)
+
+
+class Reasoning(_Item):
+    """A thought, in one part; nothing of it is summed up or sealed."""
+
+    is_whole = True
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index, "rs")
+        self._text = ""
+
+    def item(self, status: Status) -> ResponseOutputItem:
+        content: list[Any] = [{"type": "reasoning_text", "text": self._text}] if self._text else []
+        return ResponseReasoningItem(id=self.id, type="reasoning", summary=[], content=content, status=status)
+
+    def begin(self) -> Iterator[Telling]:
+        yield ResponseOutputItemAddedEvent, {"item": self.item("in_progress"), "output_index": self.index}
+
+    def grow(self, text: str) -> Iterator[Telling]:
+        """More of the thought."""
+        self._text += text
+        yield ResponseReasoningTextDeltaEvent, {**self.place, "content_index": 0, "delta": text}
+
+    def end(self, status: Status) -> Iterator[Telling]:
+        yield ResponseReasoningTextDoneEvent, {**self.place, "content_index": 0, "text": self._text}
+        yield ResponseOutputItemDoneEvent, {"item": self.item(status), "output_index": self.index}
 
 
 class _Call(_Item):

@@ -31,6 +31,7 @@ from ultrafuser.server.serving.responses.output_items import (
     FunctionCall,
     GrowingItem,
     Message,
+    Reasoning,
     Status,
     Telling,
 )
@@ -113,6 +114,10 @@ class ResponseStream:
                 told["bytes"] = told.get("bytes") or []
             self._logprobs.append(entry)
         self._take_marks(choice)
+        if thought := delta.get("reasoning"):
+            yield from self._grow_thought(thought)
+        if not delta.get("content") and self._items and isinstance(self._items[-1], Reasoning):
+            self._logprobs = []  # log probabilities are told of text
         if text := delta.get("content"):
             yield from self._grow_message(text)
         for call in delta.get("tool_calls") or ():
@@ -127,6 +132,13 @@ class ResponseStream:
                 self._new_marks[name] = self._new_marks.get(name, []) + own["content"]
                 if "mean" in own:
                     marks["mean"] = own["mean"]
+
+    def _grow_thought(self, text: str) -> Iterator[Telling]:
+        thought = self._items[-1] if self._items else None
+        if not isinstance(thought, Reasoning):
+            thought = Reasoning(len(self._items))
+            yield from self._begin(thought)
+        yield from thought.grow(text)
 
     def _grow_message(self, text: str) -> Iterator[Telling]:
         message = self._items[-1] if self._items else None
@@ -164,9 +176,10 @@ class ResponseStream:
 
     def _finish(self) -> Iterator[Telling]:
         """The ends of all items, and of the response."""
-        if not self._items:  # an answer without a token is an empty text, which can be sent back
-            yield from self._begin(Message(0))
         is_cut = self._finish_reason == "length"
+        if not self._items or (isinstance(self._items[-1], Reasoning) and not is_cut):
+            # An answer without a token is an empty text, which can be sent back.
+            yield from self._begin(Message(len(self._items)))
         last = self._items[-1]
         for item in list(self._open.values()):
             is_complete = not is_cut or (item.is_whole and item is not last)

@@ -263,6 +263,31 @@ async def test_messages_can_turn_thinking_off(client: httpx.AsyncClient, engine:
     assert told_thought(engine)["opening"] == "closed"
 
 
+async def test_responses_have_thoughts_as_items(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    items: list[Any] = [{"role": "user", "content": "Hi"}]
+    body = {"input": items, "reasoning": {"effort": "high"}, "include": ["message.output_text.logprobs"]}
+    whole = (await client.post("/v1/responses", json=body)).json()
+    thought, message = whole["output"]
+    assert (thought["type"], thought["content"]) == ("reasoning", [{"type": "reasoning_text", "text": THOUGHT_TEXT}])
+    assert message["content"][0]["text"] == ANSWER
+    tokenizer = build_tokenizer(320, 320, "text", MARKERS)
+    assert len(message["content"][0]["logprobs"]) == len(tokenizer.encode(ANSWER, add_special_tokens=False))
+    reasoning_tokens = whole["usage"]["output_tokens_details"]["reasoning_tokens"]
+    assert reasoning_tokens == len(tokenizer.encode(THOUGHT_TEXT, add_special_tokens=False))
+    told = [json.loads(data) for data in events(await client.post("/v1/responses", json=body | {"stream": True}))]
+    kinds = [event["type"] for event in told]
+    deltas = [event["delta"] for event in told if event["type"] == "response.reasoning_text.delta"]
+    assert "".join(deltas) == THOUGHT_TEXT
+    assert kinds.index("response.output_item.done") < kinds.index("response.output_text.delta")
+    assert [item["type"] for item in told[-1]["response"]["output"]] == ["reasoning", "message"]
+    assert told_thought(engine)["opening"] == "open"
+    items += [*whole["output"], {"role": "user", "content": "So?"}]
+    assert (await client.post("/v1/responses", json=body)).status_code == 200
+    prompt, other, _ = (engine.renderer.get_tokenizer().decode(own) for own in engine.prompts[-1]["specialist_prompts"])
+    assert f"<think>{THOUGHT_TEXT}</think>{ANSWER}" in prompt
+    assert THOUGHT_TEXT not in other
+
+
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
