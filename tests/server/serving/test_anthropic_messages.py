@@ -583,6 +583,24 @@ async def test_a_silent_stream_begins_at_once_and_shows_that_it_lives(
     assert without_ids(put_together(found)) == without_ids(await ask(client))
 
 
+async def test_a_client_that_leaves_before_the_first_token_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_events, "START_SECONDS", 0.01)
+    is_closed = False
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        nonlocal is_closed
+        try:
+            await asyncio.Event().wait()
+            yield "never"
+        finally:
+            is_closed = True
+
+    made = MessageEvents("chatcmpl-1", "tiny", 5, 5).of(chunks())
+    assert "message_start" in await anext(made)
+    await made.aclose()
+    assert is_closed
+
+
 async def test_a_failure_after_an_early_start_ends_the_stream(
     client: httpx.AsyncClient, engine: PatientEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -593,17 +611,17 @@ async def test_a_failure_after_an_early_start_ends_the_stream(
     assert [event["type"] for event in found] == ["message_start", "error"]
 
 
-@pytest.mark.parametrize("settings", [{"request_timeout": 0.3}], indirect=True)
+@pytest.mark.parametrize("settings", [{"request_timeout": 2.0}], indirect=True)
 async def test_the_deadline_ends_a_stream_and_an_answer(
     client: httpx.AsyncClient, engine: PatientEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in ((message_events, "START_SECONDS"), (api_response, "EARLY_SECONDS")):
         monkeypatch.setattr(module, name, 0.01)
-    engine.delay_seconds = 5
+    engine.delay_seconds = 60
     found = [event for event in await events(client) if event["type"] != "ping"]
     assert [event["type"] for event in found] == ["message_start", "error"]
     assert found[1]["error"]["type"] == "timeout_error"
-    await check_error(await client.post(URL, json=HI), 504, "timeout_error", "0.3 s")
+    await check_error(await client.post(URL, json=HI), 504, "timeout_error", "2 s")
 
 
 KEYS = {"api_key": (SecretStr("one"), SecretStr("two")), "requests_per_minute": 2}
