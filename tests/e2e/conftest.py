@@ -23,6 +23,8 @@ NO_SPACES = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 WIDE_CONTEXT = 32768
 """Tokens that a server for agents has room for: the tiny tokenizers make one of every letter or two."""
 
+WIDE_KEY = "a-key-of-the-wide-server"
+
 POISON = 259
 """A token from which on one specialist, "code", computes NaN. Its byte, 0xFF, is in no text, and none draws it."""
 
@@ -70,7 +72,7 @@ def server(
 
 @pytest.fixture(scope="session")
 def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server on a tiny fusion with room for what agents send at first; its answers are greedy and short."""
+    """A server with a key on a tiny fusion with room for what agents send at first; its answers are greedy and short."""
     path = write_tiny_fusion(tmp_path_factory.mktemp("tiny-wide"), engine={"kv_cache_memory_bytes": 2**28})
     fusion = yaml.safe_load(path.read_text())
     fusion |= {"tool_call_parser": "hermes", "sampling_defaults": {"temperature": 0.0, "max_tokens": 12}}
@@ -78,7 +80,8 @@ def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     for name in ("text", "code", "math"):
         config = path.parent / name / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": WIDE_CONTEXT}))
-    server = ServerProcess(path, tmp_path_factory.mktemp("wide-server") / "log")
+    options = ["--structured-outputs-config", NO_SPACES, "--api-key", WIDE_KEY]
+    server = ServerProcess(path, tmp_path_factory.mktemp("wide-server") / "log", *options)
     try:
         server.wait_until_ready()
         yield server

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 
+from tests.e2e.conftest import WIDE_KEY
 from tests.e2e.process import ServerProcess
 from tests.response_events import parsed
 
@@ -88,7 +89,12 @@ def test_a_first_exchange_of_codex_is_streamed_and_found_in_the_cache_when_it_co
         "client_metadata": {"x-codex-installation-id": "0"},
     }
     assert len(CODEX_TOOLS) == 15
-    headers = {"originator": "codex_cli_rs", "session_id": "0199a213", "accept": "text/event-stream"}
+    headers = {
+        "authorization": f"Bearer {WIDE_KEY}",
+        "originator": "codex_cli_rs",
+        "session_id": "0199a213",
+        "accept": "text/event-stream",
+    }
 
     def answered(**changes: Any) -> dict[str, Any]:
         body = {**asked, **changes}

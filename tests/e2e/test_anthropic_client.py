@@ -11,9 +11,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.e2e.conftest import MODEL, NO_SPACES
+from tests.e2e.conftest import MODEL, WIDE_KEY
 from tests.e2e.process import ServerProcess, wait_for
-from tests.fakes import MAX_POSITIONS, write_tiny_fusion
+from tests.fakes import MAX_POSITIONS
 from tests.reference import answer
 from ultrafuser.gating.model.fusion import load_fusion
 
@@ -185,7 +185,6 @@ def test_a_client_that_leaves_ends_its_request(claude: Any, server: ServerProces
 
 # Claude Code
 
-KEY = "sk-claude-0d9a"
 INSTRUCTIONS = "You are an interactive CLI tool that helps users with software engineering tasks. " * 125
 
 
@@ -243,25 +242,9 @@ HEADERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a key whose models read 32,000 tokens."""
-    folder = tmp_path_factory.mktemp("wide")
-    fusion = write_tiny_fusion(folder, engine={"kv_cache_memory_bytes": 2**28})
-    for config in folder.glob("*/config.json"):
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 32768}))
-    options = ["--tool-call-parser", "hermes", "--structured-outputs-config", NO_SPACES, "--api-key", KEY]
-    server = ServerProcess(fusion, folder / "log", *options)
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        server.kill()
-
-
 @pytest.mark.slow
 def test_claude_codes_first_exchange_is_answered_and_then_found_in_the_cache(wide_server: ServerProcess) -> None:
-    key = {"authorization": f"Bearer {KEY}"}
+    key = {"authorization": f"Bearer {WIDE_KEY}"}
     body = first_request(0)
     counted = httpx.post(
         f"{wide_server.url}/v1/messages/count_tokens?beta=true",
@@ -289,7 +272,7 @@ def test_claude_codes_first_exchange_is_answered_and_then_found_in_the_cache(wid
 @pytest.mark.slow
 def test_the_key_is_taken_as_either_kind_of_client_sends_it(wide_server: ServerProcess) -> None:
     url, options = wide_server.url, dict[str, Any](max_retries=0, timeout=60)
-    for own in ({"auth_token": KEY}, {"api_key": KEY, "default_headers": {"x-api-key": KEY}}):
+    for own in ({"auth_token": WIDE_KEY}, {"api_key": WIDE_KEY, "default_headers": {"x-api-key": WIDE_KEY}}):
         with anthropic.Anthropic(base_url=url, **options, **own) as client:
             assert client.messages.create(messages=HI, **(GREEDY | {"max_tokens": 2})).usage.output_tokens
     with (
@@ -299,4 +282,4 @@ def test_the_key_is_taken_as_either_kind_of_client_sends_it(wide_server: ServerP
         client.messages.create(messages=HI, **GREEDY)
     assert wrong.value.type == "authentication_error"
     assert wrong.value.request_id
-    assert httpx.get(f"{url}/v1/models", headers={"x-api-key": KEY}).status_code == 200
+    assert httpx.get(f"{url}/v1/models", headers={"x-api-key": WIDE_KEY}).status_code == 200
