@@ -14,7 +14,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 from vllm.reasoning import ReasoningParserManager
+from vllm.tokenizers import get_tokenizer
 
+from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig
 from ultrafuser.server.engine.shared.thought import Opening, Thought
 from ultrafuser.server.errors import InvalidRequest
 from ultrafuser.server.requests.thinking_fields import EFFORTS, switches
@@ -98,6 +100,17 @@ def markers_of(name: str, tokenizer: Any, num_shared_ids: int) -> Markers:
         implicit_ends={token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in implicit},
         are_special=bool({start, end} & special),
     )
+
+
+def check_parser(name: str, fusion: FusionConfig, info: FusedModelInfo) -> None:
+    """Whether thoughts of a materialized fusion can be told apart by a parser; before its weights are loaded.
+
+    Raises:
+        ThinkingError: as `markers_of`.
+    """
+    leader = fusion.specialists[0]
+    tokenizer = get_tokenizer(leader.model, revision=leader.revision, tokenizer_mode="hf")
+    markers_of(name, tokenizer, info.num_shared_ids)
 
 
 class Openings:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.tokenizers import get_tokenizer
 
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion
 from ultrafuser.gating.model.materialize import materialize
@@ -19,7 +18,7 @@ from ultrafuser.server.engine.shared.node import Node, check_node
 from ultrafuser.server.engine.shared.options import check_devices, check_engine_options, override_engine
 from ultrafuser.server.engine.shared.ray_cluster import check_ray
 from ultrafuser.server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
-from ultrafuser.server.serving.thinking import markers_of
+from ultrafuser.server.serving.thinking import check_parser
 from ultrafuser.server.serving.tool_calls import TOOL_PARSERS
 from ultrafuser.server.settings import ServerSettings, SettingsError
 from ultrafuser.server.start.progress import StartupProgress
@@ -70,10 +69,7 @@ def prepare(
         fusion = materialize(written, Path(settings.cache) if settings.cache else None, progress.report)
         info = inspect_fusion(fusion)
     if (name := settings.reasoning_parser or fusion.reasoning_parser) is not None:
-        leader = fusion.specialists[0]
-        markers_of(
-            name, get_tokenizer(leader.model, revision=leader.revision, tokenizer_mode="hf"), info.num_shared_ids
-        )
+        check_parser(name, fusion, info)
     _log_configuration(settings, fusion, engine_options)
     return Prepared(written, fusion, info, engine_options, node)
 

@@ -72,7 +72,7 @@ def server(
 
 @pytest.fixture(scope="session")
 def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a key on a tiny fusion with room for what agents send at first; its answers are greedy and short."""
+    """A server with a key on a tiny fusion with room for what agents send at first; answers are greedy and short."""
     path = write_tiny_fusion(tmp_path_factory.mktemp("tiny-wide"), engine={"kv_cache_memory_bytes": 2**28})
     fusion = yaml.safe_load(path.read_text())
     fusion |= {"tool_call_parser": "hermes", "sampling_defaults": {"temperature": 0.0, "max_tokens": 12}}
