@@ -23,7 +23,7 @@ Report = Callable[[str, float], None]
 
 def cache_folder(chosen: str | Path | None) -> Path:
     """The cache's folder: the one that was chosen, or ~/.cache/ultrafuser."""
-    return Path(chosen or "~/.cache/ultrafuser").expanduser()
+    return Path(chosen or "~/.cache/ultrafuser").expanduser().absolute()
 
 
 @dataclass(frozen=True)

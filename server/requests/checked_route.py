@@ -55,7 +55,14 @@ async def _while_the_client_waits(answer: Coroutine[Any, Any, Response], receive
         return work.result() if work.done() else Response()
     finally:
         work.cancel()
+        work.add_done_callback(_look_at)
         leaving.cancel()
+
+
+def _look_at(work: asyncio.Task[Response]) -> None:
+    """An error that nobody waits for any more is none: asyncio would write it into the log."""
+    if not work.cancelled():
+        work.exception()
 
 
 async def _leaving(receive: Receive) -> None:

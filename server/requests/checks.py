@@ -15,7 +15,7 @@ from ultrafuser.server.requests.context import cut_to_context
 from ultrafuser.server.requests.limits import RequestBounds, check_limits, check_token_ids
 from ultrafuser.server.requests.mark_fields import ask_for_marks
 from ultrafuser.server.requests.responses_request import ResponsesRequest
-from ultrafuser.server.requests.thinking_fields import SWITCHES, settle_thinking
+from ultrafuser.server.requests.thinking_fields import SWITCHES, settle_switches, settle_thinking
 from ultrafuser.server.requests.unsupported import (
     CHAT_REFUSALS,
     COMPLETION_REFUSALS,
@@ -79,6 +79,7 @@ def _check_responses(request: ResponsesRequest, _bounds: RequestBounds) -> None:
 def _check_tokenize_chat(request: TokenizeChatRequest, _bounds: RequestBounds) -> None:
     refuse(TOKENIZE_REFUSALS, request)
     refuse_calls(request.messages)
+    settle_switches(request)
 
 
 @check_request.register(TokenizeCompletionRequest)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
 from ultrafuser.server.errors import InvalidRequest
 from ultrafuser.server.requests.unsupported import refused
@@ -36,9 +37,19 @@ def settle_thinking(request: ChatCompletionRequest, *, can_be_told: bool) -> Non
         InvalidRequest: a field is of no known form, or two of them contradict each other.
         UnsupportedParameter: a budget, where nothing is told apart as thinking.
     """
+    settle_switches(request)
     if not can_be_told:
         # vLLM would leave out logprobs and token ids together with it.
         request.include_reasoning = True
+    _settle_budget(request, can_be_told)
+
+
+def settle_switches(request: ChatCompletionRequest | TokenizeChatRequest) -> None:
+    """Put the decision where templates look.
+
+    Raises:
+        InvalidRequest: a field is of no known form, or two of them contradict each other.
+    """
     kwargs = dict(request.chat_template_kwargs or {})
     wishes = dict(_wishes(request, kwargs))
     for name, is_on in wishes.items():
@@ -46,26 +57,28 @@ def settle_thinking(request: ChatCompletionRequest, *, can_be_told: bool) -> Non
         if other is not None:
             raise InvalidRequest(f"{name}: contradicts {other}; say one of the two.", name)
     if wishes:
-        request.chat_template_kwargs = kwargs | switches(is_on=any(wishes.values()))
-    _settle_budget(request, can_be_told)
+        told = switches(is_on=any(wishes.values()))
+        own = {name: value for name, value in kwargs.items() if value is not None}
+        request.chat_template_kwargs = told | own  # what is no switch there means something to one template only
 
 
-def _wishes(request: ChatCompletionRequest, kwargs: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+def _wishes(request: ChatCompletionRequest | TokenizeChatRequest, kwargs: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     extra = request.model_extra or {}
     for name in SWITCHES:
         if (value := extra.get(name)) is not None:
             yield name, _switch(name, value)
         if isinstance(value := kwargs.get(name), bool):  # else it means something to one template only
             yield f"chat_template_kwargs.{name}", value
-    if request.reasoning_effort is not None:
-        yield "reasoning_effort", request.reasoning_effort != "none"
+    if (effort := getattr(request, "reasoning_effort", None)) is not None:
+        yield "reasoning_effort", effort != "none"
 
 
 def _switch(name: str, value: Any) -> bool:
     if isinstance(value, dict) and name == "thinking":
-        if value.get("type") not in _TYPES:
+        kind = value.get("type")
+        if not isinstance(kind, str) or kind not in _TYPES:
             raise InvalidRequest(f"thinking.type: must be one of {', '.join(_TYPES)}.", "thinking.type")
-        return _TYPES[value["type"]]
+        return _TYPES[kind]
     if not isinstance(value, bool):
         raise InvalidRequest(f"{name}: must be true or false.", name)
     return value

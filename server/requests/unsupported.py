@@ -169,6 +169,7 @@ RESPONSES_REFUSALS = (
     *_GENERATION,
     *_TEMPLATES,
     *_CHAT_ELSEWHERE,
+    Refusal("thinking_token_budget", _given("thinking_token_budget"), "use reasoning.effort"),
     Refusal("n", _several("n"), "send a request for each response"),
     Refusal("background", _given("background"), "nothing is stored that could be asked for later; use stream"),
     Refusal("background_options", _given("background_options"), "leave it out"),

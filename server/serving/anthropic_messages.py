@@ -134,8 +134,10 @@ def _chat_fields(request: MessagesRequest | CountTokensRequest) -> dict[str, Any
         fields["tools"] = offered
     elif fields.get("tool_choice") == "auto":
         del fields["tool_choice"]
-    if request.thinking is not None and request.thinking.type != "disabled":
-        fields["chat_template_kwargs"] = {"enable_thinking": True} | (request.chat_template_kwargs or {})
+    if request.thinking is not None:
+        fields["thinking"] = {"type": request.thinking.type}
+        if request.thinking.type == "disabled":
+            fields.pop("reasoning_effort", None)  # vLLM's way to say it
     if any(turn["role"] == "assistant" and turn.get("content") for turn in fields["messages"][-1:]):
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if fields.get("stream"):

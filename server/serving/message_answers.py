@@ -116,7 +116,7 @@ def stop_of(
     if finish_reason == "length":
         is_cut_by_context = (usage.completion_tokens or 0) < asked_tokens
         return "model_context_window_exceeded" if is_cut_by_context else "max_tokens", None
-    if isinstance(matched, str) and not (calls and is_complete(calls[-1])):
+    if isinstance(matched, str) and not (calls and all(map(is_complete, calls))):
         return "stop_sequence", matched
     return "tool_use" if calls else "end_turn", None
 

@@ -123,6 +123,7 @@ class _Blocks:
         self._is_thought = False  # whether the open one is a thought
         self._call: int | None = None  # the chat's number of the call that is open
         self._held = ""  # text that came within a call
+        self._waiting: list[dict[str, Any]] = []  # what came of later calls meanwhile
 
     def grow(self, delta: dict[str, Any]) -> _Told:
         """What a chat's delta adds."""
@@ -134,12 +135,24 @@ class _Blocks:
                 yield from self._grow_call(call)
         if text := delta.get("content"):
             yield from self._grow_text(text)
-        for call in calls:
-            if (call.get("function") or {}).get("name") and call["index"] != self._call:
-                yield from self._begin_call(call)
+        self._waiting += [call for call in calls if call["index"] != self._call]
+        yield from self._take_waiting(is_last=False)
+
+    def _take_waiting(self, *, is_last: bool) -> _Told:
+        """What is told of further calls, each once the one before it is complete: only one block is open at a time."""
+        while self._waiting and (self._call is None or is_complete(self.calls[-1]) or is_last):
+            number = self._waiting[0]["index"]
+            own = [call for call in self._waiting if call["index"] == number]
+            self._waiting = [call for call in self._waiting if call["index"] != number]
+            for call in own:
+                if call["index"] == self._call:
+                    yield from self._grow_call(call)
+                elif (call.get("function") or {}).get("name"):
+                    yield from self._begin_call(call)
 
     def end(self) -> _Told:
         """The end of the last block; an answer that has none gets an empty one, for clients that look at the first."""
+        yield from self._take_waiting(is_last=True)
         yield from self._close()
         if self._number < 0:
             yield from self._begin({"type": "text", "text": ""})

@@ -6,6 +6,7 @@ specialists have to agree whether a thought is open, for they go on with the sam
 for every setting that templates know, and again for each request. Knows templates and text, no parser of answers.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def markers_of(name: str, tokenizer: Any, num_shared_ids: int) -> Markers:
         start_id=vocabulary[start],
         end_id=vocabulary[end],
         implicit_ends={token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in implicit},
-        are_special=bool({start, end} & special),
+        are_special=bool({start, end, *map(tokenizer.convert_ids_to_tokens, implicit)} & special),
     )
 
 
@@ -120,7 +121,7 @@ class Openings:
         """`render` gives the text of messages under these `chat_template_kwargs`; blocks."""
         self._markers = markers
         self._render = render
-        self._prompts: dict[str, str] = {}
+        self._prompts: dict[bytes, str] = {}
 
     def of(self, messages: Sequence[Any], kwargs: Mapping[str, Any], text: str) -> Opening:
         """What the prompt `text` of these messages leaves."""
@@ -138,12 +139,13 @@ class Openings:
     def generation_prompt(self, kwargs: Mapping[str, Any]) -> str:
         """What the template writes where the response begins."""
         setting = {name: value for name, value in kwargs.items() if name != "tools"}
-        key = json.dumps(setting, sort_keys=True, default=str)
-        if key not in self._prompts:
+        key = hashlib.sha256(json.dumps(setting, sort_keys=True, default=str).encode()).digest()
+        found = self._prompts.get(key)  # by several threads: another may empty it at any time
+        if found is None:
             if len(self._prompts) >= _MAX_SETTINGS:
                 self._prompts.clear()
-            self._prompts[key] = self._what_is_added(_PROBE, setting)
-        return self._prompts[key]
+            found = self._prompts[key] = self._what_is_added(_PROBE, setting)
+        return found
 
     def _what_is_added(self, messages: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         with_prompt = self._render(messages, {**kwargs, "add_generation_prompt": True})

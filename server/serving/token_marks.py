@@ -47,6 +47,7 @@ class MarksInEvents:
         self._shows_token_ids = bool(request.return_token_ids)
         # vLLM echoes no text beside token ids; a client that has not asked for ids gets its text from here.
         self._echoed = list(prompts) if request.echo and not self._shows_token_ids else []
+        self._hides_token_ids = not getattr(request, "include_reasoning", True)
         self._num_choices = request.n or 1
         self._marks: dict[str, dict[int, list[Any]]] = {name: {} for name in asked_marks(request)}
         self._given: dict[int, int] = {}
@@ -89,9 +90,12 @@ class MarksInEvents:
         if self._echoed and index not in self._given:
             choice["text"] = (self._echoed[index // self._num_choices] or "") + choice["text"]
         begin = self._given.get(index, 0)
-        end = self._given[index] = begin + len(token_ids)
         is_last = choice.get("finish_reason") is not None
-        for name, marks in self._marks.items() if token_ids or is_last else ():
+        end = begin + len(token_ids)
+        if self._hides_token_ids:  # vLLM does, of a thought that is left out and of all behind it
+            end = max((len(marks.get(index, [])) for marks in self._marks.values()), default=0)
+        self._given[index] = end
+        for name, marks in self._marks.items() if end > begin or is_last else ():
             own = marks.get(index, [])
             choice[name] = {"content": own[begin:end]} | ({"mean": _mean(own)} if is_last else {})
 

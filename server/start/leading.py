@@ -159,7 +159,11 @@ def _next_arrival(listener: socket.socket, seconds: float) -> _Arrival | None:
         connection, _ = listener.accept()
     except TimeoutError:
         return None
-    wire = Wire(connection)
+    try:
+        wire = Wire(connection)
+    except OSError:  # somebody who has left again
+        connection.close()
+        return None
     hello = wire.receive(_HELLO_SECONDS) or {}
     rank, values = hello.get("rank"), hello.get("likeness")
     if type(rank) is int and rank > 0 and isinstance(values, dict):

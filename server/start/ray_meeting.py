@@ -55,7 +55,7 @@ def meet_ray(settings: ServerSettings, prepared: Prepared, progress: StartupProg
         names = names_of(nodes)
         others = [node_id for node_id in dict.fromkeys(node_ids) if node_id != own]
         _refuse(installed.installed_versions(), _ask(others, names, _versions(), (), progress), names)
-        arguments = (_everywhere(settings.fusion), settings.cache, dict(prepared.engine_options))
+        arguments = (_everywhere(settings.fusion), settings.cache, _options_everywhere(prepared))
         described = _ask(others, names, describe, arguments, progress)
         for node_id in others:
             if "refusal" in described[node_id]:
@@ -84,6 +84,16 @@ def describe(fusion: str, cache: str | None, engine_options: Mapping[str, Any]) 
         return {"likeness": likeness(prepared), "spec": _spec(prepared).model_dump(mode="json")}
     except UserError as error:
         return {"refusal": str(error)}
+
+
+def _options_everywhere(prepared: Prepared) -> dict[str, Any]:
+    """The options that were given; a draft head's folder by its whole path, at which every node has to have it."""
+    options = dict(prepared.engine_options)
+    speculation = options.get("speculation")
+    if isinstance(speculation, Mapping) and speculation.get("path"):
+        path = Path(speculation["path"]).expanduser().absolute()
+        options["speculation"] = {**speculation, "path": str(path)}
+    return options
 
 
 def _spec(prepared: Prepared) -> EngineSpec:

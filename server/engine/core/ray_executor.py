@@ -30,7 +30,7 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 from ultrafuser.server.engine.core.split_executor import shares_of_cores
 from ultrafuser.server.engine.shared.interfaces import network_environment
-from ultrafuser.server.engine.shared.ray_cluster import RayPlacement, connect, device_key
+from ultrafuser.server.engine.shared.ray_cluster import PLACEMENT_KEY, RayPlacement, connect, device_key
 from ultrafuser.server.engine.shared.spec import EngineSpec
 from ultrafuser.server.engine.shared.wire import Wire
 
@@ -89,6 +89,9 @@ class RayRank(RayWorkerProc):
         self._tie()
         if current_platform.is_cpu():
             _take_cores(len(assigned_physical_gpu_ids or [0]), local_rank)
+        else:
+            # By this word vLLM's GPU worker knows that a rank has one of the node's devices, and not all of them.
+            self._parallel_config.distributed_executor_backend = "ray"
         # vLLM takes ranks whose method ends alike for processes of one machine, that share memory.
         own_method = f"{distributed_init_method}?node={_own_node_id()}"
         super().initialize_worker(local_rank, env_vars, own_method, driver_env_vars, assigned_physical_gpu_ids)
@@ -145,7 +148,7 @@ class RayExecutor(RayExecutorV2):
 
     def dead_ranks(self) -> list[int]:
         """Ranks whose process, or node, is gone; none before all have come."""
-        if not self._wires:
+        if not self._wires or not ray.is_initialized():  # to ask would connect to the cluster anew
             return []
         gone = {rank for rank, wire in self._wires.items() if not wire.is_open}
         ranks = {handle.run_ref: handle.rank for handle in self.ray_worker_handles}
@@ -195,7 +198,9 @@ def use_own_paths(config: VllmConfig, spec: EngineSpec) -> None:
     if model.tokenizer == model.model:
         model.tokenizer = own
     model.model = own
-    config.additional_config = dict(config.additional_config) | spec.to_additional_config()
+    # Without the placement, which is another at every start: vLLM names its compiled models by all that is here.
+    kept = {name: value for name, value in config.additional_config.items() if name != PLACEMENT_KEY}
+    config.additional_config = kept | spec.to_additional_config()
 
 
 def _own_node_id() -> str:
@@ -240,7 +245,12 @@ def _meet_ranks(listener: socket.socket, token: str, num_ranks: int) -> dict[int
     wires: dict[int, Wire] = {}
     listener.settimeout(_HELLO_SECONDS)
     while len(wires) < num_ranks:
-        wire = Wire(listener.accept()[0])
+        connection, _ = listener.accept()
+        try:
+            wire = Wire(connection)
+        except OSError:  # somebody who has left again
+            connection.close()
+            continue
         hello = wire.receive(_HELLO_SECONDS) or {}
         if hello.get("token") == token:
             wires[int(hello["rank"])] = wire

@@ -13,6 +13,9 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from ultrafuser.server.engine.shared.thought import Thought, ThoughtReader
 
+_MAX_ROLLBACK = 64
+"""Most tokens that are taken back at once: those of a step's drafts are far fewer."""
+
 
 class ThoughtGrammar(StructuredOutputGrammar):
     """A grammar behind a thought."""
@@ -22,8 +25,8 @@ class ThoughtGrammar(StructuredOutputGrammar):
         self._grammar = grammar
         self._eos_token_ids = eos_token_ids
         self._reader = ThoughtReader(thought)
-        self._thought_ids: list[int] = []
-        """The tokens of the thought that were accepted."""
+        self._before: list[ThoughtReader] = []
+        """The reader as it was before each of the thought's last tokens, as many as may be taken back."""
 
         self._num_answer = 0
         """How many of the answer were."""
@@ -34,9 +37,10 @@ class ThoughtGrammar(StructuredOutputGrammar):
         thought, answer = tokens[:num_thought], tokens[num_thought:]
         if answer and not self._grammar.accept_tokens(request_id, answer):
             return False
-        for token_id in [*thought, *answer[:1]]:  # of those of the answer the first says all
+        for token_id in [*thought, *([] if self._num_answer else answer[:1])]:  # the answer's first says all
+            self._before.append(copy(self._reader))
             self._reader.read(token_id)
-        self._thought_ids += thought
+        del self._before[:-_MAX_ROLLBACK]
         self._num_answer += len(answer)
         return True
 
@@ -55,25 +59,22 @@ class ThoughtGrammar(StructuredOutputGrammar):
         if num_answer:
             self._grammar.rollback(num_answer)
         self._num_answer -= num_answer
-        del self._thought_ids[len(self._thought_ids) - (num_tokens - num_answer) :]
-        if not self._num_answer:
-            self._read_again()
+        is_first_back = num_answer > 0 and not self._num_answer
+        for _ in range(num_tokens - num_answer + is_first_back):
+            self._reader = self._before.pop()
 
     def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
         """Which tokens may come next, as bits of `bitmask[batch_index]` (int32)."""
-        self._grammar.fill_bitmask(bitmask, batch_index)
+        ends = self._reader.thought.implicit_ends
+        if not self._reader.is_in_thought or ends:
+            self._grammar.fill_bitmask(bitmask, batch_index)
         if self._reader.is_in_thought:
             # What would be the answer's first token has to be one that the answer may begin with.
-            ends = [
-                token_id
-                for token_id in self._reader.thought.implicit_ends
-                if not _is_set(bitmask, batch_index, token_id)
-            ]
+            refused = [token_id for token_id in ends if not _is_set(bitmask, batch_index, token_id)]
             bitmask[batch_index].fill_(-1)
-            for token_id in (*self._eos_token_ids, *ends):
+            for token_id in (*self._eos_token_ids, *refused):
                 _set(bitmask, batch_index, token_id, is_allowed=False)
-            return
-        if self._reader.may_open:
+        elif self._reader.may_open:
             _set(bitmask, batch_index, self._reader.thought.start, is_allowed=True)
 
     def is_terminated(self) -> bool:
@@ -83,13 +84,7 @@ class ThoughtGrammar(StructuredOutputGrammar):
     def reset(self) -> None:
         """Begin anew."""
         self._grammar.reset()
-        self._thought_ids, self._num_answer = [], 0
-        self._read_again()
-
-    def _read_again(self) -> None:
-        self._reader = ThoughtReader(self._reader.thought)
-        for token_id in self._thought_ids:
-            self._reader.read(token_id)
+        self._reader, self._before, self._num_answer = ThoughtReader(self._reader.thought), [], 0
 
     def _split(self, tokens: list[int]) -> int:
         """How many of the next tokens are the thought's."""

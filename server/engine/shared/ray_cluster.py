@@ -26,16 +26,19 @@ CPU_RESOURCE = "fused_rank"
 """The resource by which ranks are put onto nodes without a GPU: how many of it a node has is said at its start."""
 
 _OPTION = "distributed_executor_backend: ray"
-_KEY = "ultrafuser_ray"
+PLACEMENT_KEY = "ultrafuser_ray"
+"""Our key in `VllmConfig.additional_config` for the placement."""
+
 _CONNECT_SECONDS = 5.0
 # Of this process's variables those that tell the engine's processes how to compute, and what to say. No other crosses
 # the network: among them may be keys.
 _CARRIED = ("VLLM_", "TORCH_", "PYTORCH_", "NCCL_", "GLOO_", "PYTHONWARNINGS", "PYTHONHASHSEED")
+_PATH_ENDINGS = ("_PATH", "_DIR", "_ROOT", "_FOLDER", "_FILE", "_HOME")
+"""Of variables that name a place on one machine."""
+
 _OF_ONE_MACHINE = frozenset(
     {
         "VLLM_API_KEY",
-        "VLLM_CACHE_ROOT",
-        "VLLM_CONFIG_ROOT",
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_HOST_IP",
         "GLOO_SOCKET_IFNAME",
@@ -68,12 +71,12 @@ class RayPlacement(BaseModel):
     def from_vllm_config(cls, vllm_config: VllmConfig) -> "RayPlacement":
         """The placement that `put_into` put there."""
         config: Any = vllm_config.additional_config
-        return cls.model_validate(config[_KEY])
+        return cls.model_validate(config[PLACEMENT_KEY])
 
     def put_into(self, vllm_config: VllmConfig) -> None:
         """Let vLLM carry this placement to engine core and workers."""
         config: Any = vllm_config.additional_config
-        config[_KEY] = self.model_dump(mode="json")
+        config[PLACEMENT_KEY] = self.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,11 @@ def connect(address: str | None, tells_workers_output: bool) -> None:
 
 def carried_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Those of the server's variables that hold on all nodes."""
-    return {name: value for name, value in environ.items() if name.startswith(_CARRIED) and name not in _OF_ONE_MACHINE}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(_CARRIED) and name not in _OF_ONE_MACHINE and not name.endswith(_PATH_ENDINGS)
+    }
 
 
 def device_key() -> str:

@@ -5,7 +5,6 @@ prompt has closed it. It ends with the end marker, which belongs to it, or befor
 start of a tool call). Markers behind that are part of the answer. Knows token ids, neither text nor templates.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -92,9 +91,3 @@ class ThoughtReader:
         elif not (is_first and token_id == thought.start):  # a prompt may have opened it, and the model does again
             self.num_thought += 1
         return True
-
-
-def num_thought_tokens(thought: Thought, token_ids: Sequence[int]) -> int:
-    """How many tokens of a response are its thought's, markers included."""
-    reader = ThoughtReader(thought)
-    return next((index for index, token_id in enumerate(token_ids) if not reader.read(token_id)), len(token_ids))

@@ -9,7 +9,6 @@ Shapes: R rows of logits, one for each slot; V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -22,21 +21,15 @@ _NOT_HERE_YET = -1
 """What vLLM writes for a token that is still on the device."""
 
 
-@dataclass
-class _Budgeted:
-    reader: ThoughtReader
-    output_token_ids: list[int]
-    """vLLM's list, which grows."""
-
-
 class ThinkingBudget:
     """Stands in the place of vLLM's `ThinkingBudgetStateHolder`."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, _Budgeted] = {}
+        self._slots: dict[int, ThoughtReader] = {}
+        """Of the requests that may still think."""
 
     def has_tracked_requests(self) -> bool:
-        """Whether a request of the batch has a budget."""
+        """Whether a request of the batch has a budget, and may still think."""
         return bool(self._slots)
 
     def sync_batch(self, update: BatchUpdate | None) -> None:
@@ -45,11 +38,11 @@ class ThinkingBudget:
             return
         for slot in update.removed:
             self._slots.pop(slot, None)
-        for slot, params, _, output_token_ids in update.added:
+        for slot, params, _, _ in update.added:
             thought = thought_of(params)
             self._slots.pop(slot, None)
-            if thought is not None and thought.budget is not None:
-                self._slots[slot] = _Budgeted(ThoughtReader(thought), output_token_ids)
+            if thought is not None and thought.budget is not None and thought.opening != "closed":
+                self._slots[slot] = ThoughtReader(thought)
         for source, target, direction in update.moved:
             moved, other = self._slots.pop(source, None), self._slots.pop(target, None)
             if moved is not None:
@@ -59,18 +52,20 @@ class ThinkingBudget:
 
     def update_state(self, output_token_ids: Sequence[Sequence[int]], *_: Any, **__: Any) -> None:
         """Read what was handed out since the last draw."""
-        for slot, own in self._slots.items():
-            for token_id in output_token_ids[slot][own.reader.num_read :]:
+        for slot, reader in list(self._slots.items()):
+            for token_id in output_token_ids[slot][reader.num_read :]:
                 if token_id == _NOT_HERE_YET:
                     break
-                own.reader.read(token_id)
+                reader.read(token_id)
+            if reader.is_over:  # for good: the whole batch would be slower for it
+                del self._slots[slot]
 
     def apply_to_logits(self, logits_RV: Tensor, *_: Any) -> Tensor:
         """The logits, in which those whose budget is spent have the end marker alone."""
-        for slot, own in self._slots.items():
-            if own.reader.is_spent:
+        for slot, reader in self._slots.items():
+            if reader.is_spent:
                 logits_RV[slot] = float("-inf")
-                logits_RV[slot, own.reader.thought.end] = 0.0
+                logits_RV[slot, reader.thought.end] = 0.0
         return logits_RV
 
 

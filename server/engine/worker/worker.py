@@ -154,7 +154,8 @@ class FusedGPUWorker(FusedWorkerMixin, Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """As vLLM's; blocks must be zeroed when a request went wrong, which vLLM prepares for other caches only."""
         super().initialize_from_config(kv_cache_config)
-        self.model_runner._init_kv_zero_meta()
+        with self._fatal_errors():
+            self.model_runner._init_kv_zero_meta()
 
 
 def _room_for_drafts(leader: VllmConfig) -> dict[str, Any] | None:

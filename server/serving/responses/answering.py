@@ -21,6 +21,7 @@ from ultrafuser.server.requests.limits import RequestBounds
 from ultrafuser.server.requests.responses_request import ResponsesRequest
 from ultrafuser.server.serving.responses.chat_request import Asked
 from ultrafuser.server.serving.responses.response_stream import ResponseStream
+from ultrafuser.server.serving.thoughts import thought_in
 from ultrafuser.server.serving.translation import as_api_error, error_in
 
 
@@ -57,19 +58,24 @@ class FusedServingResponses:
         try:
             strict = await self._strict(asked)
             try:
-                chunks = await self._chunks(asked.chat(strict), raw_request)
+                chat = asked.chat(strict)
+                chunks = await self._chunks(chat, raw_request)
             except InvalidRequest as error:
                 if error.param != "tools" or not any(strict.values()):
                     raise
                 # Each can be kept, but not all of them together: nobody has asked for that.
                 strict = dict.fromkeys(strict, False)
-                chunks = await self._chunks(asked.chat(strict), raw_request)
+                chat = asked.chat(strict)
+                chunks = await self._chunks(chat, raw_request)
         except Exception as error:
             raise asked.in_the_clients_words(as_api_error(error)) from error
-        return ResponseStream(self._shown(asked, strict, raw_request), asked.toolbox, chunks)
+        thought = thought_in(chat) if self._bounds.tells_thoughts else None
+        return ResponseStream(self._shown(asked, strict, raw_request), asked.toolbox, chunks, thought)
 
     async def _chunks(self, chat: ChatCompletionRequest, raw_request: Request) -> AsyncGenerator[str, None]:
         check_request(chat, self._bounds)
+        if chat.logprobs and self._bounds.tells_thoughts:
+            chat.return_token_ids = True  # they say which are a thought's
         chunks = await self._chat.create_chat_completion(chat, raw_request)
         if (error := error_in(chunks)) is not None:
             raise error

@@ -134,6 +134,7 @@ class _Turns:
             why = "has its result already" if call_id in self._calls else "is not among the items before it"
             raise InvalidRequest(f"{place}.call_id: the call {call_id[:64]!r} {why}.", f"{place}.call_id")
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+        self._thought = ""
 
     def check_answered(self) -> None:
         """Refuse a call that nobody answered."""

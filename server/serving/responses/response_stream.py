@@ -24,6 +24,7 @@ from openai.types.responses import (
     ResponseInProgressEvent,
 )
 
+from ultrafuser.server.engine.shared.thought import Thought, ThoughtReader
 from ultrafuser.server.errors import ApiError, sanitized
 from ultrafuser.server.requests.mark_fields import MARK_FIELDS
 from ultrafuser.server.serving.responses.output_items import (
@@ -44,8 +45,16 @@ BEGIN_SECONDS = 1.0
 class ResponseStream:
     """A response that is being written; read by `events` or by `whole`, once."""
 
-    def __init__(self, shown: dict[str, Any], toolbox: Toolbox, chunks: AsyncGenerator[str, None]) -> None:
-        """`shown` is what the response shows of its request; `chunks` are the chat completion's events."""
+    def __init__(
+        self,
+        shown: dict[str, Any],
+        toolbox: Toolbox,
+        chunks: AsyncGenerator[str, None],
+        thought: Thought | None = None,
+    ) -> None:
+        """`shown` is what the response shows of its request; `chunks` are the chat completion's events; where its
+        `thought` is told apart, they name their tokens if log probabilities were asked for."""
+        self._thought = None if thought is None else ThoughtReader(thought)
         self._shown = shown
         self._toolbox = toolbox
         self._chunks = chunks
@@ -109,20 +118,29 @@ class ResponseStream:
 
     def _take_choice(self, choice: dict[str, Any]) -> Iterator[Telling]:
         delta = choice["delta"]
-        for entry in (choice.get("logprobs") or {}).get("content") or ():
+        for entry in self._logprobs_in(choice):
             for told in (entry, *entry["top_logprobs"]):
                 told["bytes"] = told.get("bytes") or []
             self._logprobs.append(entry)
         self._take_marks(choice)
         if thought := delta.get("reasoning"):
             yield from self._grow_thought(thought)
-        if not delta.get("content") and self._items and isinstance(self._items[-1], Reasoning):
-            self._logprobs = []  # log probabilities are told of text
         if text := delta.get("content"):
             yield from self._grow_message(text)
         for call in delta.get("tool_calls") or ():
             yield from self._grow_call(call)
         self._finish_reason = choice.get("finish_reason") or self._finish_reason
+
+    def _logprobs_in(self, choice: dict[str, Any]) -> list[dict[str, Any]]:
+        """Log probabilities of tokens, but for a thought's: they are told of text."""
+        entries: list[dict[str, Any]] = (choice.get("logprobs") or {}).get("content") or []
+        if self._thought is None or not entries:
+            return entries
+        return [
+            entry
+            for entry, token_id in zip(entries, choice["token_ids"], strict=True)
+            if not self._thought.read(token_id)
+        ]
 
     def _take_marks(self, choice: dict[str, Any]) -> None:
         for name in MARK_FIELDS:

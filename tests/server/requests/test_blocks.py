@@ -51,7 +51,7 @@ def test_what_a_user_says_is_kept_whatever_it_begins_with() -> None:
         ("user", "Hi", "Hi"),
         ("user", [text("a", citations=None), text("b")], "a\nb"),
         ("user", [], ""),
-        ("assistant", [{"type": "thinking", "thinking": "hm", "signature": "x"}, text("Yes.")], "Yes."),
+        ("assistant", [{"type": "redacted_thinking", "data": "x"}, text("Yes.")], "Yes."),
         ("assistant", [{"type": "redacted_thinking", "data": "x"}], ""),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ultrafuser.server.engine.shared.thought import Opening, Thought, ThoughtReader, num_thought_tokens
+from ultrafuser.server.engine.shared.thought import Opening, Thought, ThoughtReader
 
 START, END, CALL = 90, 91, 92
 
@@ -29,8 +29,7 @@ def test_a_thought_is_at_the_start_and_ends_once(
     opening: Opening, token_ids: list[int], num_thought: int, num_counted: int
 ) -> None:
     thought = Thought(opening, START, END, (CALL,))
-    assert num_thought_tokens(thought, token_ids) == num_thought
     reader = ThoughtReader(thought)
-    for token_id in token_ids:
-        reader.read(token_id)
+    is_thought = [reader.read(token_id) for token_id in token_ids]
+    assert is_thought == [True] * num_thought + [False] * (len(token_ids) - num_thought)
     assert reader.num_thought == num_counted
