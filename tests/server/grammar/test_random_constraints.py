@@ -13,7 +13,11 @@ from tests.server.grammar.walks import COMPILER, compiled_schema, drawn
 from ultrafuser.server.grammar.compiling import compiled
 from ultrafuser.server.grammar.errors import ConstraintError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Possible:FutureWarning")  # Python's, of a class like [[a]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Possible:FutureWarning"),  # Python's, of a class like [[a]
+    # Hypothesis's, if another thread of the process happens to draw a number while an example is made.
+    pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies"),
+]
 
 SAME_EVERY_TIME = settings(
     derandomize=True, database=None, deadline=None, max_examples=200, suppress_health_check=list(HealthCheck)

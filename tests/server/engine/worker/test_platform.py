@@ -45,7 +45,11 @@ engine = ultrafuser.server.engine
 modules = [module.name for module in pkgutil.walk_packages(engine.__path__, f"{engine.__name__}.")]
 for name in sorted(modules):
     if name != "ultrafuser.server.engine.worker.cpu_worker":
-        __import__(name)
+        try:
+            __import__(name)
+        except ModuleNotFoundError as error:
+            if error.name != "ray":  # which only those install who use it
+                raise
 
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.server.engine.shared.options import engine_arguments
