@@ -40,6 +40,9 @@ from ultrafuser.server.start.progress import StartupProgress
 from ultrafuser.server.start.ray_meeting import meet_ray
 from ultrafuser.server.start.signals import STOP_SIGNALS
 
+FIRST_STEP_STALLS = 10
+"""How many times longer than a later one the first step may take: it may have to compile, or to read weights."""
+
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""
 
@@ -138,9 +141,9 @@ class _Service:
         self._engine_failed = self._is_asked = False
         limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
         self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
-        heartbeat = Heartbeat()
-        engine.steps.listen(heartbeat.beat)
-        self._stall_watch = StallWatch(engine, heartbeat, self._readiness, settings.stall_timeout)
+        self._heartbeat = Heartbeat()
+        engine.steps.listen(self._heartbeat.beat)
+        self._stall_watch = StallWatch(engine, self._heartbeat, self._readiness, settings.stall_timeout)
         app = create_app(serving, settings, self._readiness, self._admission)
         self._server = _Server(_uvicorn_config(app, settings))
         self._companions: list[asyncio.Task[None]] = []
@@ -196,7 +199,10 @@ class _Service:
     def _is_lost(self) -> bool:
         """Whether the engine hangs for good: ranks that wait for one that does not answer, and be it on a machine that
         cannot be reached, go on waiting."""
-        return self._ends_at_a_stall and self._readiness.is_warm and self._readiness.is_stalled
+        if not (self._ends_at_a_stall and self._readiness.is_stalled):
+            return False
+        allowed = self._settings.stall_timeout * FIRST_STEP_STALLS
+        return self._readiness.is_warm or self._heartbeat.age_seconds > allowed
 
     def _stop(self) -> None:
         """End when the running requests have ended; asked again, at once."""

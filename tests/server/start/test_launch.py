@@ -219,6 +219,23 @@ def test_an_engine_that_stalls_ends_the_server_where_ranks_wait_for_others(
     assert start.serve() == status
 
 
+@pytest.mark.parametrize("start", [asyncio.new_event_loop], indirect=True)
+def test_ranks_that_hang_at_the_first_token_end_the_start(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(_: Serving) -> None:
+        start.engine.num_unfinished = 1
+        start.engine.is_paused = asyncio.Event().wait
+        asyncio.get_running_loop().call_later(20.0, press_ctrl_c)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(launch, "warm_up", hang)
+    monkeypatch.setattr(launch, "FIRST_STEP_STALLS", 3)
+    start.settings = ServerSettings(stall_timeout=0.2)
+    engine = start.fusion.engine.model_copy(update={"placement": "split"})
+    start.fusion = start.fusion.model_copy(update={"engine": engine})
+    assert start.serve() == 1
+    assert "ready: " not in start.said
+
+
 def test_wishes_of_other_nodes_cut_nobody_off() -> None:
     """Stopped all at once, every node tells the first, which has a signal of its own, before or after."""
     service = launch._Service.__new__(launch._Service)
