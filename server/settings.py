@@ -76,6 +76,9 @@ class Network(_Section):
     ssl_keyfile: str | None = None
     """Private key (PEM) of the certificate."""
 
+    shutdown_delay: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds after Ctrl-C or SIGTERM in which requests are still taken, while /ready says 503 to a balancer."""
+
     shutdown_timeout: Annotated[float, Field(ge=0)] = 5.0
     """Seconds that running requests get to finish after Ctrl-C or SIGTERM; a second signal ends them at once."""
 

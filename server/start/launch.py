@@ -216,7 +216,14 @@ class _Service:
         """As other nodes wish, any number of them: a signal to all machines at once cuts nobody off."""
         if not self._readiness.is_ending:
             self._readiness.is_ending = True
-            self._accompany(self._end_after(self._settings.shutdown_timeout))
+            self._accompany(self._drain())
+
+    async def _drain(self) -> None:
+        """Let balancers see that the server is not ready, before anybody is turned away."""
+        if delay := self._settings.shutdown_delay:
+            logger.info("the server ends; it is not ready, and takes requests for %g s more", delay)
+            await asyncio.sleep(delay)
+        await self._end_after(self._settings.shutdown_timeout)
 
     async def _end_after(self, seconds: float) -> None:
         """Take no more requests, give the running ones so long, then tell their clients, and end."""

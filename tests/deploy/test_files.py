@@ -62,7 +62,7 @@ def test_the_servers_images_carry_its_version() -> None:
 
 def test_settings_that_are_named_exist() -> None:
     names = set(re.findall(rf"\b{PREFIX}([A-Z_]+)\b", DOCKERFILE + COMPOSE + KUBERNETES))
-    assert {"HOST", "PORT", "CACHE", "FUSION", "API_KEY_FILE", "SHUTDOWN_TIMEOUT"} == names
+    assert {"HOST", "PORT", "CACHE", "FUSION", "API_KEY_FILE", "SHUTDOWN_DELAY", "SHUTDOWN_TIMEOUT"} == names
     known = {*ServerSettings.model_fields, *EngineOptions.model_fields}
     assert [name for name in names if name.lower() not in known] == []
 
@@ -84,11 +84,14 @@ def test_what_the_dockerfile_copies_is_let_through_and_nothing_else() -> None:
 def test_containers_are_not_killed_while_requests_may_finish() -> None:
     example = variables(DEPLOY / ".env.example")
     grace = int(example["STOP_GRACE_PERIOD"].removesuffix("s"))
-    assert grace >= int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
+    assert grace >= int(example["SHUTDOWN_DELAY"]) + int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
     grace = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", KUBERNETES)[0])
     drain = int(re.findall(rf"{PREFIX}SHUTDOWN_TIMEOUT=(\d+)", KUBERNETES)[0])
-    pre_stop = int(re.findall(r'\[sleep, "(\d+)"\]', KUBERNETES)[0])
-    assert grace >= pre_stop + drain + ENGINE_STOP_SECONDS + 4
+    delay = int(re.findall(rf"{PREFIX}SHUTDOWN_DELAY=(\d+)", KUBERNETES)[0])
+    assert grace >= delay + drain + ENGINE_STOP_SECONDS + 4
+    probe = re.search(r"readinessProbe:.*?periodSeconds: (\d+).*?failureThreshold: (\d+)", KUBERNETES, re.DOTALL)
+    assert probe is not None
+    assert delay > int(probe[1]) * int(probe[2])  # else requests are turned away while they are still sent here
 
 
 def test_nothing_is_reachable_from_other_machines_by_default() -> None:

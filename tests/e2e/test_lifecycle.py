@@ -35,14 +35,17 @@ def press_ctrl_c(server: ServerProcess) -> None:
 
 
 def test_at_ctrl_c_running_requests_finish_and_nothing_is_left_behind(start: Callable[..., ServerProcess]) -> None:
-    server = start("--shutdown-timeout", "60")
+    server = start("--shutdown-delay", "5", "--shutdown-timeout", "60")
     server.wait_until_ready()
-    listener = Listener(server.url, max_tokens=600)
+    listener = Listener(server.url, max_tokens=900)
     assert len(server.children()) >= 2
     press_ctrl_c(server)
     wait_for(lambda: httpx.get(f"{server.url}/ready").json() == {"status": "shutting down"}, "/ready says so", 2)
     assert httpx.get(f"{server.url}/health").status_code == 200
-    refused = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": []})
+    url, body = f"{server.url}/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert httpx.post(url, json=body).status_code == 200  # a balancer may not have noticed
+    wait_for(lambda: httpx.post(url, json=body).status_code == 503, "requests are refused", 10)
+    refused = httpx.post(url, json={"messages": []})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
     assert "retry-after" in refused.headers
     assert server.metric("fused_ready") == 0

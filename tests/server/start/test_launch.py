@@ -242,7 +242,8 @@ def test_wishes_of_other_nodes_cut_nobody_off() -> None:
     service._is_asked, service._readiness, service._settings = False, Readiness(), ServerSettings()
     service._server = server = mock.Mock(force_exit=False)
     service._admission, ends = mock.Mock(), list[Any]()
-    with mock.patch.multiple(service, _end_after=lambda seconds: seconds, _accompany=ends.append):
+    drain = lambda: service._settings.shutdown_timeout  # noqa: E731
+    with mock.patch.multiple(service, _drain=drain, _accompany=ends.append):
         for end in (service._end_in_order, service._stop, service._end_in_order):
             end()
         assert not server.force_exit
