@@ -624,6 +624,22 @@ async def test_the_deadline_ends_a_stream_and_an_answer(
     await check_error(await client.post(URL, json=HI), 504, "timeout_error", "2 s")
 
 
+def test_a_call_is_told_to_its_end_before_the_next_one() -> None:
+    """A parser may tell the rest of an earlier call last."""
+    blocks = message_events._Blocks()
+    begun = {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x": '}}
+    other = {"index": 1, "id": "b", "function": {"name": "g", "arguments": '{"y": 2}'}}
+    told = [*blocks.grow({"tool_calls": [begun, other]}), *blocks.grow({"content": "So."})]
+    told += [*blocks.grow({"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]}), *blocks.end()]
+    arguments: dict[int, str] = {}
+    for kind, data in told:
+        if kind == "content_block_delta" and "partial_json" in data["delta"]:
+            arguments[data["index"]] = arguments.get(data["index"], "") + data["delta"]["partial_json"]
+    assert sorted(arguments.values()) == ['{"x": 1}', '{"y": 2}']
+    kinds = [kind for kind, _ in told if kind != "content_block_delta"]
+    assert kinds == ["content_block_start", "content_block_stop"] * 3
+
+
 KEYS = {"api_key": (SecretStr("one"), SecretStr("two")), "requests_per_minute": 2}
 
 

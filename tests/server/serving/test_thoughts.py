@@ -1,7 +1,6 @@
 """Thinking over HTTP: thought and answer apart, streamed and whole, and one decision for all specialists."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from tests.server.scripted import ScriptedEngine
 from tests.server.test_app import URL, check_error, events
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
 from ultrafuser.server.engine.shared.options import engine_arguments
-from ultrafuser.server.engine.shared.thought import THOUGHT, Opening, ThoughtReader
-from ultrafuser.server.serving.rendering import FusedRenderer
-from ultrafuser.server.serving.thinking import Markers, ThinkingError, markers_of
-from ultrafuser.server.serving.thoughts import Splitter
+from ultrafuser.server.engine.shared.thought import THOUGHT, Thought
+from ultrafuser.server.serving.responses.response_stream import ResponseStream
 from ultrafuser.server.settings import ServerSettings
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
@@ -164,6 +161,7 @@ async def test_what_users_spell_opens_nothing(client: httpx.AsyncClient, engine:
         ({"enable_thinking": False, "reasoning_effort": "high"}, "enable_thinking"),
         ({"enable_thinking": "yes"}, "enable_thinking"),
         ({"thinking": {"type": "much"}}, "thinking.type"),
+        ({"thinking": {"type": ["enabled"]}}, "thinking.type"),
         ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "enabled", "budget_tokens": 5}, "thinking_token_budget": 6}, "thinking_token_budget"),
         (
@@ -345,86 +343,41 @@ async def test_thoughts_that_eat_the_limit_end_as_length(client: httpx.AsyncClie
     assert not choice["message"]["content"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """Of all specialists."""
-    return build_tokenizer(320, 320, "text", MARKERS)
+async def test_tokenize_counts_the_prompt_that_the_chat_would_have(client: httpx.AsyncClient) -> None:
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    counted = await client.post("/tokenize", json=asked(**off))
+    assert counted.status_code == 200, counted.text
+    chat = (await client.post(URL, json=asked(**off))).json()
+    assert counted.json()["count"] == chat["usage"]["prompt_tokens"]
 
 
-@pytest.fixture(scope="module")
-def markers(tokenizer: Any) -> Markers:
-    """Those of Qwen's models."""
-    return markers_of("qwen3", tokenizer, 320)
+async def test_marks_stay_where_thoughts_are_left_out(client: httpx.AsyncClient) -> None:
+    body = asked(include_reasoning=False, gate_weights=True)
+    whole = (await client.post(URL, json=body)).json()["choices"][0]["gate_weights"]
+    chunks = events(await client.post(URL, json=body | {"stream": True}))[:-1]
+    told = [own["gate_weights"] for chunk in chunks for own in json.loads(chunk)["choices"] if "gate_weights" in own]
+    assert [row for own in told for row in own["content"]] == whole["content"]
+    assert told[-1]["mean"] == whole["mean"]
 
 
-ANSWERS: list[tuple[Opening, str]] = [
-    ("open", SCRIPT),
-    ("open", f"<think>{SCRIPT}"),
-    ("open", "</think>At once."),
-    ("open", "No end"),
-    ("open", "Ends here</think>"),
-    ("open", f"Hm.{CALL}"),
-    ("open", "a < b </ c </thin k></think>x </think> y"),
-    ("unopened", f"<think>{SCRIPT}"),
-    ("unopened", "It is <think>no</think>"),
-    ("unopened", "<think>"),
-    ("closed", "It </think> is."),
-    ("open", ""),
-]
+async def test_messages_name_a_contradiction(client: httpx.AsyncClient) -> None:
+    body = asked(model="tiny", max_tokens=9, thinking={"type": "adaptive"})
+    response = await client.post(MESSAGES, json=body | {"chat_template_kwargs": {"enable_thinking": False}})
+    assert response.status_code == 400
+    assert "chat_template_kwargs.enable_thinking: contradicts thinking" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("opening", "text"), ANSWERS)
-@pytest.mark.parametrize("seed", range(8))
-def test_the_split_does_not_depend_on_the_cut(
-    tokenizer: Any, markers: Markers, opening: Opening, text: str, seed: int
-) -> None:
-    """Text that comes later than its tokens, as where a stop string may begin, included."""
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    thought = markers.thought(opening, None)
-    whole = Splitter(thought, markers, tokenizer.decode).take(text, token_ids, is_last=True)
-    draw = random.Random(seed)
-    splitter = Splitter(thought, markers, tokenizer.decode)
-    told, rest, num_ids, num_chars = "", "", 0, 0
-    behind: list[int] = []
-    while num_ids < len(token_ids) or num_chars < len(text):
-        ids = token_ids[num_ids : num_ids + draw.randint(0, 3)]
-        num_ids += len(ids)
-        room = len(tokenizer.decode(token_ids[:num_ids])) - num_chars
-        piece = text[num_chars : num_chars + draw.randint(0, room)] if num_ids < len(token_ids) else text[num_chars:]
-        num_chars += len(piece)
-        is_last = num_ids == len(token_ids) and num_chars == len(text)
-        parts = splitter.take(piece, ids, is_last=is_last)
-        told, rest, behind = told + parts[0], rest + parts[1], behind + parts[2]
-    assert (told, rest, behind) == whole or not text
-    reader = ThoughtReader(thought)
-    assert behind == [token_id for token_id in token_ids if not reader.read(token_id)]
-
-
-def test_a_marker_that_is_spelled_with_other_tokens_ends_nothing(tokenizer: Any, markers: Markers) -> None:
-    spelled = [token for char in "a</think>b" for token in tokenizer.encode(char, add_special_tokens=False)]
-    token_ids = [*spelled, markers.end_id, *tokenizer.encode("c", add_special_tokens=False)]
-    splitter = Splitter(markers.thought("open", None), markers, tokenizer.decode)
-    assert splitter.take("a</think>b</think>c", token_ids, is_last=True)[:2] == ("a</think>b", "c")
-
-
-def test_specialists_that_disagree_are_refused_by_name(tmp_path: Path) -> None:
-    own = written(tmp_path, OPENS, LEAVES, OPENS)
-    own_info = inspect_fusion(own)
-    config = AsyncEngineArgs(**engine_arguments(own, own_info)).create_engine_config()
-    FusedRenderer(config, own, own_info).shutdown()
-    with pytest.raises(ThinkingError, match="prompt of specialist text opens a thought, that of code does not"):
-        FusedRenderer(config, own, own_info, "qwen3")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("qwen4", "vLLM has no parser 'qwen4'"), ("seed_oss", "seed_oss"), ("granite", "no markers around a thought")],
-)
-def test_a_parser_that_does_not_fit_is_refused_by_name(tokenizer: Any, name: str, message: str) -> None:
-    with pytest.raises(ThinkingError, match=message):
-        markers_of(name, tokenizer, 320)
-
-
-def test_markers_must_be_shared(tokenizer: Any) -> None:
-    with pytest.raises(ThinkingError, match="is not a token that all specialists share"):
-        markers_of("qwen3", tokenizer, tokenizer.get_vocab()["</think>"])
+def test_log_probabilities_are_told_apart_by_token() -> None:
+    """Of an event that has the end of the thought and the beginning of the answer."""
+    thought = Thought("open", 1, 2)
+    entries = [{"token": name, "logprob": 0.0, "bytes": [], "top_logprobs": []} for name in "abcd"]
+    choice = {
+        "delta": {"reasoning": "a", "content": "cd"},
+        "logprobs": {"content": entries},
+        "token_ids": [7, 2, 8, 9],
+    }
+    nothing: Any = None
+    stream = ResponseStream({}, nothing, nothing, thought)
+    list(stream._take_choice(choice))
+    message: Any = stream._items[-1].item("completed")
+    assert [entry.token for entry in message.content[0].logprobs] == ["c", "d"]

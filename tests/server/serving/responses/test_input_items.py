@@ -65,6 +65,19 @@ def test_every_part_of_every_message_is_read() -> None:
     ]
 
 
+def thought(text: str) -> dict[str, Any]:
+    return {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+
+
+def test_a_thought_belongs_to_the_turn_that_it_begins() -> None:
+    """Within a turn, between its calls, it is left out: it came with the next turn's."""
+    second = {**CALL, "call_id": "b"}
+    results = [RESULT, {**RESULT, "call_id": "b"}]
+    items = [USER, thought("A"), CALL, thought("B"), second, *results, thought("C"), said("Done.")]
+    turns = [turn for turn in messages_of(items, None) if turn["role"] == "assistant"]
+    assert [turn["reasoning"] for turn in turns] == ["A", "C"]
+
+
 def test_what_another_agent_says_is_a_users_turn() -> None:
     content = [{"type": "input_text", "text": "Hi"}]
     assert messages_of([{"type": "agent_message", "author": "a", "recipient": "b", "content": content}], None) == [USER]
