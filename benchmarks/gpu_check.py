@@ -1,13 +1,13 @@
 """Does a GPU give what the CPU's tests promise? Exact tokens with CUDA graphs, and what guessing ahead gains there.
 
-Run: python -m benchmarks.gpu_check [--quick]
+Run: python -m benchmarks.gpu_check [--quick] [--part demo]
 
 `--quick` runs the tiny model alone, on whatever the machine has: without a GPU it is the only thing to run.
 """
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +40,14 @@ UTILIZATION = 0.5
 """Share of the memory that vLLM must find free at the start of an engine; what it takes is the fusion file's to say."""
 
 
-class OnGPU(Options):
+class CheckOptions(Options):
+    """What is checked."""
+
+    part: Literal["tiny", "demo", "drafts"] | None = None
+    """Exactness of the tiny model, or of the demo, or what drafts gain, alone."""
+
+
+class OnGPU(CheckOptions):
     """Options whose fusion runs with compiled models and CUDA graphs, whatever its file says."""
 
     def load(self) -> tuple[FusionConfig, FusedModelInfo]:
@@ -49,7 +56,7 @@ class OnGPU(Options):
         return with_engine(fusion, enforce_eager=False, gpu_memory_utilization=UTILIZATION), info
 
 
-def measure(options: Options) -> list[Comparison]:
+def measure(options: CheckOptions) -> list[Comparison]:
     """Exactness first; costs only where they mean something.
 
     Raises:
@@ -63,9 +70,10 @@ def measure(options: Options) -> list[Comparison]:
     if options.quick:
         return check_tiny(options) + check_tiny_with_drafts(options)
     comparisons: list[Comparison] = []
-    for part in (check_tiny, check_tiny_with_drafts, check_demo, measure_drafts):
-        say(f"gpu_check: {part.__name__}")
-        comparisons += in_a_process_of_its_own(part, options)
+    for name, parts in PARTS.items():
+        for part in parts if options.part in (None, name) else ():
+            say(f"gpu_check: {part.__name__}")
+            comparisons += in_a_process_of_its_own(part, options)
     return comparisons
 
 
@@ -135,6 +143,9 @@ def measure_drafts(options: Options) -> list[Comparison]:
     ]
 
 
+PARTS = {"tiny": (check_tiny, check_tiny_with_drafts), "demo": (check_demo,), "drafts": (measure_drafts,)}
+
+
 def with_engine(fusion: FusionConfig, **settings: Any) -> FusionConfig:
     """The fusion with other engine settings."""
     return fusion.model_copy(update={"engine": fusion.engine.model_copy(update=settings)})
@@ -158,4 +169,4 @@ def _of(case: str, unit: str, value: float, asked: float) -> Comparison:
 
 
 if __name__ == "__main__":
-    run_benchmark(QUESTION, measure)
+    run_benchmark(QUESTION, measure, CheckOptions)

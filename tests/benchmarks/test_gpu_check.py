@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from benchmarks.command import Options
-from benchmarks.gpu_check import count_equal, measure, num_decided
+from benchmarks import gpu_check
+from benchmarks.gpu_check import CheckOptions, count_equal, measure, num_decided
+from benchmarks.measure import Comparison
 from tests.e2e.process import clean_environment
 
 
@@ -28,7 +30,21 @@ def test_steps_count_until_the_reference_is_undecided() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_can_be_run() -> None:
     with pytest.raises(SystemExit, match="no GPU answers; --quick runs the part that needs none"):
-        measure(Options())
+        measure(CheckOptions())
+
+
+def test_one_part_can_be_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def noting(part: Callable[..., list[Comparison]], _options: CheckOptions) -> list[Comparison]:
+        ran.append(part.__name__)
+        return []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "in_a_process_of_its_own", noting)
+    for part in ("demo", None):
+        measure(CheckOptions(part=part))
+    assert ran == ["check_demo", "check_tiny", "check_tiny_with_drafts", "check_demo", "measure_drafts"]
 
 
 @pytest.mark.long
