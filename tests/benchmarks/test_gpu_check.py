@@ -28,7 +28,7 @@ def test_steps_count_until_the_reference_is_undecided() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_can_be_run() -> None:
     with pytest.raises(SystemExit, match="no GPU answers; --quick runs the part that needs none"):
-        measure(Options())
+        list(measure(Options()))
 
 
 @pytest.mark.long

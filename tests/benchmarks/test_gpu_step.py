@@ -31,7 +31,7 @@ def test_a_copy_is_measured() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_can_be_run() -> None:
     with pytest.raises(SystemExit, match="no GPU answers; --quick runs a tiny model that needs none"):
-        measure(StepOptions())
+        list(measure(StepOptions()))
 
 
 @pytest.mark.long
