@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.process import in_a_process_of_its_own
 from benchmarks.result import Question
 from benchmarks.shapes import NAMES, fusion_of_shape
-from benchmarks.stepping import Round, alternate
+from benchmarks.stepping import NUM_UNCOUNTED, Round, alternate
 from benchmarks.workload import Request, random_requests
 from ultrafuser.gating.model.schema import SpeculationSettings
 
@@ -126,14 +126,19 @@ def measure_steps(sizes: Sizes, options: StepOptions) -> Iterator[Comparison]:
 
 
 def measure_rounds(sizes: Sizes, _options: StepOptions) -> Iterator[Comparison]:
-    """Steps of an engine that can draft, while it does not and while it always does."""
+    """Steps of an engine that can draft, while it does not and while it always does.
+
+    Not at the largest batch, and half as often: with drafts a batch has more graphs to capture, and a round takes as
+    long as several steps.
+    """
     from benchmarks.speculation import Drafting
 
+    sizes = replace(sizes, batches=sizes.batches[:-1], num_rounds=sizes.num_rounds // 2)
     with two_engines(sizes, SpeculationSettings(max_tokens=4)) as (fused, start_plain, requests):
         plain, drafting = start_plain(), Drafting(fused)
         for name, settings in ROUNDS.items():
             drafting.use(name, settings)
-            for batch in sizes.batches[:-1]:
+            for batch in sizes.batches:
                 rounds = _alternate(sizes, fused, plain, requests[batch])
                 comparison = decode_step.compare(batch, rounds, NUM_SPECIALISTS)
                 case = f"{sizes.shape}: {name}, batch {batch}, against {NUM_SPECIALISTS} single steps"
@@ -161,7 +166,7 @@ def two_engines(
         settings |= {"kv_cache_memory_bytes": 2**26, "max_step_seconds": 0}
     with fusion_of_shape(sizes.shape, settings) as path:
         fusion, info = Options(fusion=path).load()
-        num_tokens = sizes.num_rounds * (sizes.num_steps + 1) * (1 + max(own.max_tokens for own in ROUNDS.values()))
+        num_tokens = most_tokens(sizes)
         requests = {
             batch: random_requests(info, [sizes.prompt_length] * batch, [num_tokens] * batch, seed=batch)
             for batch in sizes.batches
@@ -170,6 +175,12 @@ def two_engines(
         fused = fused_engine(fusion, gpu_memory_utilization=sizes.fused_share, **drafts)
         share = fusion.engine.model_copy(update={"gpu_memory_utilization": sizes.plain_share})
         yield fused, lambda: plain_engine(fusion.model_copy(update={"engine": share}), info), requests
+
+
+def most_tokens(sizes: Sizes) -> int:
+    """Of a response that lasts for all steps, if every draft of them holds."""
+    num_steps = sizes.num_rounds * (NUM_UNCOUNTED + sizes.num_steps)
+    return 2 + num_steps * (1 + max(own.max_tokens for own in ROUNDS.values()))
 
 
 def num_bytes_of_step(runners: Sequence[Any], num_cached_tokens: int) -> int:
