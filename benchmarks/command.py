@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -64,17 +64,27 @@ class Options(Frozen):
 
 
 def run_benchmark(
-    question: Question, measure: Callable[[Any], Sequence[Comparison]], model: type[Options] = Options
+    question: Question, measure: Callable[[Any], Iterable[Comparison]], model: type[Options] = Options
 ) -> None:
-    """Run one benchmark as a program. A missed bar is a result (exit status 0), an exception is an error."""
+    """Run one benchmark as a program. A missed bar is a result (exit status 0), an exception is an error.
+
+    What was measured before an error, or before the process was told to end, is filed all the same, and says so.
+    """
     options = parse_options(model, question.name, sys.argv[1:], description=f"{question.text} {question.method}")
     environment = describe_environment(f"benchmarks.{question.name}", sys.argv[1:])
     os.environ.update(vllm_environment(os.environ, "warning"))  # what the server gives its own engine
     # Otherwise a SIGTERM would end this process without its `finally` clauses, and leave servers behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _only_the_result_on_stdout() as stdout:
-        comparisons = tuple(measure(options))
-        result = Result(question=question, date=today(), comparisons=comparisons, environment=environment)
+        result = Result(question=question, date=today(), comparisons=(), environment=environment)
+        try:
+            for comparison in measure(options):
+                result = result.model_copy(update={"comparisons": (*result.comparisons, comparison)})
+        except BaseException as error:
+            if result.comparisons and options.folder is not None:
+                result = result.model_copy(update={"ended_by": f"{type(error).__name__}: {error}"})
+                say(f"{question.name}: filed what was measured until then: {result.write(options.folder)}")
+            raise
         summary: dict[str, Any] = {**result.summary, "file": None}
         if options.folder is not None:
             summary["file"] = str(result.write(options.folder))

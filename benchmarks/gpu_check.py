@@ -6,7 +6,7 @@ Run: python -m benchmarks.gpu_check [--quick] [--part demo]
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -56,7 +56,7 @@ class OnGPU(CheckOptions):
         return with_engine(fusion, enforce_eager=False, gpu_memory_utilization=UTILIZATION), info
 
 
-def measure(options: CheckOptions) -> list[Comparison]:
+def measure(options: CheckOptions) -> Iterator[Comparison]:
     """Exactness first; costs only where they mean something.
 
     Raises:
@@ -68,13 +68,12 @@ def measure(options: CheckOptions) -> list[Comparison]:
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # else Triton's float32 products are tf32, too coarse for this
     options = OnGPU(**dict(options)) if has_gpu else options
     if options.quick:
-        return check_tiny(options) + check_tiny_with_drafts(options)
-    comparisons: list[Comparison] = []
+        yield from check_tiny(options) + check_tiny_with_drafts(options)
+        return
     for name, parts in PARTS.items():
         for part in parts if options.part in (None, name) else ():
             say(f"gpu_check: {part.__name__}")
-            comparisons += in_a_process_of_its_own(part, options)
-    return comparisons
+            yield from in_a_process_of_its_own(part, options)
 
 
 def check_tiny(options: Options) -> list[Comparison]:

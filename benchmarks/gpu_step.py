@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ from benchmarks.measure import Bar, Comparison, Measured
 from benchmarks.process import in_a_process_of_its_own
 from benchmarks.result import Question
 from benchmarks.shapes import NAMES, fusion_of_shape
-from benchmarks.stepping import Round, alternate
+from benchmarks.stepping import NUM_UNCOUNTED, Round, alternate
 from benchmarks.workload import Request, random_requests
 from ultrafuser.gating.model.schema import SpeculationSettings
 
@@ -90,7 +90,7 @@ SIZES = (Sizes("SmolLM2-135M", 0.3, 0.2), Sizes("Qwen2.5-7B", has_bars=True))
 QUICK = Sizes("tiny", batches=(1, 2), prompt_length=16, long_prompt=40, num_rounds=2, num_steps=2)
 
 
-def measure(options: StepOptions) -> list[Comparison]:
+def measure(options: StepOptions) -> Iterator[Comparison]:
     """Every shape, without drafts and with, each in a process of its own.
 
     Raises:
@@ -98,17 +98,15 @@ def measure(options: StepOptions) -> list[Comparison]:
     """
     if not (torch.cuda.is_available() or options.quick):
         raise SystemExit("gpu_step: no GPU answers; --quick runs a tiny model that needs none")
-    comparisons: list[Comparison] = []
     for sizes in (QUICK,) if options.quick else SIZES:
         if options.shape in (None, sizes.shape):
             for name, part in PARTS.items():
                 if options.part in (None, name):
                     say(f"gpu_step: {sizes.shape}, {name}")
-                    comparisons += in_a_process_of_its_own(part, sizes, options)
-    return comparisons
+                    yield from in_a_process_of_its_own(part, sizes, options)
 
 
-def measure_steps(sizes: Sizes, options: StepOptions) -> list[Comparison]:
+def measure_steps(sizes: Sizes, options: StepOptions) -> Iterator[Comparison]:
     """Single steps, a long prompt and memory, of an engine that drafts nothing."""
     bandwidth = copy_bandwidth()
     say(f"gpu_step: a large copy moves {bandwidth / 1e12:.2f} TB/s, read and written")
@@ -116,33 +114,35 @@ def measure_steps(sizes: Sizes, options: StepOptions) -> list[Comparison]:
     before, largest = memory_in_use(), max(sizes.batches)
     with two_engines(sizes, None) as (fused, start_plain, requests):
         num_graphs = num_captured()
-        comparisons = [_memory(sizes.shape, fused, requests[largest], sizes.fused_share, before, num_graphs)]
+        yield _memory(sizes.shape, fused, requests[largest], sizes.fused_share, before, num_graphs)
         before, plain = memory_in_use(), start_plain()
         name, num_graphs = f"{sizes.shape}, one specialist alone", num_captured() - num_graphs
-        comparisons.append(_memory(name, plain, requests[largest], sizes.plain_share, before, num_graphs))
+        yield _memory(name, plain, requests[largest], sizes.plain_share, before, num_graphs)
         for batch in sizes.batches:
-            comparisons += _steps(sizes, batch, fused, plain, requests[batch], bandwidth)
-        comparisons.append(_first_token(sizes, fused, plain, requests[LONG]))
+            yield from _steps(sizes, batch, fused, plain, requests[batch], bandwidth)
+        yield _first_token(sizes, fused, plain, requests[LONG])
         if options.folder is not None:
             write_profile(fused, requests[1], options.folder / f"{QUESTION.name}-{sizes.shape}.txt")
-    return comparisons
 
 
-def measure_rounds(sizes: Sizes, _options: StepOptions) -> list[Comparison]:
-    """Steps of an engine that can draft, while it does not and while it always does."""
+def measure_rounds(sizes: Sizes, _options: StepOptions) -> Iterator[Comparison]:
+    """Steps of an engine that can draft, while it does not and while it always does.
+
+    Not at the largest batch, and half as often: with drafts a batch has more graphs to capture, and a round takes as
+    long as several steps.
+    """
     from benchmarks.speculation import Drafting
 
-    comparisons = []
+    sizes = replace(sizes, batches=sizes.batches[:-1], num_rounds=sizes.num_rounds // 2)
     with two_engines(sizes, SpeculationSettings(max_tokens=4)) as (fused, start_plain, requests):
         plain, drafting = start_plain(), Drafting(fused)
         for name, settings in ROUNDS.items():
             drafting.use(name, settings)
-            for batch in sizes.batches[:-1]:
+            for batch in sizes.batches:
                 rounds = _alternate(sizes, fused, plain, requests[batch])
                 comparison = decode_step.compare(batch, rounds, NUM_SPECIALISTS)
                 case = f"{sizes.shape}: {name}, batch {batch}, against {NUM_SPECIALISTS} single steps"
-                comparisons.append(_told(comparison.model_copy(update={"case": case, "bar": None})))
-    return comparisons
+                yield _told(comparison.model_copy(update={"case": case, "bar": None}))
 
 
 PARTS = {"steps": measure_steps, "rounds": measure_rounds}
@@ -166,7 +166,7 @@ def two_engines(
         settings |= {"kv_cache_memory_bytes": 2**26, "max_step_seconds": 0}
     with fusion_of_shape(sizes.shape, settings) as path:
         fusion, info = Options(fusion=path).load()
-        num_tokens = sizes.num_rounds * (sizes.num_steps + 1) * (1 + max(own.max_tokens for own in ROUNDS.values()))
+        num_tokens = most_tokens(sizes)
         requests = {
             batch: random_requests(info, [sizes.prompt_length] * batch, [num_tokens] * batch, seed=batch)
             for batch in sizes.batches
@@ -175,6 +175,12 @@ def two_engines(
         fused = fused_engine(fusion, gpu_memory_utilization=sizes.fused_share, **drafts)
         share = fusion.engine.model_copy(update={"gpu_memory_utilization": sizes.plain_share})
         yield fused, lambda: plain_engine(fusion.model_copy(update={"engine": share}), info), requests
+
+
+def most_tokens(sizes: Sizes) -> int:
+    """Of a response that lasts for all steps, if every draft of them holds."""
+    num_steps = sizes.num_rounds * (NUM_UNCOUNTED + sizes.num_steps)
+    return 2 + num_steps * (1 + max(own.max_tokens for own in ROUNDS.values()))
 
 
 def num_bytes_of_step(runners: Sequence[Any], num_cached_tokens: int) -> int:

@@ -83,10 +83,12 @@ def _section(name: str, path: Path | None, folder: Path) -> str:
     result = read_result(path)
     question = result.question
     link = os.path.relpath(path, folder)
+    ended = [f"**Not complete**: the run was ended by {result.ended_by}."] if result.ended_by else []
     return "\n\n".join(
         [
             f"## {name}",
             f"{question.text} {question.method}",
+            *ended,
             _table(result),
             f"![{name}]({Path(link).with_suffix('.png').as_posix()})",
             _where(result.environment, result.date, Path(link).as_posix()),

@@ -50,6 +50,9 @@ class Result(Frozen):
     environment: Environment
     """Where."""
 
+    ended_by: str | None = None
+    """The error that ended the run before all was measured; null: none."""
+
     @property
     def summary(self) -> dict[str, Any]:
         """The verdict as a script prints it in its last line."""
@@ -57,7 +60,7 @@ class Result(Frozen):
             "name": self.question.name,
             "ratios": {item.key: _rounded(item.ratio) for item in self.comparisons},
             "bars": {item.key: {item.bar.direction: item.bar.limit} for item in self.comparisons if item.bar},
-            "ok": verdict(self.comparisons),
+            "ok": None if self.ended_by else verdict(self.comparisons),
         }
 
     def write(self, folder: Path) -> Path:

@@ -30,7 +30,7 @@ def test_steps_count_until_the_reference_is_undecided() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_can_be_run() -> None:
     with pytest.raises(SystemExit, match="no GPU answers; --quick runs the part that needs none"):
-        measure(CheckOptions())
+        list(measure(CheckOptions()))
 
 
 def test_one_part_can_be_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_one_part_can_be_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "in_a_process_of_its_own", noting)
     for part in ("demo", None):
-        measure(CheckOptions(part=part))
+        assert not list(measure(CheckOptions(part=part)))
     assert ran == ["check_demo", "check_tiny", "check_tiny_with_drafts", "check_demo", "measure_drafts"]
 
 

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from benchmarks.gpu_step import StepOptions, copy_bandwidth, measure
+from benchmarks.gpu_step import QUICK, SIZES, Sizes, StepOptions, copy_bandwidth, measure, most_tokens
 from benchmarks.shapes import SHAPES, fusion_of_shape
+from benchmarks.stepping import alternate
 from tests.e2e.process import clean_environment
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
 from ultrafuser.gating.model.loading import empty_model
@@ -24,6 +26,15 @@ def test_shapes_have_as_many_parameters_as_the_models(shape: str, billions: floa
         assert empty_model(fusion.specialists[0]).num_parameters() / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [*SIZES, QUICK], ids=lambda sizes: sizes.shape)
+def test_responses_last_for_all_steps_if_every_draft_holds(sizes: Sizes) -> None:
+    """They ended in the last block, whose steps then had nothing to do."""
+    engine = Mock()
+    alternate(engine, None, [], sizes.num_rounds, sizes.num_steps)
+    assert 1 + 5 * engine.step.call_count < most_tokens(sizes)
+    assert sizes.prompt_length + most_tokens(sizes) <= 4 * sizes.prompt_length + sizes.long_prompt
+
+
 def test_a_copy_is_measured() -> None:
     assert copy_bandwidth() > 1e8
 
@@ -31,7 +42,7 @@ def test_a_copy_is_measured() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_can_be_run() -> None:
     with pytest.raises(SystemExit, match="no GPU answers; --quick runs a tiny model that needs none"):
-        measure(StepOptions())
+        list(measure(StepOptions()))
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from benchmarks.environment import REPOSITORY
+from benchmarks.result import read_result
 from benchmarks.servers import ServerFailed, ServerProcess, free_port, running
 
 # A server that answers 200, with a child of its own that would outlive it; its process id is in the answer.
@@ -27,15 +28,17 @@ http.server.HTTPServer((a.host, a.port), Handler).serve_forever()
 """
 
 BENCHMARK = """
-import os, subprocess
+import os, signal
 from benchmarks.command import run_benchmark
 from benchmarks.measure import Comparison, Measured
 from benchmarks.result import Question
 def measure(options):
     print("noise"); os.system("echo noise of a child")
-    if os.environ.get("BREAK"): raise RuntimeError("broken")
+    if os.environ.get("BREAK") == "at once": raise RuntimeError("broken")
     side = Measured(value=1.0)
-    return [Comparison(case="batch 1", unit="ms", fused=side, baseline=side, ratio=1.0)]
+    yield Comparison(case="batch 1", unit="ms", fused=side, baseline=side, ratio=1.0)
+    if os.environ.get("BREAK") == "later": raise RuntimeError("broken")
+    if os.environ.get("BREAK") == "by the clock": os.kill(os.getpid(), signal.SIGTERM)
 run_benchmark(Question(name="fake", text="?", fused="f", baseline="b", ratio="f / b", method="-"), measure)
 """
 
@@ -98,7 +101,22 @@ def test_a_quick_run_files_nothing() -> None:
 
 
 def test_an_error_is_no_result() -> None:
-    done = run("--quick", BREAK="1")
+    done = run("--quick", BREAK="at once")
     assert done.returncode != 0
     assert done.stdout == ""
     assert "broken" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "why"), [("later", 1, "RuntimeError: broken"), ("by the clock", 143, "SystemExit: 143")]
+)
+def test_what_was_measured_before_an_error_is_filed(tmp_path: Path, how: str, status: int, why: str) -> None:
+    """Minutes of a lent device were lost with the figures of all parts before the one that failed."""
+    done = run("--results", str(tmp_path), BREAK=how)
+    assert (done.returncode, done.stdout) == (status, "")
+    (file,) = tmp_path.glob("*.json")
+    assert str(file) in done.stderr
+    result = read_result(file)
+    assert [item.case for item in result.comparisons] == ["batch 1"]
+    assert result.ended_by == why
+    assert result.summary["ok"] is None

@@ -10,13 +10,13 @@ Shapes: R rows of logits, V vocabulary.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from ultrafuser.server.engine.shared.extra_args import forced_token_ids
 from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.transfer import to_device
 
 
 def given_tokens(rows: Sequence[Row], requests: Mapping[str, CachedRequestState]) -> dict[int, int]:
@@ -57,7 +57,7 @@ class Forcing:
     def _sample_or_force(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         sampled_R, processed_RV = self._sample(*args, **kwargs)
         if self._tokens:
-            rows = torch.tensor(list(self._tokens), device=sampled_R.device)
-            given = torch.tensor(list(self._tokens.values()), dtype=sampled_R.dtype, device=sampled_R.device)
+            rows = to_device(list(self._tokens), sampled_R.device)
+            given = to_device(list(self._tokens.values()), sampled_R.device, sampled_R.dtype)
             sampled_R = sampled_R.index_copy(0, rows, given)
         return sampled_R, processed_RV

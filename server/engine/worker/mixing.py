@@ -20,6 +20,7 @@ from ultrafuser.gating.model.gate import Gate, fuse
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.observing import neutralize, observe
 from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,14 @@ def _into_leader(mixed_BV: Tensor, leader_RV: Tensor, indices_B: list[int]) -> T
     if _is_everything(indices_B, len(leader_RV)):
         return mixed_BV
     fused_RV = leader_RV.to(torch.float32, copy=True)
-    fused_RV[indices_B] = mixed_BV
-    return fused_RV
+    return fused_RV.index_copy_(0, to_device(indices_B, leader_RV.device), mixed_BV)
 
 
 def take(tensor_RX: Tensor, indices: list[int]) -> Tensor:
     """The rows `indices`; without a copy when they are all rows in order, the common case of a decode step."""
     if _is_everything(indices, tensor_RX.shape[0]):
         return tensor_RX
-    return tensor_RX[torch.tensor(indices, device=tensor_RX.device)]
+    return tensor_RX[to_device(indices, tensor_RX.device)]
 
 
 def _is_everything(indices: list[int], num_rows: int) -> bool:

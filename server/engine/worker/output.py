@@ -16,7 +16,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from ultrafuser.server.engine.shared.round import Decision
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.shared.step import NUM_OTHER_MARKS, StepRecord
-from ultrafuser.server.engine.worker.timing import StepClock, to_host
+from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.transfer import to_host
 
 
 class StepOnTheWay:

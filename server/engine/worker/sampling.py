@@ -12,6 +12,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.transfer import to_device
 
 
 class LeaderDraw:
@@ -42,7 +43,7 @@ def in_order_of(rows: Sequence[Row], token_ids_RK: Tensor, drawn: Sequence[Row])
     slots = [slot_of.get(row.request, 0) for row in rows if not row.is_draft]
     if slots == list(range(len(token_ids_RK))):
         return token_ids_RK  # the common decode step: no index to copy to the device
-    return token_ids_RK[torch.tensor(slots, device=token_ids_RK.device)]
+    return token_ids_RK[to_device(slots, token_ids_RK.device)]
 
 
 def no_tokens(follower: GPUModelRunner) -> Tensor:

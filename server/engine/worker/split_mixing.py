@@ -23,6 +23,7 @@ from ultrafuser.server.engine.worker.exchange import Exchange
 from ultrafuser.server.engine.worker.mixing import Mixed, Mixer, Rows, take
 from ultrafuser.server.engine.worker.output_heads import Sent
 from ultrafuser.server.engine.worker.timing import StepClock
+from ultrafuser.server.engine.worker.transfer import to_device
 
 _NUM_SPANS = 4
 """Times that a follower tells of at once: two a step come up, more after steps in which no row ended in a token."""
@@ -115,7 +116,7 @@ class SendingMixer:
         """This specialist's part of the rows that end in a token, in the order that all ranks know."""
         indices_B = own.indices_of(ending)
         hidden_BD = take(own.hidden_RD, indices_B)
-        told_2F = _as_numbers(clock.take(_NUM_SPANS)).to(hidden_BD.device)
+        told_2F = _as_numbers(clock.take(_NUM_SPANS), hidden_BD.device)
         self._exchange.send(torch.cat([self._own_numbers(hidden_BD), told_2F], dim=1))
         logits_BV = take(own.logits_RV, indices_B) if "logits" in self._kinds else None
         self._send_rows(self._kinds, hidden_BD, logits_BV)
@@ -142,10 +143,11 @@ def _numbers(scores_B: Tensor, hidden_BD: Tensor) -> Tensor:
     return torch.stack([scores_B, hidden_BD.sum(dim=-1, dtype=torch.float32)])
 
 
-def _as_numbers(spans: Sequence[Span]) -> Tensor:
+def _as_numbers(spans: Sequence[Span], device: torch.device) -> Tensor:
     """Times as float32 [2, F]: seconds, and which part of a step it was, from 1."""
-    told = [(span.seconds, 1 + _PARTS.index(span.part)) for span in spans]
-    return torch.tensor([*told, *[(0.0, 0)] * (_NUM_SPANS - len(told))], dtype=torch.float32).T
+    none = [0.0] * (_NUM_SPANS - len(spans))
+    told_2F = [span.seconds for span in spans] + none, [1.0 + _PARTS.index(span.part) for span in spans] + none
+    return to_device(told_2F, device, torch.float32)
 
 
 def _spans(name: str, told_2F: Tensor) -> list[Span]:

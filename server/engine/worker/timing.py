@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ultrafuser.server.engine.shared.step import Span
+from ultrafuser.server.engine.worker.transfer import to_host
 
 _MOST_REMEMBERED = 256
 """Measurements that wait to be taken: those of a few steps."""
@@ -84,11 +85,3 @@ class StepClock:
             told, _, spans_of = self._heard.popleft()
             spans += spans_of(told)
         return spans
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, under way: there once the device's stream has come as far as it is now."""
-    if tensor.device.type == "cpu":
-        return tensor
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)

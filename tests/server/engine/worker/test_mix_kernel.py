@@ -94,6 +94,7 @@ def test_on_a_gpu_they_give_what_torch_gives() -> None:
 
 @pytest.mark.requires_cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_gpu_is_never_waited_for() -> None:
     from ultrafuser.server.engine.worker.mix_kernel import mix_and_mark
 

@@ -25,6 +25,7 @@ from ultrafuser.server.engine.worker.forcing import Forcing, given_tokens
 from ultrafuser.server.engine.worker.mixing import Mixer, Rows
 from ultrafuser.server.engine.worker.output import StepOnTheWay
 from ultrafuser.server.engine.worker.sampling import in_order_of
+from ultrafuser.server.engine.worker.split_mixing import _as_numbers, _spans
 from ultrafuser.server.engine.worker.timing import StepClock
 
 NUM_SHARED, WIDTHS = 10, (12, 10, 11)
@@ -82,6 +83,35 @@ def test_rows_are_mixed_with_the_same_position_of_the_other_specialists(
         torch.testing.assert_close(fused_RV[index, :NUM_SHARED], wanted_BV[0])
         torch.testing.assert_close(marks_XB[:3, index], weights_SB[:, 0])
         assert (fused_RV[index, NUM_SHARED:] == -torch.inf).all()
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_rows_in_another_order_never_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of each was made on the device, for which the host waited until all specialists were done."""
+    monkeypatch.setattr("ultrafuser.server.engine.worker.mixing.get_tp_group", lambda: SimpleNamespace(world_size=1))
+    passes, _ = forward_passes([[*LEADER, UNFINISHED], [UNFINISHED, *FOLLOWER], [*LEADER, UNFINISHED]])
+    passes = [Rows(own.rows, own.hidden_RD.cuda(), own.logits_RV.cuda()) for own in passes]
+    token_ids_RK = torch.tensor([[5, -1], [8, 9]], device="cuda")
+    forcing = Forcing(sampler := SimpleNamespace(sample=lambda: (token_ids_RK[:, 0], None)))
+    mixer, clock = Mixer(FixedGate(), NUM_SHARED), StepClock(token_ids_RK.device)  # type: ignore[arg-type]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mixer.fuse_into_leader(passes, LEADER, clock)
+        in_order_of(FOLLOWER, token_ids_RK, LEADER)
+        forcing.set({1: 13})
+        sampler.sample()
+        _as_numbers([Span("decode", "b", 0.1)], token_ids_RK.device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_followers_times_travel_as_numbers() -> None:
+    spans = [Span("prefill", "b", 0.5), Span("idle", "b", 0.25)]
+    told_2F = _as_numbers(spans, torch.device("cpu"))
+    assert (told_2F.dtype, tuple(told_2F.shape)) == (torch.float32, (2, 4))
+    assert _spans("b", told_2F) == spans
 
 
 def record(**changes: float) -> StepRecord:
