@@ -139,10 +139,36 @@ def measure_rounds(sizes: Sizes, _options: StepOptions) -> Iterator[Comparison]:
         for name, settings in ROUNDS.items():
             drafting.use(name, settings)
             for batch in sizes.batches:
-                rounds = _alternate(sizes, fused, plain, requests[batch])
+                with timed_parts() as parts:
+                    rounds = _alternate(sizes, fused, plain, requests[batch])
                 comparison = decode_step.compare(batch, rounds, NUM_SPECIALISTS)
-                case = f"{sizes.shape}: {name}, batch {batch}, against {NUM_SPECIALISTS} single steps"
-                yield _told(comparison.model_copy(update={"case": case, "bar": None}))
+                case = f"{sizes.shape}: {name}, batch {batch}"
+                against = f"{case}, against {NUM_SPECIALISTS} single steps"
+                yield _told(comparison.model_copy(update={"case": against, "bar": None}))
+                step = Measured.of([seconds for own in rounds for seconds in own.fused], scale=1000)
+                num_tokens = batch * (1 + settings.max_tokens)
+                yield from _parts_of_round(case, parts, step, graphs_of(fused, batch, num_tokens))
+
+
+def _parts_of_round(
+    case: str, parts: Mapping[str, Sequence[float]], step: Measured, graphs: Mapping[str, str]
+) -> Iterator[Comparison]:
+    """Where a round's time goes: drafting, and all passes of verification with gate and mixing; the rest is between."""
+    passes = [sum(own) for own in zip(*[iter(parts["decode"])] * NUM_SPECIALISTS, strict=False)]
+    verifying = [sum(own) for own in zip(passes, parts["gate"], parts["mix"], strict=False)]
+    for name, seconds in {"drafting": parts.get("draft", ()), "verification": verifying}.items():
+        if seconds:
+            yield _ratio(f"{case}: {name}, of the step", Measured.of(seconds, scale=1000), step, note=graphs[name])
+
+
+def graphs_of(engine: "StepEngine", num_requests: int, num_tokens: int) -> dict[str, str]:
+    """From which CUDA graphs the leader's passes of a round are replayed, with so many tokens to verify."""
+    leader = runners_of(engine)[0]
+    single = leader.single_tokens.find(num_requests)
+    is_single = num_tokens == num_requests
+    verifying = single if is_single else leader.cudagraph_dispatcher.dispatch(num_tokens, uniform_decode=True)
+    told = {"drafting": single, "verification": verifying}
+    return {name: f"graphs: {mode.name}, {graph.num_tokens} rows" for name, (mode, graph) in told.items()}
 
 
 PARTS = {"steps": measure_steps, "rounds": measure_rounds}
@@ -197,11 +223,12 @@ def num_bytes_of_step(runners: Sequence[Any], num_cached_tokens: int) -> int:
 
 @contextmanager
 def timed_parts() -> Iterator[dict[str, list[float]]]:
-    """Collects the seconds of each step's parts by their names, as the engine itself measures them."""
+    """Collects the seconds of each step's parts by their names, as the engine itself measures them; and "draft"."""
+    from ultrafuser.server.engine.worker.drafting import Drafts, Errand
     from ultrafuser.server.engine.worker.timing import StepClock
 
     seconds: dict[str, list[float]] = {}
-    take = StepClock.take
+    take, run = StepClock.take, Errand.run
 
     def collecting(clock: StepClock) -> Any:
         spans = take(clock)
@@ -209,7 +236,15 @@ def timed_parts() -> Iterator[dict[str, list[float]]]:
             seconds.setdefault(span.part, []).append(span.seconds)
         return spans
 
-    with patch.object(StepClock, "take", collecting):
+    def drafting(errand: Errand, runner: Any, num_shared_ids: int) -> Drafts:
+        clock = StepClock(runner.device)
+        with clock.measure("draft"):
+            drafts = run(errand, runner, num_shared_ids)
+        wait()
+        clock.take()
+        return drafts
+
+    with patch.object(StepClock, "take", collecting), patch.object(Errand, "run", drafting):
         yield seconds
 
 
