@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from ultrafuser.server.engine.worker.guessing import Guesses
 from ultrafuser.server.engine.worker.transfer import to_device
 
+
 def run_ahead(
     runner: GPUModelRunner, requests: Sequence[str], num_tokens: int, num_shared_ids: int, guesses: Guesses
 ) -> list[list[int]]:

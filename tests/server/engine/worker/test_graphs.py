@@ -10,7 +10,10 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
+from benchmarks.gpu_check import OnGPU, exactness
+from benchmarks.workload import tiny_fusion
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
+from ultrafuser.gating.model.schema import SpeculationSettings
 from ultrafuser.server.engine.worker.graphs import SingleTokenGraphs
 from ultrafuser.server.engine.worker.guessing import Guesses
 from ultrafuser.server.engine.worker.running_ahead import run_ahead
@@ -162,3 +165,16 @@ def test_a_whole_graphs_buffers_hold_what_passes_read_and_the_block_table_comes_
     )
     assert len(wanted) >= 10
     assert whole == wanted
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_drafts_of_whole_graphs_are_those_of_passes_without_any() -> None:
+    """The tokens are the reference's, whatever is drafted; the drafts would show nothing but in rounds."""
+    with tiny_fusion() as path:
+        fusion, _ = OnGPU(fusion=path).load()
+        found = exactness(
+            "tiny", fusion, PROMPTS, num_tokens=12, drafts=SpeculationSettings(min_tokens=4, max_tokens=4)
+        )
+    ratios = {own.unit: own.ratio for own in found}
+    assert ratios["tokens"] == ratios["requests"] == 1
