@@ -1,13 +1,15 @@
 """Does a GPU give what the CPU's tests promise? Exact tokens with CUDA graphs, and what guessing ahead gains there.
 
-Run: python -m benchmarks.gpu_check [--quick] [--part demo]
+Run: python -m benchmarks.gpu_check [--quick] [--part rounds]
 
 `--quick` runs the tiny model alone, on whatever the machine has: without a GPU it is the only thing to run.
 """
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 
@@ -43,8 +45,8 @@ UTILIZATION = 0.5
 class CheckOptions(Options):
     """What is checked."""
 
-    part: Literal["tiny", "demo", "drafts"] | None = None
-    """Exactness of the tiny model, or of the demo, or what drafts gain, alone."""
+    part: Literal["tiny", "rounds", "demo", "drafts"] | None = None
+    """Exactness of the tiny model, the same with drafts, or of the demo, or what drafts gain, alone."""
 
 
 class OnGPU(CheckOptions):
@@ -70,8 +72,8 @@ def measure(options: CheckOptions) -> Iterator[Comparison]:
     if options.quick:
         yield from check_tiny(options) + check_tiny_with_drafts(options)
         return
-    for name, parts in PARTS.items():
-        for part in parts if options.part in (None, name) else ():
+    for name, part in PARTS.items():
+        if options.part in (None, name):
             say(f"gpu_check: {part.__name__}")
             yield from in_a_process_of_its_own(part, options)
 
@@ -125,13 +127,40 @@ def exactness(
         for generation in reference.generate(prompts, max_new_tokens=num_tokens, use_cache=True)
     ]
     engine = fused_engine(fusion, speculation=drafts, max_num_seqs=len(prompts))
-    answers = engine.finish([Request(own, num_tokens) for own in prompts])
+    with drafting_twice() as are_same:
+        answers = engine.finish([Request(own, num_tokens) for own in prompts])
     num_equal = sum(map(count_equal, answers, expected))
     comparisons = [_of(f"{name}: equal tokens", "tokens", num_equal, sum(map(len, expected)))]
+    if are_same:
+        case = f"{name}: drafts as without graphs, of passes in whole graphs"
+        comparisons.append(_of(case, "requests", sum(are_same), len(are_same)))
     if not fusion.engine.enforce_eager:
         graphs = compilation_counter.num_cudagraph_captured
         comparisons.append(_of(f"{name}: CUDA graphs", "graphs", graphs, len(fusion.specialists)))
     return comparisons
+
+
+@contextmanager
+def drafting_twice() -> Iterator[list[bool]]:
+    """Collects, for each request and round that whole CUDA graphs draft, whether the drafts are those without any."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor
+
+    from ultrafuser.server.engine.worker import drafting
+
+    run_ahead, are_same = drafting.run_ahead, list[bool]()
+
+    def twice(runner: Any, requests: Sequence[str], *others: Any) -> list[list[int]]:
+        found = run_ahead(runner, requests, *others)
+        if runner.single_tokens.find(len(requests))[0] == CUDAGraphMode.FULL:
+            without = (CUDAGraphMode.NONE, BatchDescriptor(len(requests)))
+            with patch.object(runner.single_tokens, "find", return_value=without):
+                again = run_ahead(runner, requests, *others)
+            are_same.extend(own == other for own, other in zip(found, again, strict=True))
+        return found
+
+    with patch.object(drafting, "run_ahead", twice):
+        yield are_same
 
 
 def measure_drafts(options: Options) -> list[Comparison]:
@@ -142,7 +171,12 @@ def measure_drafts(options: Options) -> list[Comparison]:
     ]
 
 
-PARTS = {"tiny": (check_tiny, check_tiny_with_drafts), "demo": (check_demo,), "drafts": (measure_drafts,)}
+PARTS = {
+    "tiny": check_tiny,
+    "rounds": check_tiny_with_drafts,
+    "demo": check_demo,
+    "drafts": measure_drafts,
+}
 
 
 def with_engine(fusion: FusionConfig, **settings: Any) -> FusionConfig:

@@ -128,21 +128,51 @@ def measure_steps(sizes: Sizes, options: StepOptions) -> Iterator[Comparison]:
 def measure_rounds(sizes: Sizes, _options: StepOptions) -> Iterator[Comparison]:
     """Steps of an engine that can draft, while it does not and while it always does.
 
-    Not at the largest batch, and half as often: with drafts a batch has more graphs to capture, and a round takes as
-    long as several steps.
+    Small batches first, since the clock may cut it off. Not at the largest batch, and half as often: with drafts a
+    batch has more graphs to capture, and a round takes as long as several steps.
     """
     from benchmarks.speculation import Drafting
 
     sizes = replace(sizes, batches=sizes.batches[:-1], num_rounds=sizes.num_rounds // 2)
     with two_engines(sizes, SpeculationSettings(max_tokens=4)) as (fused, start_plain, requests):
         plain, drafting = start_plain(), Drafting(fused)
-        for name, settings in ROUNDS.items():
-            drafting.use(name, settings)
-            for batch in sizes.batches:
-                rounds = _alternate(sizes, fused, plain, requests[batch])
-                comparison = decode_step.compare(batch, rounds, NUM_SPECIALISTS)
-                case = f"{sizes.shape}: {name}, batch {batch}, against {NUM_SPECIALISTS} single steps"
-                yield _told(comparison.model_copy(update={"case": case, "bar": None}))
+        for batch in sizes.batches:
+            for name, settings in ROUNDS.items():
+                drafting.use(name, settings)
+                case = f"{sizes.shape}: {name}, batch {batch}"
+                yield from _rounds(case, sizes, fused, plain, requests[batch], settings.max_tokens)
+
+
+def _rounds(
+    case: str,
+    sizes: Sizes,
+    fused: "StepEngine",
+    plain: "StepEngine",
+    requests: Sequence[Request],
+    num_drafts: int,
+) -> Iterator[Comparison]:
+    """Rounds against single steps, and where their time goes: drafting, and verification with gate and mixing."""
+    with timed_parts() as parts:
+        rounds = _alternate(sizes, fused, plain, requests)
+    against_single = decode_step.compare(len(requests), rounds, NUM_SPECIALISTS)
+    against = f"{case}, against {NUM_SPECIALISTS} single steps"
+    yield _told(against_single.model_copy(update={"case": against, "bar": None}))
+    step = Measured.of([seconds for own in rounds for seconds in own.fused], scale=1000)
+    passes = [sum(own) for own in zip(*[iter(parts["decode"])] * NUM_SPECIALISTS, strict=False)]
+    verifying = [sum(own) for own in zip(passes, parts["gate"], parts["mix"], strict=False)]
+    graphs = graphs_of(fused, len(requests), num_drafts)
+    for name, seconds in {"drafting": parts.get("draft", []), "verification": verifying}.items():
+        if seconds:
+            yield _ratio(f"{case}: {name}, of the step", Measured.of(seconds, scale=1000), step, note=graphs[name])
+
+
+def graphs_of(engine: "StepEngine", num_requests: int, num_drafts: int) -> dict[str, str]:
+    """From which CUDA graphs the leader's passes of a round are replayed, if every request has so many drafts."""
+    leader = runners_of(engine)[0]
+    single = leader.single_tokens.find(num_requests)
+    rounds = leader.cudagraph_dispatcher.dispatch(num_requests * (1 + num_drafts), uniform_decode=True)
+    told = {"drafting": single, "verification": rounds if num_drafts else single}
+    return {name: f"graphs: {mode.name}, {graph.num_tokens} rows" for name, (mode, graph) in told.items()}
 
 
 PARTS = {"steps": measure_steps, "rounds": measure_rounds}
@@ -197,11 +227,12 @@ def num_bytes_of_step(runners: Sequence[Any], num_cached_tokens: int) -> int:
 
 @contextmanager
 def timed_parts() -> Iterator[dict[str, list[float]]]:
-    """Collects the seconds of each step's parts by their names, as the engine itself measures them."""
+    """Collects the seconds of each step's parts by their names, as the engine itself measures them; and "draft"."""
+    from ultrafuser.server.engine.worker.drafting import Drafts, Errand
     from ultrafuser.server.engine.worker.timing import StepClock
 
     seconds: dict[str, list[float]] = {}
-    take = StepClock.take
+    take, run = StepClock.take, Errand.run
 
     def collecting(clock: StepClock) -> Any:
         spans = take(clock)
@@ -209,7 +240,15 @@ def timed_parts() -> Iterator[dict[str, list[float]]]:
             seconds.setdefault(span.part, []).append(span.seconds)
         return spans
 
-    with patch.object(StepClock, "take", collecting):
+    def drafting(errand: Errand, runner: Any, num_shared_ids: int) -> Drafts:
+        clock = StepClock(runner.device)
+        with clock.measure("draft"):
+            drafts = run(errand, runner, num_shared_ids)
+        wait()
+        clock.take()
+        return drafts
+
+    with patch.object(StepClock, "take", collecting), patch.object(Errand, "run", drafting):
         yield seconds
 
 

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import is_workspace_manager_initialized, unlock_workspace
 
 from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.graphs import SingleTokenGraphs
 from ultrafuser.server.engine.worker.kv_plan import own_kv_cache_config, plan_in_full
 from ultrafuser.server.engine.worker.scope import scope_of
 from ultrafuser.server.engine.worker.timing import StepClock
@@ -45,6 +46,7 @@ class Specialists:
         self.runners, self.names, self.indices = runners, list(names.values()), list(names)
         for runner, name in zip(self.runners, self.names, strict=True):
             plan_in_full(runner, name)
+            runner.single_tokens = SingleTokenGraphs(runner)
 
     def __getattr__(self, name: str) -> Any:
         if name in _ASKED_OF_ALL:
@@ -62,7 +64,8 @@ class Specialists:
             # runner's last step (vLLM drops it with every request that leaves the batch).
             num_drafts = sum(map(len, plan.scheduled_spec_decode_tokens.values()))
             num_tokens = plan.total_num_scheduled_tokens - num_drafts
-            with clock.forward(name, num_tokens, len(plan.num_scheduled_tokens)):
+            is_timed = clock.forward(name, num_tokens, len(plan.num_scheduled_tokens))
+            with is_timed, runner.single_tokens.for_step(plan):
                 idle = runner.execute_model(plan)
         return idle
 
@@ -109,7 +112,7 @@ class Specialists:
         Those that are profiled later find memory that the first have left, and seem to need half as much (on an H100
         three models of 7B took 0.86 GiB, where 0.23, 0.12 and 0.12 were foreseen).
         """
-        return len(self.runners) * max(self._for_each(lambda runner: runner.profile_cudagraph_memory()))
+        return len(self.runners) * max(self._for_each(_foreseen_graph_bytes))
 
     @property
     def jit_warmup_registry(self) -> SimpleNamespace:
@@ -124,7 +127,7 @@ class Specialists:
                 unlock_workspace()  # capture locks it, and the next specialist may need resources of its own there
             is_first = runner is self.leader
             with set_current_vllm_config(runner.vllm_config), nullcontext() if is_first else keeping_workspace(name):
-                num_bytes += runner.capture_model()
+                num_bytes += runner.capture_model() + runner.single_tokens.capture()
         return num_bytes
 
     def _for_each(self, call: Callable[[GPUModelRunner], Any]) -> list[Any]:
@@ -133,6 +136,15 @@ class Specialists:
             with set_current_vllm_config(runner.vllm_config):
                 results.append(call(runner))
         return results
+
+
+def _foreseen_graph_bytes(runner: GPUModelRunner) -> int:
+    """As vLLM foresees for its own graphs, and for those of single tokens as much each."""
+    num_bytes = int(runner.profile_cudagraph_memory())
+    if not runner.single_tokens.are_wanted:
+        return num_bytes
+    num_sizes = len(runner.compilation_config.cudagraph_capture_sizes)
+    return num_bytes * (num_sizes + len(runner.single_tokens.sizes)) // num_sizes
 
 
 def rows_of(runner: GPUModelRunner, num_outputs: Mapping[str, int]) -> list[Row]:

@@ -4,13 +4,17 @@ A plain `torch.tensor(..., device=...)` waits for all of it on a GPU. Knows tens
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 def to_device(
-    numbers: Sequence[int] | Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.int64
+    numbers: Sequence[int] | Sequence[Sequence[float]] | NDArray[Any],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """The numbers on the device, under way: there for all that comes later in the device's stream."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)

@@ -41,9 +41,9 @@ class Verifier:
         self, drafts: SpecDecodeMetadata, draft_probs: None, logits_NV: Tensor, sampling: SamplingMetadata
     ) -> SamplerOutput:
         """Tokens [R, K], `NO_TOKEN` behind the first that is not the draft; log probabilities row by row."""
-        drafted = _by_request(drafts)
-        if not any(drafted):
+        if not any(drafts.num_draft_tokens):
             return self._sampler(logits=logits_NV, sampling_metadata=sampling)
+        drafted = _by_request(drafts)
         if _is_plain_argmax(sampling) and not self._forcing.is_asked:
             return SamplerOutput(_agreed(self._sampler.greedy_sample(logits_NV), drafted), logprobs_tensors=None)
         return self._draw(drafted, logits_NV, sampling)
