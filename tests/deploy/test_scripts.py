@@ -175,7 +175,14 @@ def lock_images(folder: Path, docker: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_release_puts_the_registrys_digests_behind_the_tags(release: Path) -> None:
     digest = "sha256:" + "ab" * 32
-    done = lock_images(release, f'echo "$@" >>{release}/asked; echo {digest}')
+    # A bare field is answered with buildx's table of everything, a string as it is.
+    answer = f"""
+    case "$*" in
+        *'{{{{.Manifest.Digest}}}}'*) printf 'Name: a\nMediaType: b\nDigest: {digest}\n' ;;
+        *'{{{{printf "%s" .Manifest.Digest}}}}'*) printf %s {digest} ;;
+        *) exit 1 ;;
+    esac"""
+    done = lock_images(release, f'echo "$@" >>{release}/asked\n{answer}')
     assert done.returncode == 0
     assert (
         release / "images.lock"
