@@ -30,18 +30,24 @@ class Container:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("ultrafuser", "python"):
-            program(folder / "bin", name, f'echo {name} "$@"; echo USER=$USER >&2; exit 7')
+            program(folder / "bin", name, f'echo {name} "$@"; env >&2; exit 7')
+        program(folder / "bin", "nproc", "echo 16")
         self.environment = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "HOME": str(folder / "cache"),
             "HF_HOME": str(folder / "models" / "huggingface"),
             "ULTRAFUSER_CACHE": str(folder / "models" / "ultrafuser"),
+            "ENTRYPOINT_CGROUP": str(folder / "cgroup"),
         }
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Start it with these arguments."""
         command = [str(DEPLOY / "entrypoint.sh"), *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=20)
+
+    def started_with(self) -> dict[str, str]:
+        """The environment of the command that it starts."""
+        return dict(line.split("=", 1) for line in self.run().stderr.splitlines())
 
 
 @pytest.fixture
@@ -79,7 +85,49 @@ def test_volumes_are_given_the_folders_that_are_written_to(container: Container)
 
 
 def test_a_user_without_a_name_gets_one(container: Container) -> None:
-    assert "USER=ultrafuser" in container.run().stderr
+    assert container.started_with()["USER"] == "ultrafuser"
+
+
+def test_group_0_may_write_what_a_start_makes_on_the_volumes(container: Container) -> None:
+    """Folders were 0755: a platform that gives the next container another user could not write into them."""
+    program(container.folder / "bin", "ultrafuser", "mkdir $HOME/compiled && touch $HOME/compiled/code")
+    assert container.run().returncode == 0
+    made = [container.folder / "models" / "ultrafuser", *(container.folder / "cache").rglob("*")]
+    assert len(made) == 3
+    assert [path for path in made if not path.stat().st_mode & 0o020] == []
+
+
+QUOTAS = {
+    "cgroup 2: 2 of 16 cores": ({"cpu.max": "200000 100000"}, "2"),
+    "cgroup 2: less than one": ({"cpu.max": "50000 100000"}, "1"),
+    "cgroup 2: two and a half": ({"cpu.max": "250000 100000"}, "2"),
+    "cgroup 2: all": ({"cpu.max": "max 100000"}, None),
+    "cgroup 2: more than there are": ({"cpu.max": "6400000 100000"}, None),
+    "cgroup 1: 3 of 16 cores": ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, "3"),
+    "cgroup 1: all": ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    "none": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("files", "threads"), QUOTAS.values(), ids=QUOTAS)
+def test_as_many_threads_are_started_as_the_quota_pays_for(
+    container: Container, files: dict[str, str], threads: str | None
+) -> None:
+    """vLLM counts cores, and a quota hides none: 2 cores' time was shared by a thread for each of the machine's."""
+    for name, content in files.items():
+        (container.folder / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (container.folder / "cgroup" / name).write_text(content + "\n")
+    environment = container.started_with()
+    assert environment.get("OMP_NUM_THREADS") == threads
+    assert environment.get("VLLM_CPU_OMP_THREADS_BIND") == (threads and "nobind")
+
+
+def test_threads_that_are_set_by_hand_stay(container: Container) -> None:
+    (container.folder / "cgroup").mkdir()
+    (container.folder / "cgroup" / "cpu.max").write_text("200000 100000\n")
+    container.environment |= {"OMP_NUM_THREADS": "5", "VLLM_CPU_OMP_THREADS_BIND": "0-4"}
+    environment = container.started_with()
+    assert (environment["OMP_NUM_THREADS"], environment["VLLM_CPU_OMP_THREADS_BIND"]) == ("5", "0-4")
 
 
 @pytest.mark.parametrize("name", ["HOME", "HF_HOME", "ULTRAFUSER_CACHE"])
