@@ -1,5 +1,6 @@
 """The rendered overlays: what a cluster would be told."""
 
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
@@ -81,6 +82,44 @@ def test_clients_need_the_documented_label_and_no_other(manifests: dict[str, dic
     label = {"key": "ultrafuser/client", "operator": "In", "values": ["true"]}
     assert clients == {"namespaceSelector": {}, "podSelector": {"matchExpressions": [label]}}
     assert monitoring == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+
+def reaches(rules: list[dict[str, Any]], address: str, port: int) -> bool:
+    """Whether egress rules let TCP through to an address outside of the cluster, or on a node."""
+    ip = ip_address(address)
+    everywhere = [{"ipBlock": {"cidr": cidr, "except": []}} for cidr in ("0.0.0.0/0", "::/0")]
+    blocks = [
+        peer["ipBlock"]
+        for rule in rules
+        if {"port": port, "protocol": "TCP"} in rule["ports"]
+        for peer in rule.get("to", everywhere)
+    ]
+    return any(
+        ip in ip_network(block["cidr"]) and not any(ip in ip_network(hole) for hole in block["except"])
+        for block in blocks
+    )
+
+
+def test_a_server_reaches_names_the_hub_and_a_collector_and_no_credentials(
+    manifests: dict[str, dict[str, Any]],
+) -> None:
+    """Name servers on the node were asked in vain, and so was everything that has an address of IPv6 alone."""
+    egress = manifests["NetworkPolicy"]["spec"]["egress"]
+    outside = [rule for rule in egress if not any("namespaceSelector" in peer for peer in rule.get("to", []))]
+    assert reaches(outside, "169.254.20.10", 53)
+    assert reaches(outside, "203.0.113.7", 443)
+    assert reaches(outside, "2001:db8::7", 443)
+    assert [ip for ip in ("169.254.169.254", "fd00:ec2::254", "fe80::1") if reaches(outside, ip, 443)] == []
+    assert not reaches(outside, "203.0.113.7", 8080)
+    (collector,) = [rule for rule in egress if rule not in outside]
+    assert collector["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert [port["port"] for port in collector["ports"]] == [4317, 4318]
+
+
+def test_a_server_on_cpus_has_a_limit_to_count_its_threads_by() -> None:
+    """Without one vLLM started a thread for each core of the node."""
+    (server,) = pod_of(rendered("cpu"))["containers"]
+    assert server["resources"]["limits"]["cpu"] == server["resources"]["requests"]["cpu"]
 
 
 def test_replicas_follow_the_queue_and_share_the_models() -> None:
