@@ -4,6 +4,7 @@ import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,7 +33,10 @@ def test_every_variable_of_compose_is_explained_with_its_default_and_no_other() 
     used = dict(re.findall(r"\$\{([A-Z_]+)(?::-([^}]*))?\}", COMPOSE))
     used |= dict.fromkeys(re.findall(r"^ +(PIP_\w+):$", COMPOSE, re.MULTILINE), "")
     images = variables(DEPLOY / "images.lock")
-    assert variables(DEPLOY / ".env.example") == {name: value for name, value in used.items() if name not in images}
+    example = variables(DEPLOY / ".env.example")
+    profiles = {profile for service in yaml.safe_load(COMPOSE)["services"].values() for profile in service["profiles"]}
+    assert set(example.pop("COMPOSE_PROFILES").split(",")) < profiles  # Compose's own: what `up` and `down` mean
+    assert example == {name: value for name, value in used.items() if name not in images}
     assert {name: value for name, value in used.items() if name in images} == {
         name: value.partition("@")[0] for name, value in images.items()
     }
@@ -79,6 +83,47 @@ def test_what_the_dockerfile_copies_is_let_through_and_nothing_else() -> None:
     assert {rule for rule in allowed for source in copied if fnmatch(source, rule)} == set(allowed)
     assert [source for source in copied if not any(fnmatch(source, rule) for rule in allowed)] == []
     assert [source for source in copied if not (ROOT / source).exists()] == []
+
+
+def test_a_change_of_code_leaves_the_packages_layer_as_it_is() -> None:
+    """One line of code made a layer of 2.55 GB: the code was installed into the folder of the packages."""
+    stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL))
+    for stage, own in stages.items():
+        copied = re.findall(r"^COPY (?!--from)(?:--\S+ )?(.+) \S+$", own, re.MULTILINE)
+        assert stage == "project" or all(source.startswith("requirements/") for source in copied), stage
+    for device in ("cpu", "cuda"):
+        assert re.findall(r"^COPY --from=(\S+)", stages[device], re.MULTILINE) == [f"packages-{device}", "project"]
+
+
+def test_no_layer_keeps_what_pip_was_told_in_secret() -> None:
+    secrets = "--mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca_bundle"
+    asking = [step for step in re.findall(r"^RUN (?:.*\\\n)*.*", DOCKERFILE, re.MULTILINE) if "pip install" in step]
+    assert [step for step in asking if secrets not in step and "--no-index" not in step] == []
+    assert len(asking) == 4
+    compose = yaml.safe_load(COMPOSE)
+    assert all(service["build"]["secrets"] == ["pip_conf", "ca_bundle"] for service in built(compose))
+    assert all(variables(DEPLOY / ".env.example")[name] == "/dev/null" for name in ("PIP_CONF", "CA_BUNDLE"))
+
+
+def built(compose: dict[str, Any]) -> list[dict[str, Any]]:
+    return [service for service in compose["services"].values() if "build" in service]
+
+
+def test_services_start_without_asking_anybody_outside() -> None:
+    """Prometheus asked the outside for an Alertmanager that was not started, Grafana for plugins, and Alertmanager for
+    others of its kind."""
+    services = yaml.safe_load(COMPOSE)["services"]
+    assert services["prometheus"]["dns_opt"] == ["ndots:1"]
+    assert "names: [alertmanager.]" in (DEPLOY / "monitoring" / "prometheus.yml").read_text()
+    grafana = services["grafana"]["environment"]
+    assert grafana["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"
+    assert {value for name, value in grafana.items() if name.startswith("GF_ANALYTICS_")} == {"false"}
+    assert "--cluster.listen-address=" in services["alertmanager"]["command"]
+
+
+def test_a_server_may_open_as_many_files_as_vllm_asks_for() -> None:
+    servers = built(yaml.safe_load(COMPOSE))
+    assert [server["ulimits"] for server in servers] == [{"nofile": 65536}] * len(servers)
 
 
 def test_containers_are_not_killed_while_requests_may_finish() -> None:
