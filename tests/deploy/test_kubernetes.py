@@ -87,7 +87,7 @@ def test_clients_need_the_documented_label_and_no_other(manifests: dict[str, dic
 def reaches(rules: list[dict[str, Any]], address: str, port: int) -> bool:
     """Whether egress rules let TCP through to an address outside of the cluster, or on a node."""
     ip = ip_address(address)
-    everywhere = [{"ipBlock": {"cidr": cidr, "except": []}} for cidr in ("0.0.0.0/0", "::/0")]
+    everywhere: list[dict[str, Any]] = [{"ipBlock": {"cidr": cidr, "except": []}} for cidr in ("0.0.0.0/0", "::/0")]
     blocks = [
         peer["ipBlock"]
         for rule in rules

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.container.page import CHAPTERS, blocks, to_run
+
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
-
-
-OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -187,23 +186,45 @@ def healthcheck(path: str, port: int) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_of_operations_find_their_files_in_order(tmp_path: Path) -> None:
     """The second block once named its files from another folder than the first one ends in."""
-    chapter = OPERATIONS.read_text().partition("## From nothing")[2].partition("\n## ")[0]
-    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
     private = shutil.ignore_patterns(".env", "secrets", "fusion", "__pycache__")
     shutil.copytree(DEPLOY, tmp_path / "checkout" / "deploy", ignore=private)
-    for name in ("docker", "kubectl", "openssl"):
+    for name in ("curl", "docker", "git", "kubectl", "openssl"):
         program(
             tmp_path / "bin", name, f'for word; do echo "$PWD/${{word##*=}}" >>{tmp_path}/{name}; done; echo secret'
         )
     environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    shell = ["sh", "-euc", commands]
+    shell = ["sh", "-euc", "\n".join(blocks(CHAPTERS[:1]).values())]
     done = subprocess.run(shell, cwd=tmp_path / "checkout", env=environment, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
     places = [Path(place) for place in (tmp_path / "kubectl").read_text().splitlines() if "/deploy/" in place]
     assert [place.name for place in places] == ["api_keys", "hf_token", "cpu"]
     assert [place for place in places if not place.exists()] == []
     assert f"{tmp_path}/checkout/deploy/compose" in (tmp_path / "docker").read_text()
-    assert (tmp_path / "checkout" / "deploy" / "secrets" / "api_keys").read_text() == "secret\n"
+    deploy = tmp_path / "checkout" / "deploy"
+    assert (deploy / "secrets" / "api_keys").read_text() == "secret\n"
+    settings = dict(line.split("=", 1) for line in (deploy / ".env").read_text().splitlines() if "=" in line[:30])
+    assert settings["COMPOSE_PROFILES"] == "cpu,monitoring,alerts"
+    assert (deploy / settings["ALERTMANAGER_CONFIG"]).is_file()
+    example = (DEPLOY / ".env.example").read_text()
+    assert f"SERVER_IMAGE_CPU={settings['SERVER_IMAGE_CPU']}\n" in example  # rolled back to what it was
+
+
+def test_every_command_of_the_deployment_is_run_on_an_engine_or_says_why_not() -> None:
+    followed = {
+        (heading, int(number))
+        for file in (DEPLOY.parent / "tests" / "container").glob("*.py")
+        for heading, number in re.findall(r'\.follow\("([^"]+)", (\d+)\)', file.read_text())
+    }
+    assert followed == {
+        place for place, block in blocks().items() if not set(to_run(block).split()) <= {"cd", "..", "deploy"}
+    }
+    marks = re.findall(r"# not run.*", "".join(blocks().values()))
+    assert marks
+    assert [mark for mark in marks if not re.fullmatch(r"# not run: \w.*", mark)] == []
+
+
+def test_commands_that_are_not_run_are_left_out_whole() -> None:
+    assert to_run("a \\\n  b  # not run: c\nd\ne \\\n  f\n") == "d\ne \\\n  f\n"
 
 
 @pytest.fixture

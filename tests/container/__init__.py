@@ -1,0 +1,1 @@
+"""The images and compose.yml on a real container engine: `make container-test`, skipped where none answers."""
