@@ -9,7 +9,7 @@ import yaml
 from deploy.checks.promql import expressions
 from deploy.checks.tools import call
 
-COMPOSE_PROFILES = ("cpu", "gpu", "monitoring", "alerts")
+COMPOSE_PROFILES = ("cpu", "gpu", "replicas", "monitoring", "alerts")
 KUBERNETES_OVERLAYS = ("cpu", "gpu", "replicas")
 KUBERNETES_VERSIONS = ("1.30", "1.37")
 """The oldest release that the manifests are for, and the newest whose schema the tool knows."""
@@ -57,6 +57,12 @@ def check_compose_profiles(root: Path) -> None:
 def check_compose_security(root: Path) -> None:
     """compose.yml against compose-lint's rules of confinement; images get their digests at a release."""
     call("compose-lint", root / "deploy" / "compose.yml")
+
+
+def check_balancer(root: Path) -> None:
+    """haproxy.cfg and its Lua as HAProxy reads them, without a warning."""
+    folder = root / "deploy" / "balancer"
+    call("haproxy", "-c", "-dW", "-f", folder / "haproxy.cfg", BALANCER_FOLDER=str(folder))
 
 
 def check_prometheus_config(root: Path) -> None:
@@ -110,6 +116,7 @@ CHECKS: Mapping[str, Callable[[Path], None]] = {
     "Compose: schema": check_compose_schema,
     "Compose: profiles": check_compose_profiles,
     "Compose: confinement": check_compose_security,
+    "HAProxy: configuration": check_balancer,
     "Prometheus: configuration": check_prometheus_config,
     "Prometheus: rules": check_rules,
     "Prometheus: alerts fire": check_alerts_fire,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.checks.tools import HAPROXY_BRANCH
 from deploy.dashboards import FOLDER, write_dashboards
 from ultrafuser import __version__
 from ultrafuser.server.engine_options import EngineOptions
@@ -17,6 +18,7 @@ from ultrafuser.server.settings import PREFIX, ServerSettings
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
 COMPOSE = (DEPLOY / "compose.yml").read_text()
+BALANCER = (DEPLOY / "balancer" / "haproxy.cfg").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 KUBERNETES = "\n".join(path.read_text() for path in (DEPLOY / "kubernetes").rglob("*.yml"))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
@@ -60,7 +62,7 @@ def test_images_are_pinned_to_a_version_or_more() -> None:
 def test_the_servers_images_carry_its_version() -> None:
     assert f"ARG VERSION={__version__}\n" in DOCKERFILE
     tags = re.findall(r"ultrafuser:([\d.]+)-c", COMPOSE) + re.findall(r"newTag: ([\d.]+)-c", KUBERNETES)
-    assert len(tags) == 4
+    assert len(tags) == 5
     assert set(tags) == {__version__}
 
 
@@ -130,6 +132,7 @@ def test_containers_are_not_killed_while_requests_may_finish() -> None:
     example = variables(DEPLOY / ".env.example")
     grace = int(example["STOP_GRACE_PERIOD"].removesuffix("s"))
     assert grace >= int(example["SHUTDOWN_DELAY"]) + int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
+    assert grace >= int(example["REPLICA_SHUTDOWN_DELAY"]) + int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
     grace = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", KUBERNETES)[0])
     drain = int(re.findall(rf"{PREFIX}SHUTDOWN_TIMEOUT=(\d+)", KUBERNETES)[0])
     delay = int(re.findall(rf"{PREFIX}SHUTDOWN_DELAY=(\d+)", KUBERNETES)[0])
@@ -140,9 +143,22 @@ def test_containers_are_not_killed_while_requests_may_finish() -> None:
 
 
 def test_nothing_is_reachable_from_other_machines_by_default() -> None:
-    published = re.findall(r'ports: \["(.+)"\]', COMPOSE)
-    assert len(published) == 2
-    assert all(ports.startswith("${BIND_ADDRESS:-127.0.0.1}:") for ports in published)
+    services = yaml.safe_load(COMPOSE)["services"]
+    published = {name: service["ports"] for name, service in services.items() if service.get("ports")}
+    assert set(published) == {"server-cpu", "server-gpu", "balancer", "grafana"}
+    assert all(port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for ports in published.values() for port in ports)
+
+
+def test_replicas_share_nothing_that_is_executed() -> None:
+    services = yaml.safe_load(COMPOSE)["services"]
+    replicas = {name: service for name, service in services.items() if name.startswith("replica-")}
+    caches = [mount.partition(":")[0] for each in replicas.values() for mount in each["volumes"] if "/cache" in mount]
+    assert len(replicas) == len(set(caches)) == len(caches) > 1
+    assert replicas.keys() <= set(re.findall(r"server (replica-\d+) .* check$", BALANCER, re.MULTILINE))
+
+
+def test_the_balancers_image_is_of_the_branch_that_is_tested() -> None:
+    assert variables(DEPLOY / "images.lock")["HAPROXY_IMAGE"].startswith(f"haproxy:{HAPROXY_BRANCH}.")
 
 
 def test_secrets_are_files() -> None:
