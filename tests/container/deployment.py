@@ -91,6 +91,13 @@ class Deployment:
         state: dict[str, Any] = json.loads(self.run(f"docker inspect {name}"))[0]
         return state
 
+    def change_code(self) -> str:
+        """Change a line of the server's code; returns Python that says whether it runs the changed one."""
+        mark = f"CHANGED_{time.monotonic_ns()}"
+        with (self.checkout / "ultrafuser" / "__init__.py").open("a") as file:
+            file.write(f"\n{mark} = True\n")
+        return f'import ultrafuser; print("{mark}" in vars(ultrafuser))'
+
     def layers(self, image: str) -> list[str]:
         """The digests of an image's layers, from the base on."""
         layers: list[str] = json.loads(self.run(f"docker image inspect --format '{{{{json .RootFS.Layers}}}}' {image}"))

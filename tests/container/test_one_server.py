@@ -3,7 +3,6 @@
 import re
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -203,15 +202,8 @@ def test_what_is_killed_is_started_again(deployment: Deployment, name: str) -> N
     test_clients_chat(deployment)
 
 
-def change_code(deployment: Deployment) -> str:
-    """Another version of the server; returns what tells it from the first."""
-    file: Path = deployment.checkout / "ultrafuser" / "__init__.py"
-    file.write_text(f"{file.read_text()}\nCHANGED = True\n")
-    return 'import ultrafuser; print(hasattr(ultrafuser, "CHANGED"))'
-
-
 def test_an_upgrade_and_the_way_back(deployment: Deployment) -> None:
-    tell = change_code(deployment)
+    tell = deployment.change_code()
     old = deployment.state("server-cpu")
     deployment.follow("Change, upgrade, roll back", 0)
     new = deployment.state("server-cpu")
