@@ -22,7 +22,7 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 class Balancer:
-    """HAProxy with the shipped files; replica N is at 127.0.0.N, all at one port."""
+    """HAProxy with the shipped files; replica N is at 127.0.0.N, all at one port unless `variables` say otherwise."""
 
     def __init__(self, log: Path, replica_port: int, config: Path = FOLDER / "haproxy.cfg", **variables: str) -> None:
         """`variables` are those at the top of the configuration."""
