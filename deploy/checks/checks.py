@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,7 +11,7 @@ from deploy.checks.promql import expressions
 from deploy.checks.tools import call
 
 COMPOSE_PROFILES = ("cpu", "gpu", "replicas", "monitoring", "alerts")
-KUBERNETES_OVERLAYS = ("cpu", "gpu", "replicas")
+KUBERNETES_OVERLAYS = ("cpu", "gpu", "replicas", "nodes")
 KUBERNETES_VERSIONS = ("1.30", "1.37")
 """The oldest release that the manifests are for, and the newest whose schema the tool knows."""
 
@@ -95,13 +96,23 @@ def check_dashboards(root: Path) -> None:
 
 
 def check_kubernetes(root: Path) -> None:
-    """Every overlay, rendered, against the schemas of Kubernetes' resources; an unknown field is an error."""
+    """Every overlay, rendered, against the schemas of Kubernetes' resources; an unknown field is an error.
+
+    Of a LeaderWorkerSet, which is none of these, the pod is looked at."""
     with tempfile.TemporaryDirectory() as folder:
         for overlay in KUBERNETES_OVERLAYS:
             rendered = Path(folder) / f"{overlay}.yml"
-            rendered.write_text(render(root, overlay), encoding="utf-8")
+            items = [_built_in(item) for item in yaml.safe_load_all(render(root, overlay))]
+            rendered.write_text(yaml.safe_dump_all(items), encoding="utf-8")
             for version in KUBERNETES_VERSIONS:
                 call("kubernetes-validate", "--strict", "-k", version, rendered)
+
+
+def _built_in(item: dict[str, Any]) -> dict[str, Any]:
+    if item["kind"] != "LeaderWorkerSet":
+        return item
+    pod = item["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": pod["spec"]}
 
 
 def render(root: Path, overlay: str) -> str:

@@ -133,11 +133,12 @@ def test_containers_are_not_killed_while_requests_may_finish() -> None:
     grace = int(example["STOP_GRACE_PERIOD"].removesuffix("s"))
     assert grace >= int(example["SHUTDOWN_DELAY"]) + int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
     assert grace >= int(example["REPLICA_SHUTDOWN_DELAY"]) + int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
-    grace = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", KUBERNETES)[0])
+    server = (DEPLOY / "kubernetes" / "base" / "deployment.yml").read_text()
+    grace = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", server)[0])
     drain = int(re.findall(rf"{PREFIX}SHUTDOWN_TIMEOUT=(\d+)", KUBERNETES)[0])
     delay = int(re.findall(rf"{PREFIX}SHUTDOWN_DELAY=(\d+)", KUBERNETES)[0])
     assert grace >= delay + drain + ENGINE_STOP_SECONDS + 4
-    probe = re.search(r"readinessProbe:.*?periodSeconds: (\d+).*?failureThreshold: (\d+)", KUBERNETES, re.DOTALL)
+    probe = re.search(r"readinessProbe:.*?periodSeconds: (\d+).*?failureThreshold: (\d+)", server, re.DOTALL)
     assert probe is not None
     assert delay > int(probe[1]) * int(probe[2])  # else requests are turned away while they are still sent here
 
