@@ -38,21 +38,20 @@ class Deployment:
         self.environment["COMPOSE_PROJECT_NAME"] = PROJECT
 
     def run(self, script: str, folder: Path | None = None) -> str:
-        """Run a script; returns what it writes.
+        """Run a script; returns its output.
 
         Raises:
-            AssertionError: a command fails; with the end of what was written.
+            AssertionError: a command fails; with the end of what was written, errors too.
         """
         done = subprocess.run(
             ["sh", "-euc", script],
             cwd=folder or self.folder,
             env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
             timeout=STEP_SECONDS,
         )
-        assert done.returncode == 0, f"{script}\n{done.stdout[-4000:]}"
+        assert done.returncode == 0, f"{script}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
     def follow(self, heading: str, number: int) -> str:
