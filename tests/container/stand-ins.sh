@@ -4,10 +4,12 @@
 # ultrafuser.stand-in says so of each. Needs mmdebstrap, docker with buildx, and a Debian archive.
 set -eu
 cd "$(dirname "$0")/../../deploy"
+# shellcheck source=/dev/null
 . ./images.lock
 release=bookworm
 archive="${DEBIAN_ARCHIVE:-http://deb.debian.org/debian}"
 
+# shellcheck disable=SC2016  # $1 is for mmdebstrap's own shell
 mmdebstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
     --customize-hook='ln -s /usr/bin/python3 "$1/usr/local/bin/python"' $release - "deb $archive $release main" |
     docker import --change 'LABEL ultrafuser.stand-in="Debian and its Python"' - "$PYTHON_IMAGE"

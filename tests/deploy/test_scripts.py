@@ -171,6 +171,12 @@ def test_the_healthcheck_says_what_the_probe_says(port: int, path: str, status: 
     assert (done.returncode, done.stdout) == (status, answer)
 
 
+def test_the_healthcheck_asks_no_proxy(port: int) -> None:
+    """A proxy in Docker's configuration is given to every container, and cannot reach what listens in this one."""
+    done = healthcheck("/health", port, http_proxy="http://127.0.0.1:1", HTTP_PROXY="http://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (0, '{"status":"alive"}\n')
+
+
 def test_the_healthcheck_fails_where_nobody_answers() -> None:
     done = healthcheck("/health", 1)
     assert done.returncode == 1
@@ -178,8 +184,8 @@ def test_the_healthcheck_fails_where_nobody_answers() -> None:
     assert done.stderr == ""
 
 
-def healthcheck(path: str, port: int) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "ULTRAFUSER_PORT": str(port)}
+def healthcheck(path: str, port: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "ULTRAFUSER_PORT": str(port), **variables}
     command = [str(DEPLOY / "healthcheck.py"), path]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
 
