@@ -27,15 +27,15 @@ class Balancer:
     def __init__(self, log: Path, replica_port: int, config: Path = FOLDER / "haproxy.cfg", **variables: str) -> None:
         """`variables` are those at the top of the configuration."""
         self._log = log
-        self.port, status_port = free_port(), free_port()
+        self.port, self.status_port = free_port(), free_port()
         self.client = httpx.Client(timeout=60)
         """For the requests of one thread at a time."""
 
-        self.url, self._status_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{status_port}"
+        self.url, self._status_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.status_port}"
         environ = {
             "BALANCER_FOLDER": str(FOLDER),
             "BALANCER_BIND": f"127.0.0.1:{self.port}",
-            "BALANCER_STATUS_BIND": f"127.0.0.1:{status_port}",
+            "BALANCER_STATUS_BIND": f"127.0.0.1:{self.status_port}",
             "REPLICA_NAME": "127.0.0.",
             "REPLICA_PORT": str(replica_port),
             **variables,

@@ -1,9 +1,15 @@
--- The key of a conversation: the text that every turn of it begins with, taken from a request's body in the forms of all
--- routes. A function of the request alone, so that any number of balancers agree on it, before and after a restart.
+-- The key of a conversation: the text that every turn of it begins with, taken from a request's body in the forms of
+-- all routes. A function of the request alone, so that any number of balancers agree on it, before and after a restart.
 -- Looks at the first 64 KiB, of which a longer body has no less in a later turn, and at nothing behind the first turn.
 
 local WINDOW = 65536
 local PROMPT = 256 -- bytes of a raw prompt, which has no turns; a shorter one has nothing in a cache worth returning to
+
+local MARKS = 10000 -- brackets, braces and strings of one value, and
+local ITEMS = 1000 -- of one list or object: more are not looked at, since that takes time, which is all clients'
+
+local QUOTE, BRACE, BRACKET = ('"{['):byte(1, 3)
+local find, byte = string.find, string.byte
 
 local INSTRUCTIONS = { system = true, instructions = true }
 local TURNS = { messages = true, input = true }
@@ -12,32 +18,37 @@ local BEFORE_FIRST_TURN = { system = true, developer = true }
 -- Where the string ends that begins at `at`; nil if it is cut.
 local function string_end(text, at)
   while true do
-    at = text:find('["\\]', at + 1)
-    if not at or text:sub(at, at) == '"' then
+    at = find(text, '["\\]', at + 1)
+    if not at or byte(text, at) == QUOTE then
       return at
     end
     at = at + 1 -- what is behind a backslash ends nothing
   end
 end
 
--- Where the value ends that begins at `at`; nil if it is cut.
+-- Where the value ends that begins at `at`; nil if it is cut, or has too many marks.
 local function value_end(text, at)
-  if text:find('^[^"%[{]', at) then
-    local behind = text:find("[%s,%]}]", at)
+  if find(text, '^[^"%[{]', at) then
+    local behind = find(text, "[%s,%]}]", at)
     return behind and behind - 1
   end
   local depth = 0
-  while at do
-    local mark = text:sub(at, at)
-    if mark == '"' then
+  for _ = 1, MARKS do
+    local mark = byte(text, at)
+    if mark == QUOTE then
       at = string_end(text, at)
+    elseif mark == BRACE or mark == BRACKET then
+      depth = depth + 1
     else
-      depth = depth + ((mark == "{" or mark == "[") and 1 or -1)
+      depth = depth - 1
     end
     if not at or depth == 0 then
       return at
     end
-    at = text:find('["%[%]{}]', at + 1)
+    at = find(text, '["%[%]{}]', at + 1)
+    if not at then
+      return nil
+    end
   end
 end
 
@@ -45,9 +56,11 @@ end
 -- The last one may be cut: then it goes to the end of the text.
 local function children(text, at)
   local is_object = text:sub(at, at) == "{"
+  local count = 0
   return function()
+    count = count + 1
     at = at and text:find("[^%s,]", at + 1)
-    if not at or text:find("^[%]}]", at) then
+    if not at or count > ITEMS or text:find("^[%]}]", at) then
       return nil
     end
     local name = ""
@@ -69,7 +82,7 @@ local function children(text, at)
 end
 
 -- The words of a content: those of a text, of a list of texts and parts, or of one part. A part's other fields do not
--- count: a mark that caching ends here wanders from turn to turn, as does the line by which Claude Code bills a request.
+-- count: a mark that caching ends here wanders from turn to turn. The line by which Claude Code bills changes with each.
 local function words(text, first, last)
   local opening = text:sub(first, first)
   if opening == '"' then

@@ -1,7 +1,9 @@
 """The shipped balancer before replicas that answer what they are told: who is asked, how often, what clients see."""
 
 import json
+import random
 import re
+import signal
 import ssl
 import subprocess
 import time
@@ -13,10 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests.balancer import FOLDER, Balancer, free_port
-from tests.deploy.replicas import Names, Replica, Replicas
+from tests.deploy.replicas import NUM_EVENTS, Names, Replica, Replicas
 from tests.e2e.process import wait_for
+from ultrafuser.server.settings import ServerSettings
 
 NUM_TURNS = 4
 NUM_CONVERSATIONS = 16
@@ -156,7 +160,10 @@ def test_requests_that_begin_no_conversation_go_where_the_fewest_are(balancer: B
 
 def test_any_body_is_passed_on_as_it_is(balancer: Balancer, replicas: Replicas) -> None:
     whole = json.dumps(billed(3, 2)).encode()
-    for body in [whole[:length] for length in range(0, len(whole), 7)] + [b"{" * 70000, b'{"messages":' + b"[" * 70000]:
+    bodies = [whole[:length] for length in range(0, len(whole), 7)] + [b"{" * 70000, b'{"messages":' + b"[" * 70000]
+    chance = random.Random(0)
+    bodies += [b'{"input":' + bytes(chance.choices(b'{}[]":,\\1 ', k=40)) for _ in range(300)]
+    for body in bodies:
         assert ask(balancer, body).status_code == 200
         (asked,) = replicas.asked()
         assert asked["length"] == str(len(body))
@@ -260,7 +267,7 @@ def test_a_replica_that_is_not_ready_gets_no_new_request_and_finishes_its_own(
         home.is_ready = False
         wait_for(lambda: home.name not in balancer.ready(), "the balancer sees it", 4)
         assert replica_of(ask(balancer, body)) != home.name
-        assert len([line for line in lines if line]) == 39
+        assert len([line for line in lines if line]) == NUM_EVENTS - 1
 
 
 def test_a_probe_that_is_answered_late_drives_nobody_away(balancer: Balancer, replicas: Replicas) -> None:
@@ -285,7 +292,7 @@ def test_every_event_arrives_before_the_next_is_sent(balancer: Balancer, replica
             arrived.append(time.monotonic())
             sent.append(float(line.split()[-1]))
     in_time = [here < following for here, following in zip(arrived, sent[1:], strict=False)]
-    assert len(in_time) == 39
+    assert len(in_time) == NUM_EVENTS - 1
     assert sum(in_time) >= 0.8 * len(in_time)  # a busy machine may be late now and then; what is held back is half
 
 
@@ -316,7 +323,7 @@ def test_replicas_are_told_who_asks_and_nothing_that_a_client_made_up(balancer: 
     assert asked["x-forwarded-for"] == "127.0.0.1"
     assert asked["x-forwarded-proto"] == "http"
     assert asked["x-other-replicas"] == "true"
-    assert asked["x-request-id"] in balancer.log
+    wait_for(lambda: asked["x-request-id"] in balancer.log, "it is logged")
     ask(balancer, {}, X_Request_Id="my-own", Authorization="Bearer key")
     (asked,) = replicas.asked()
     assert (asked["x-request-id"], asked["authorization"]) == ("my-own", "Bearer key")
@@ -357,3 +364,44 @@ def test_a_replica_is_found_by_its_name_and_followed_to_another_address(replicas
             replicas.each[0].close()
             wait_for(lambda: replica_of(ask(balancer, FORMS["messages"](0, 0))) == "replica-1", "it is followed", 20)
     assert {each["replica"] for each in replicas.asked()} >= {"replica-1", "replica-2"}
+
+
+# The balancer itself
+
+
+def test_a_balancer_that_ends_lets_streams_finish(replicas: Replicas, tmp_path: Path) -> None:
+    replicas.reset()
+    for replica in replicas.each:
+        replica.seconds = 0.05
+    with Balancer(tmp_path / "log", replicas.port) as balancer:
+        wait_for(balancer.ready, "it is ready")
+        body = FORMS["messages"](0, 0) | {"stream": True}
+        with balancer.client.stream("POST", f"{balancer.url}/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            balancer.process.send_signal(signal.SIGUSR1)
+            assert len([line for line in lines if line]) == NUM_EVENTS - 1
+        balancer.client.close()
+        assert balancer.process.wait(20) == 0
+
+
+def test_what_compose_asks_the_balancer_is_whether_it_has_a_replica(balancer: Balancer, replicas: Replicas) -> None:
+    compose = yaml.safe_load((FOLDER.parent / "compose.yml").read_text())
+    _, *command = compose["services"]["balancer"]["healthcheck"]["test"]
+    command[-1] = command[-1].replace("/8404", f"/{balancer.status_port}")
+    assert subprocess.run(command).returncode == 0
+    for replica in replicas.each:
+        replica.is_ready = False
+    wait_for(lambda: not balancer.is_ready(), "it has none", 10)
+    assert subprocess.run(command).returncode != 0
+
+
+def test_no_stream_is_silent_for_longer_than_the_balancer_waits() -> None:
+    config = (FOLDER / "haproxy.cfg").read_text()
+    seconds = {name: int(value) for name, value in re.findall(r"^  timeout ([a-z-]+) (\d+)s$", config, re.MULTILINE)}
+    assert seconds["client"] > 2 * ServerSettings().keep_alive_interval
+    assert "timeout server 1h" in config
+    # A replica that ends is seen before it turns requests away.
+    inter, fast = (int(value) for value in re.findall(r"inter (\d+)s fastinter (\d+)ms fall 3", config)[0])
+    example = (FOLDER.parent / ".env.example").read_text()
+    assert int(re.findall(r"REPLICA_SHUTDOWN_DELAY=(\d+)", example)[0]) > inter + 2 * fast / 1000
