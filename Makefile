@@ -1,6 +1,6 @@
 # Everything a user or a contributor types. Needs Python 3.11 and make; each target makes .venv first if it has to.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check check-deploy gpu-check bench soak lock clean
+.PHONY: help install serve test check check-deploy container-test gpu-check bench soak lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -39,6 +39,9 @@ check: $(STAMP) ## Check format, style, the arrows between rooms, and types
 
 check-deploy: $(STAMP) ## Check the files of deploy/ with the tools they are for, fetched once; says what could not be run
 	@exec $(BIN)/python -m deploy.checks
+
+container-test: $(STAMP) ## Build the image and run the deployment on a container engine (half an hour); ARGS= goes to pytest
+	@exec $(BIN)/python -m pytest -n 0 -x -s -m container $(ARGS) tests/container
 
 gpu-check: $(STAMP) ## On a machine with a GPU: is it exact, and what does fusing cost there? ARGS= e.g. ARGS="--quick"
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -20,9 +20,11 @@ def main() -> int:
     has_tls = bool(os.environ.get("ULTRAFUSER_SSL_CERTFILE"))
     # The certificate is for the name that clients use, not for this machine's own.
     context = ssl._create_unverified_context() if has_tls else None
+    # Nor is a proxy, which is for the outside, asked for this container's own address.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     url = f"{'https' if has_tls else 'http'}://127.0.0.1:{port}{path}"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS, context=context) as response:
+        with opener.open(url, timeout=TIMEOUT_SECONDS) as response:
             print(response.read(200).decode(errors="replace"))
             return 0
     except urllib.error.HTTPError as error:

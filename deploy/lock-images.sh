@@ -11,7 +11,8 @@ while IFS= read -r line; do
             name="${line%%=*}"
             image="${line#*=}"
             image="${image%@*}"
-            digest="$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' "$image")"
+            # printf: by itself buildx answers a bare field with its table of everything.
+            digest="$(docker buildx imagetools inspect --format '{{printf "%s" .Manifest.Digest}}' "$image")"
             case "$digest" in
                 sha256:????????????????????????????????????????????????????????????????) ;;
                 *) echo "$name: no digest for $image, got '$digest'; $lock is unchanged" >&2; exit 1 ;;

@@ -136,6 +136,9 @@ class Rejection(ApiError):
     reason: str
     """Its label in `fused_rejections_total`."""
 
+    is_of_this_server: bool = False
+    """Whether another replica may take the request."""
+
 
 class InvalidApiKey(Rejection):
     """The key is missing or wrong."""
@@ -168,6 +171,7 @@ class RateLimited(Rejection):
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "rate_limit_exceeded"
+    is_of_this_server = True
 
     def __init__(self, message: str, reason: str, wait_seconds: float) -> None:
         super().__init__(message)
@@ -199,6 +203,7 @@ class ShuttingDown(Rejection):
     code = "shutting_down"
     headers: Mapping[str, str] = {"Retry-After": "1", "Connection": "close"}
     reason = "shutting_down"
+    is_of_this_server = True
 
     def __init__(self) -> None:
         super().__init__("The server is shutting down; send the request to another one, or later.")

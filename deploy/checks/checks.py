@@ -3,14 +3,15 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from deploy.checks.promql import expressions
 from deploy.checks.tools import call
 
-COMPOSE_PROFILES = ("cpu", "gpu", "monitoring", "alerts")
-KUBERNETES_OVERLAYS = ("cpu", "gpu", "replicas")
+COMPOSE_PROFILES = ("cpu", "gpu", "replicas", "monitoring", "alerts")
+KUBERNETES_OVERLAYS = ("cpu", "gpu", "replicas", "nodes")
 KUBERNETES_VERSIONS = ("1.30", "1.37")
 """The oldest release that the manifests are for, and the newest whose schema the tool knows."""
 
@@ -25,7 +26,13 @@ def check_dockerfile(root: Path) -> None:
 
 def check_shell(root: Path) -> None:
     """Every shell script against shellcheck."""
-    scripts = [*sorted((root / "deploy").glob("*.sh")), root / "requirements" / "compile", root / ".ci" / "run"]
+    stand_ins = sorted((root / "tests" / "container").glob("*.sh"))
+    scripts = [
+        *sorted((root / "deploy").glob("*.sh")),
+        *stand_ins,
+        root / "requirements" / "compile",
+        root / ".ci" / "run",
+    ]
     call("shellcheck", *scripts)
 
 
@@ -59,6 +66,12 @@ def check_compose_security(root: Path) -> None:
     call("compose-lint", root / "deploy" / "compose.yml")
 
 
+def check_balancer(root: Path) -> None:
+    """haproxy.cfg and its Lua as HAProxy reads them, without a warning."""
+    folder = root / "deploy" / "balancer"
+    call("haproxy", "-c", "-dW", "-f", folder / "haproxy.cfg", BALANCER_FOLDER=str(folder))
+
+
 def check_prometheus_config(root: Path) -> None:
     """prometheus.yml as Prometheus reads it."""
     call("promtool", "check", "config", "--syntax-only", root / "deploy" / "monitoring" / "prometheus.yml")
@@ -89,13 +102,23 @@ def check_dashboards(root: Path) -> None:
 
 
 def check_kubernetes(root: Path) -> None:
-    """Every overlay, rendered, against the schemas of Kubernetes' resources; an unknown field is an error."""
+    """Every overlay, rendered, against the schemas of Kubernetes' resources; an unknown field is an error.
+
+    Of a LeaderWorkerSet, which is none of these, the pod is looked at."""
     with tempfile.TemporaryDirectory() as folder:
         for overlay in KUBERNETES_OVERLAYS:
             rendered = Path(folder) / f"{overlay}.yml"
-            rendered.write_text(render(root, overlay), encoding="utf-8")
+            items = [_built_in(item) for item in yaml.safe_load_all(render(root, overlay))]
+            rendered.write_text(yaml.safe_dump_all(items), encoding="utf-8")
             for version in KUBERNETES_VERSIONS:
                 call("kubernetes-validate", "--strict", "-k", version, rendered)
+
+
+def _built_in(item: dict[str, Any]) -> dict[str, Any]:
+    if item["kind"] != "LeaderWorkerSet":
+        return item
+    pod = item["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": pod["spec"]}
 
 
 def render(root: Path, overlay: str) -> str:
@@ -110,6 +133,7 @@ CHECKS: Mapping[str, Callable[[Path], None]] = {
     "Compose: schema": check_compose_schema,
     "Compose: profiles": check_compose_profiles,
     "Compose: confinement": check_compose_security,
+    "HAProxy: configuration": check_balancer,
     "Prometheus: configuration": check_prometheus_config,
     "Prometheus: rules": check_rules,
     "Prometheus: alerts fire": check_alerts_fire,

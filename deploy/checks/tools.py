@@ -1,7 +1,7 @@
 """The tools that the checks need: Python's from requirements/deploy.lock, the others out of Debian's packages.
 
 Both are fetched once into a cache folder of their own, without root and without installing anything. Whence, pip's and
-apt's own configuration says. Knows no checks.
+apt's own configuration says. HAProxy is the machine's own: it needs libraries of its release. Knows no checks.
 """
 
 import os
@@ -26,6 +26,9 @@ DEBIAN_TOOLS: Mapping[str, tuple[str, str]] = {
 }
 """By command: Debian's package, and the command's place in it."""
 
+HAPROXY_BRANCH = "2.6"
+"""What the balancer's configuration is written for, and its image is of (deploy/images.lock)."""
+
 FETCH_SECONDS = 180
 _NOT_FETCHED: dict[Path, str] = {}
 """Why, by folder: without a network, every check would wait for it again."""
@@ -40,8 +43,8 @@ class Failed(Exception):
     """A tool has found something, or could not be started; the message is what it said."""
 
 
-def call(tool: str, *arguments: str | Path, text: str | None = None) -> str:
-    """Run a tool on files, or on `text`; returns its output.
+def call(tool: str, *arguments: str | Path, text: str | None = None, **variables: str) -> str:
+    """Run a tool on files, or on `text`, with more variables in its environment; returns its output.
 
     Raises:
         NotRun: there is no such tool here.
@@ -49,10 +52,27 @@ def call(tool: str, *arguments: str | Path, text: str | None = None) -> str:
     """
     if tool in DEBIAN_TOOLS:
         command, environment = find_debian_tool(tool), dict(os.environ)
+    elif tool == "haproxy":
+        command, environment = find_haproxy(), dict(os.environ)
     else:
         folder = _python_tools()
         command, environment = folder / "bin" / tool, {**os.environ, "PYTHONPATH": str(folder)}
-    return _run([command, *arguments], environment, text)
+    return _run([command, *arguments], environment | variables, text)
+
+
+def find_haproxy() -> Path:
+    """This machine's HAProxy.
+
+    Raises:
+        NotRun: there is none, or one of another branch.
+    """
+    # Debian's place is not in every user's PATH.
+    path = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
+    if path is None:
+        raise NotRun(f"needs HAProxy {HAPROXY_BRANCH}; on Debian 12: apt-get install haproxy")
+    if not (version := _run([path, "-v"], os.environ)).startswith(f"HAProxy version {HAPROXY_BRANCH}."):
+        raise NotRun(f"needs HAProxy {HAPROXY_BRANCH}, not {' '.join(version.split()[:3])}")
+    return Path(path)
 
 
 def find_debian_tool(tool: str) -> Path:

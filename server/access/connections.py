@@ -21,6 +21,9 @@ from ultrafuser.server.errors import InvalidRequest
 MAX_HEADER_BYTES = 65536
 """Length of a request's line and headers beyond which they are refused."""
 
+LINGER_SECONDS = 10.0
+"""How long the rest of a request is read and dropped if the answer came first, and ends the connection."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +39,7 @@ class GuardedProtocol(HttpToolsProtocol):
         later = self.loop.call_later
         self._reading = _Timer(partial(later, read_seconds, self._give_up, "sent no whole request in time"))
         self._writing = _Timer(partial(later, write_seconds, self._give_up, "does not read its response"))
+        self._lingering = _Timer(partial(later, LINGER_SECONDS, self._end))
         self._num_header_bytes = 0
         """What the parser keeps at most, of a head or of headers behind a body that have not come to their end."""
         self._has_come_on = False
@@ -122,8 +126,22 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
             self._reading.stop()
+            if self._lingering.is_running:
+                self._end()
+
+    def end_behind_request(self) -> None:
+        """Close the connection, but not while the request is still coming: that resets it, and a client or a proxy that
+        is sending may then never see the answer."""
+        if self.cycle.more_body and self.cycle.response_complete:
+            self._lingering.start()
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        cycle.transport = _UnhurriedTransport(self)  # type: ignore[assignment]
         is_old = cycle.scope["http_version"] != "1.1"
         super()._start_asgi_task(cycle, _without_chunks(cycle, app) if is_old else app)  # type: ignore[arg-type]
 
@@ -138,8 +156,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing to wait for any more."""
-        self._reading.stop()
-        self._writing.stop()
+        for timer in (self._reading, self._writing, self._lingering):
+            timer.stop()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -147,6 +165,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
         A request whose body is wrong, and which nothing was answered yet, ends as if its client had left.
         """
+        if self._lingering.is_running:
+            self._end()
+            return
         if self._is_answering:
             if self.cycle.response_started or not self.cycle.more_body:
                 self.cycle.keep_alive = False
@@ -191,12 +212,29 @@ def _without_chunks(cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
     return answer
 
 
+class _UnhurriedTransport:
+    """A connection as it is handed to what answers: all of the transport, but for its end."""
+
+    def __init__(self, protocol: GuardedProtocol) -> None:
+        self._protocol = protocol
+        self.write, self.is_closing = protocol.transport.write, protocol.transport.is_closing
+
+    def close(self) -> None:
+        """See `end_behind_request`."""
+        self._protocol.end_behind_request()
+
+
 class _Timer:
     """A time-out that can be started and stopped again and again."""
 
     def __init__(self, start: "partial[asyncio.TimerHandle]") -> None:
         self._start = start
         self._handle: asyncio.TimerHandle | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and not stopped."""
+        return self._handle is not None
 
     def start(self) -> None:
         """Begin, unless it runs already."""

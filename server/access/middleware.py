@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from http import HTTPStatus
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -39,6 +40,7 @@ _HOST = re.compile(
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLIENT_LEFT = 499
+_OTHER_REPLICAS = b"x-other-replicas"
 
 logger = logging.getLogger(__name__)
 
@@ -223,9 +225,18 @@ def is_among(scope: Scope, paths: Collection[str]) -> bool:
 
 
 async def refuse(error: Rejection, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with a rejection and count it."""
+    """Answer with a rejection and count it.
+
+    A balancer that offers to ask another replica is told so by a status of its own, since nothing has run; beside it
+    stands what to tell the client if no other takes the request. A status that clients know would not say that: a
+    request that the shutdown's deadline has cut gets 503 as well.
+    """
     REJECTIONS.labels(error.reason).inc()
-    await error_response(error, scope)(scope, receive, send)
+    response = error_response(error, scope)
+    if error.is_of_this_server and any(name == _OTHER_REPLICAS for name, _ in scope["headers"]):
+        response.headers["X-Refused"] = str(response.status_code)
+        response.status_code = HTTPStatus.TOO_EARLY
+    await response(scope, receive, send)
 
 
 async def _pass_on(_scope: Scope, _receive: Receive, _send: Send) -> None:

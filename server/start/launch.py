@@ -49,6 +49,10 @@ ENGINE_CHECK_SECONDS = 1.0
 ENGINE_FAILED_SECONDS = 1.0
 """How long a server whose engine has stopped still answers: running requests and probes learn why."""
 
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection is kept: longer than balancers keep theirs (60 s), or one would send a request on a
+connection that is just being closed."""
+
 LAST_WORDS_SECONDS = 3
 """How long it may take to tell the clients of requests that were ended."""
 
@@ -259,6 +263,7 @@ def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
         ws="none",
         lifespan="off",  # when it is told to end at once uvicorn cancels one, and prints the traceback
         http=guarded_protocol(settings.read_timeout, settings.write_timeout),
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,  # of responses that are complete already
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,

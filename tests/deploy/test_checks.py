@@ -19,6 +19,7 @@ MISTAKES = {
     "Compose: schema": ("deploy/compose.yml", "start_period", "start_perod"),
     "Compose: profiles": ("deploy/compose.yml", "networks: [outside, monitoring]", "networks: [elsewhere]"),
     "Compose: confinement": ("deploy/compose.yml", "networks: [outside, monitoring]", "privileged: true"),
+    "HAProxy: configuration": ("deploy/balancer/haproxy.cfg", "hash-balance-factor", "hash-balance-factors"),
     "Prometheus: configuration": ("deploy/monitoring/prometheus.yml", "scrape_interval", "scrap_interval"),
     "Prometheus: rules": ("deploy/monitoring/rules.yml", "deriv(", "derive("),
     "Prometheus: alerts fire": ("deploy/monitoring/rules.yml", "mean30m > 0.97", "mean30m > 0.99"),

@@ -4,10 +4,12 @@ import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from deploy.checks.tools import HAPROXY_BRANCH
 from deploy.dashboards import FOLDER, write_dashboards
 from ultrafuser import __version__
 from ultrafuser.server.engine_options import EngineOptions
@@ -16,6 +18,7 @@ from ultrafuser.server.settings import PREFIX, ServerSettings
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
 COMPOSE = (DEPLOY / "compose.yml").read_text()
+BALANCER = (DEPLOY / "balancer" / "haproxy.cfg").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 KUBERNETES = "\n".join(path.read_text() for path in (DEPLOY / "kubernetes").rglob("*.yml"))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
@@ -32,7 +35,10 @@ def test_every_variable_of_compose_is_explained_with_its_default_and_no_other() 
     used = dict(re.findall(r"\$\{([A-Z_]+)(?::-([^}]*))?\}", COMPOSE))
     used |= dict.fromkeys(re.findall(r"^ +(PIP_\w+):$", COMPOSE, re.MULTILINE), "")
     images = variables(DEPLOY / "images.lock")
-    assert variables(DEPLOY / ".env.example") == {name: value for name, value in used.items() if name not in images}
+    example = variables(DEPLOY / ".env.example")
+    profiles = {profile for service in yaml.safe_load(COMPOSE)["services"].values() for profile in service["profiles"]}
+    assert set(example.pop("COMPOSE_PROFILES").split(",")) < profiles  # Compose's own: what `up` and `down` mean
+    assert example == {name: value for name, value in used.items() if name not in images}
     assert {name: value for name, value in used.items() if name in images} == {
         name: value.partition("@")[0] for name, value in images.items()
     }
@@ -56,7 +62,7 @@ def test_images_are_pinned_to_a_version_or_more() -> None:
 def test_the_servers_images_carry_its_version() -> None:
     assert f"ARG VERSION={__version__}\n" in DOCKERFILE
     tags = re.findall(r"ultrafuser:([\d.]+)-c", COMPOSE) + re.findall(r"newTag: ([\d.]+)-c", KUBERNETES)
-    assert len(tags) == 4
+    assert len(tags) == 5
     assert set(tags) == {__version__}
 
 
@@ -81,23 +87,79 @@ def test_what_the_dockerfile_copies_is_let_through_and_nothing_else() -> None:
     assert [source for source in copied if not (ROOT / source).exists()] == []
 
 
+def test_a_change_of_code_leaves_the_packages_layer_as_it_is() -> None:
+    """One line of code made a layer of 2.55 GB: the code was installed into the folder of the packages."""
+    stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL))
+    for stage, own in stages.items():
+        copied = re.findall(r"^COPY (?!--from)(?:--\S+ )?(.+) \S+$", own, re.MULTILINE)
+        assert stage == "project" or all(source.startswith("requirements/") for source in copied), stage
+    for device in ("cpu", "cuda"):
+        assert re.findall(r"^COPY --from=(\S+)", stages[device], re.MULTILINE) == [f"packages-{device}", "project"]
+
+
+def test_no_layer_keeps_what_pip_was_told_in_secret() -> None:
+    secrets = "--mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca_bundle"
+    asking = [step for step in re.findall(r"^RUN (?:.*\\\n)*.*", DOCKERFILE, re.MULTILINE) if "pip install" in step]
+    assert [step for step in asking if secrets not in step and "--no-index" not in step] == []
+    assert len(asking) == 4
+    compose = yaml.safe_load(COMPOSE)
+    assert all(service["build"]["secrets"] == ["pip_conf", "ca_bundle"] for service in built(compose))
+    assert all(variables(DEPLOY / ".env.example")[name] == "/dev/null" for name in ("PIP_CONF", "CA_BUNDLE"))
+
+
+def built(compose: dict[str, Any]) -> list[dict[str, Any]]:
+    return [service for service in compose["services"].values() if "build" in service]
+
+
+def test_services_start_without_asking_anybody_outside() -> None:
+    """Prometheus asked the outside for an Alertmanager that was not started, Grafana for plugins, and Alertmanager for
+    others of its kind."""
+    services = yaml.safe_load(COMPOSE)["services"]
+    assert services["prometheus"]["dns_opt"] == ["ndots:1"]
+    assert "names: [alertmanager.]" in (DEPLOY / "monitoring" / "prometheus.yml").read_text()
+    grafana = services["grafana"]["environment"]
+    assert grafana["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"
+    assert {value for name, value in grafana.items() if name.startswith("GF_ANALYTICS_")} == {"false"}
+    assert "--cluster.listen-address=" in services["alertmanager"]["command"]
+
+
+def test_a_server_may_open_as_many_files_as_vllm_asks_for() -> None:
+    servers = built(yaml.safe_load(COMPOSE))
+    assert [server["ulimits"] for server in servers] == [{"nofile": "${SERVER_FILES:-65536}"}] * len(servers)
+
+
 def test_containers_are_not_killed_while_requests_may_finish() -> None:
     example = variables(DEPLOY / ".env.example")
     grace = int(example["STOP_GRACE_PERIOD"].removesuffix("s"))
     assert grace >= int(example["SHUTDOWN_DELAY"]) + int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
-    grace = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", KUBERNETES)[0])
+    assert grace >= int(example["REPLICA_SHUTDOWN_DELAY"]) + int(example["SHUTDOWN_TIMEOUT"]) + ENGINE_STOP_SECONDS + 4
+    server = (DEPLOY / "kubernetes" / "base" / "deployment.yml").read_text()
+    grace = int(re.findall(r"terminationGracePeriodSeconds: (\d+)", server)[0])
     drain = int(re.findall(rf"{PREFIX}SHUTDOWN_TIMEOUT=(\d+)", KUBERNETES)[0])
     delay = int(re.findall(rf"{PREFIX}SHUTDOWN_DELAY=(\d+)", KUBERNETES)[0])
     assert grace >= delay + drain + ENGINE_STOP_SECONDS + 4
-    probe = re.search(r"readinessProbe:.*?periodSeconds: (\d+).*?failureThreshold: (\d+)", KUBERNETES, re.DOTALL)
+    probe = re.search(r"readinessProbe:.*?periodSeconds: (\d+).*?failureThreshold: (\d+)", server, re.DOTALL)
     assert probe is not None
     assert delay > int(probe[1]) * int(probe[2])  # else requests are turned away while they are still sent here
 
 
 def test_nothing_is_reachable_from_other_machines_by_default() -> None:
-    published = re.findall(r'ports: \["(.+)"\]', COMPOSE)
-    assert len(published) == 2
-    assert all(ports.startswith("${BIND_ADDRESS:-127.0.0.1}:") for ports in published)
+    services = yaml.safe_load(COMPOSE)["services"]
+    published = {name: service["ports"] for name, service in services.items() if service.get("ports")}
+    assert set(published) == {"server-cpu", "server-gpu", "balancer", "grafana"}
+    assert all(port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for ports in published.values() for port in ports)
+
+
+def test_replicas_share_nothing_that_is_executed() -> None:
+    services = yaml.safe_load(COMPOSE)["services"]
+    replicas = {name: service for name, service in services.items() if name.startswith("replica-")}
+    caches = [mount.partition(":")[0] for each in replicas.values() for mount in each["volumes"] if "/cache" in mount]
+    assert len(replicas) == len(set(caches)) == len(caches) > 1
+    assert replicas.keys() <= set(re.findall(r"server (replica-\d+) .* check$", BALANCER, re.MULTILINE))
+
+
+def test_the_balancers_image_is_of_the_branch_that_is_tested() -> None:
+    assert variables(DEPLOY / "images.lock")["HAPROXY_IMAGE"].startswith(f"haproxy:{HAPROXY_BRANCH}.")
 
 
 def test_secrets_are_files() -> None:

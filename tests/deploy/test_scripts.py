@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.container.page import CHAPTERS, blocks, to_run
+
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
-
-
-OPERATIONS = DEPLOY.parent / "docs" / "operations.md"
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -30,18 +29,24 @@ class Container:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("ultrafuser", "python"):
-            program(folder / "bin", name, f'echo {name} "$@"; echo USER=$USER >&2; exit 7')
+            program(folder / "bin", name, f'echo {name} "$@"; env >&2; exit 7')
+        program(folder / "bin", "nproc", "echo 16")
         self.environment = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "HOME": str(folder / "cache"),
             "HF_HOME": str(folder / "models" / "huggingface"),
             "ULTRAFUSER_CACHE": str(folder / "models" / "ultrafuser"),
+            "ENTRYPOINT_CGROUP": str(folder / "cgroup"),
         }
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Start it with these arguments."""
         command = [str(DEPLOY / "entrypoint.sh"), *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=20)
+
+    def started_with(self) -> dict[str, str]:
+        """The environment of the command that it starts."""
+        return dict(line.split("=", 1) for line in self.run().stderr.splitlines())
 
 
 @pytest.fixture
@@ -79,7 +84,49 @@ def test_volumes_are_given_the_folders_that_are_written_to(container: Container)
 
 
 def test_a_user_without_a_name_gets_one(container: Container) -> None:
-    assert "USER=ultrafuser" in container.run().stderr
+    assert container.started_with()["USER"] == "ultrafuser"
+
+
+def test_group_0_may_write_what_a_start_makes_on_the_volumes(container: Container) -> None:
+    """Folders were 0755: a platform that gives the next container another user could not write into them."""
+    program(container.folder / "bin", "ultrafuser", "mkdir $HOME/compiled && touch $HOME/compiled/code")
+    assert container.run().returncode == 0
+    made = [container.folder / "models" / "ultrafuser", *(container.folder / "cache").rglob("*")]
+    assert len(made) == 3
+    assert [path for path in made if not path.stat().st_mode & 0o020] == []
+
+
+QUOTAS = {
+    "cgroup 2: 2 of 16 cores": ({"cpu.max": "200000 100000"}, "2"),
+    "cgroup 2: less than one": ({"cpu.max": "50000 100000"}, "1"),
+    "cgroup 2: two and a half": ({"cpu.max": "250000 100000"}, "2"),
+    "cgroup 2: all": ({"cpu.max": "max 100000"}, None),
+    "cgroup 2: more than there are": ({"cpu.max": "6400000 100000"}, None),
+    "cgroup 1: 3 of 16 cores": ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, "3"),
+    "cgroup 1: all": ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    "none": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("files", "threads"), QUOTAS.values(), ids=QUOTAS)
+def test_as_many_threads_are_started_as_the_quota_pays_for(
+    container: Container, files: dict[str, str], threads: str | None
+) -> None:
+    """vLLM counts cores, and a quota hides none: 2 cores' time was shared by a thread for each of the machine's."""
+    for name, content in files.items():
+        (container.folder / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (container.folder / "cgroup" / name).write_text(content + "\n")
+    environment = container.started_with()
+    assert environment.get("OMP_NUM_THREADS") == threads
+    assert environment.get("VLLM_CPU_OMP_THREADS_BIND") == (threads and "nobind")
+
+
+def test_threads_that_are_set_by_hand_stay(container: Container) -> None:
+    (container.folder / "cgroup").mkdir()
+    (container.folder / "cgroup" / "cpu.max").write_text("200000 100000\n")
+    container.environment |= {"OMP_NUM_THREADS": "5", "VLLM_CPU_OMP_THREADS_BIND": "0-4"}
+    environment = container.started_with()
+    assert (environment["OMP_NUM_THREADS"], environment["VLLM_CPU_OMP_THREADS_BIND"]) == ("5", "0-4")
 
 
 @pytest.mark.parametrize("name", ["HOME", "HF_HOME", "ULTRAFUSER_CACHE"])
@@ -124,6 +171,12 @@ def test_the_healthcheck_says_what_the_probe_says(port: int, path: str, status: 
     assert (done.returncode, done.stdout) == (status, answer)
 
 
+def test_the_healthcheck_asks_no_proxy(port: int) -> None:
+    """A proxy in Docker's configuration is given to every container, and cannot reach what listens in this one."""
+    done = healthcheck("/health", port, http_proxy="http://127.0.0.1:1", HTTP_PROXY="http://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (0, '{"status":"alive"}\n')
+
+
 def test_the_healthcheck_fails_where_nobody_answers() -> None:
     done = healthcheck("/health", 1)
     assert done.returncode == 1
@@ -131,31 +184,53 @@ def test_the_healthcheck_fails_where_nobody_answers() -> None:
     assert done.stderr == ""
 
 
-def healthcheck(path: str, port: int) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "ULTRAFUSER_PORT": str(port)}
+def healthcheck(path: str, port: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "ULTRAFUSER_PORT": str(port), **variables}
     command = [str(DEPLOY / "healthcheck.py"), path]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
 
 
 def test_the_commands_of_operations_find_their_files_in_order(tmp_path: Path) -> None:
     """The second block once named its files from another folder than the first one ends in."""
-    chapter = OPERATIONS.read_text().partition("## From nothing")[2].partition("\n## ")[0]
-    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
     private = shutil.ignore_patterns(".env", "secrets", "fusion", "__pycache__")
     shutil.copytree(DEPLOY, tmp_path / "checkout" / "deploy", ignore=private)
-    for name in ("docker", "kubectl", "openssl"):
+    for name in ("curl", "docker", "git", "kubectl", "openssl"):
         program(
             tmp_path / "bin", name, f'for word; do echo "$PWD/${{word##*=}}" >>{tmp_path}/{name}; done; echo secret'
         )
     environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    shell = ["sh", "-euc", commands]
+    shell = ["sh", "-euc", "\n".join(blocks(CHAPTERS[:1]).values())]
     done = subprocess.run(shell, cwd=tmp_path / "checkout", env=environment, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
     places = [Path(place) for place in (tmp_path / "kubectl").read_text().splitlines() if "/deploy/" in place]
     assert [place.name for place in places] == ["api_keys", "hf_token", "cpu"]
     assert [place for place in places if not place.exists()] == []
     assert f"{tmp_path}/checkout/deploy/compose" in (tmp_path / "docker").read_text()
-    assert (tmp_path / "checkout" / "deploy" / "secrets" / "api_keys").read_text() == "secret\n"
+    deploy = tmp_path / "checkout" / "deploy"
+    assert (deploy / "secrets" / "api_keys").read_text() == "secret\n"
+    settings = dict(line.split("=", 1) for line in (deploy / ".env").read_text().splitlines() if "=" in line[:30])
+    assert settings["COMPOSE_PROFILES"] == "cpu,monitoring,alerts"
+    assert (deploy / settings["ALERTMANAGER_CONFIG"]).is_file()
+    example = (DEPLOY / ".env.example").read_text()
+    assert f"SERVER_IMAGE_CPU={settings['SERVER_IMAGE_CPU']}\n" in example  # rolled back to what it was
+
+
+def test_every_command_of_the_deployment_is_run_on_an_engine_or_says_why_not() -> None:
+    followed = {
+        (heading, int(number))
+        for file in (DEPLOY.parent / "tests" / "container").glob("*.py")
+        for heading, number in re.findall(r'\.follow\("([^"]+)", (\d+)\)', file.read_text())
+    } | {("Replicas", 1), ("Replicas", 2)}  # by a parameter
+    assert followed == {
+        place for place, block in blocks().items() if not set(to_run(block).split()) <= {"cd", "..", "deploy"}
+    }
+    marks = re.findall(r"# not run.*", "".join(blocks().values()))
+    assert marks
+    assert [mark for mark in marks if not re.fullmatch(r"# not run: \w.*", mark)] == []
+
+
+def test_commands_that_are_not_run_are_left_out_whole() -> None:
+    assert to_run("a \\\n  b  # not run: c\nd\ne \\\n  f\n") == "d\ne \\\n  f\n"
 
 
 @pytest.fixture
@@ -175,7 +250,14 @@ def lock_images(folder: Path, docker: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_release_puts_the_registrys_digests_behind_the_tags(release: Path) -> None:
     digest = "sha256:" + "ab" * 32
-    done = lock_images(release, f'echo "$@" >>{release}/asked; echo {digest}')
+    # A bare field is answered with buildx's table of everything, a string as it is.
+    answer = f"""
+    case "$*" in
+        *'{{{{.Manifest.Digest}}}}'*) printf 'Name: a\nMediaType: b\nDigest: {digest}\n' ;;
+        *'{{{{printf "%s" .Manifest.Digest}}}}'*) printf %s {digest} ;;
+        *) exit 1 ;;
+    esac"""
+    done = lock_images(release, f'echo "$@" >>{release}/asked\n{answer}')
     assert done.returncode == 0
     assert (
         release / "images.lock"

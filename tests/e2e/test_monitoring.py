@@ -70,8 +70,9 @@ class Prometheus:
         """The shipped files; only intervals, the target and the stall alert's patience are changed."""
         config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
-        config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
-        del config["alerting"], config["scrape_configs"][1:]
+        job = config["scrape_configs"][0]
+        del job["dns_sd_configs"], config["alerting"], config["scrape_configs"][1:]
+        job["static_configs"] = [{"targets": [target]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         rules = yaml.safe_load((MONITORING / "rules.yml").read_text())
         (stalled,) = [rule for group in rules["groups"] for rule in group["rules"] if is_stall_alert(rule)]

@@ -89,6 +89,12 @@ async def test_a_used_up_key_is_refused_and_others_are_not(client: httpx.AsyncCl
     error: dict[str, Any] = refused.json()["error"]
     assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+    balanced = {"Authorization": "Bearer first-key", "X-Other-Replicas": "true"}
+    passed_on = await client.get("/v1/models", headers=balanced)
+    assert (passed_on.status_code, passed_on.headers["x-refused"]) == (425, "429")
+    assert int(passed_on.headers["retry-after"]) >= 1
+    wrong = await client.get("/v1/models", headers=balanced | {"Authorization": "Bearer wrong-key"})
+    assert wrong.status_code == 401  # as wrong elsewhere
     assert (await ask("wrong-key")).status_code == 401
     assert (await ask("second-key")).status_code == 200
 

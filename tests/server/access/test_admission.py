@@ -205,6 +205,9 @@ async def test_an_ending_server_waits_for_running_requests_and_takes_no_others(
         refused = await http.post("/whole")
         assert code(refused) == (503, "shutting_down")
         assert "retry-after" in refused.headers
+        passed_on = await http.post("/whole", headers={"X-Other-Replicas": "true"})
+        assert (passed_on.status_code, passed_on.headers["x-refused"]) == (425, "503")
+        assert passed_on.json() == refused.json()
         assert not draining.done()
         work.go_on.set()
         assert await draining
@@ -218,7 +221,8 @@ async def test_an_idle_server_ends_at_once(admission: Admission) -> None:
 
 async def test_at_the_deadline_work_stops_and_clients_are_told(work: Work, admission: Admission) -> None:
     async with client(work, admission) as http:
-        whole, stream = await begin(work, [http.post("/whole"), http.post("/stream")])
+        balanced = http.post("/whole", headers={"X-Other-Replicas": "true"})  # something has run: no other is asked
+        whole, stream = await begin(work, [balanced, http.post("/stream")])
         assert not await admission.drain(0.05)
         admission.end_all()
         assert await admission.drain(5)

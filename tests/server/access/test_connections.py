@@ -21,13 +21,16 @@ SLOW_READERS = 20
 
 
 class App:
-    """/huge streams 64 MiB, anything else echoes the body."""
+    """/huge streams 64 MiB, /refused does not read, anything else echoes the body."""
 
     def __init__(self) -> None:
         self.num_streaming = 0
         self.num_left = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/refused":
+            await PlainTextResponse("no", 413, {"Connection": "close"})(scope, receive, send)
+            return
         if scope["path"] == "/huge":
             await StreamingResponse(self._chunks())(scope, receive, send)
             return
@@ -140,6 +143,31 @@ async def test_slow_readers_are_cut_off_and_hold_up_nobody(port: int, app: App) 
             await asyncio.sleep(0.01)
     for writer in readers:
         writer.close()
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 8388608", "Transfer-Encoding: chunked"])
+async def test_a_client_that_is_refused_while_it_sends_gets_the_answer_then_the_end(port: int, framing: str) -> None:
+    """The connection was reset under the rest of the body, and a proxy in between told its client nothing."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"POST /refused HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode())
+    body = bytes(1 << 23)
+    async with asyncio.timeout(LIMIT_SECONDS):  # not only at the end of the time that it may take
+        await reader.readuntil(b"\r\n\r\n")  # before the body is there
+        writer.write(b"800000\r\n%s\r\n0\r\n\r\n" % body if "chunked" in framing else body)
+        await writer.drain()
+        assert await reader.read() == b"no"
+    writer.close()
+
+
+async def test_a_client_that_is_refused_and_sends_no_more_is_cut_off(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrafuser.server.access.connections.LINGER_SECONDS", 0.1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /refused HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n12345")
+    async with asyncio.timeout(LIMIT_SECONDS / 2):
+        assert (await reader.read()).endswith(b"\r\n\r\nno")
+    writer.close()
 
 
 async def test_headers_without_end_are_refused(port: int) -> None:

@@ -251,3 +251,9 @@ def test_wishes_of_other_nodes_cut_nobody_off() -> None:
         service._stop()
         assert server.force_exit
         service._admission.end_all.assert_called_once_with()
+
+
+def test_idle_connections_outlive_those_of_balancers() -> None:
+    """uvicorn's 5 s are shorter than what balancers keep: they would send requests on connections that are closing."""
+    config = launch._uvicorn_config(mock.Mock(), ServerSettings())
+    assert config.timeout_keep_alive > 60
