@@ -39,7 +39,7 @@ class Footprint(Frozen):
 
 def look_at(pid: int, url: str, num_requests: int) -> Footprint:
     """Look at the server with this process id and address."""
-    metrics = _metrics(url)
+    metrics = read_metrics(url)
     server = psutil.Process(pid)
     processes = [server, *server.children(recursive=True)]
     return Footprint(
@@ -53,7 +53,7 @@ def look_at(pid: int, url: str, num_requests: int) -> Footprint:
     )
 
 
-def _metrics(url: str) -> dict[str, float]:
+def read_metrics(url: str) -> dict[str, float]:
     """Every sample, summed over its labels."""
     sums: dict[str, float] = {}
     with httpx.Client(trust_env=False) as client:

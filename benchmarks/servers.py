@@ -35,11 +35,20 @@ class ServerFailed(RuntimeError):
 class ServerProcess:
     """One server on the loopback interface, in a process group of its own."""
 
-    def __init__(self, arguments: Sequence[str], ready_path: str, environ: Mapping[str, str] | None = None) -> None:
-        """`python ARGUMENTS --host 127.0.0.1 --port FREE`; `environ` adds to the benchmark's own environment."""
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ready_path: str,
+        environ: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+    ) -> None:
+        """`python ARGUMENTS --host HOST --port PORT`, a free one if it is None; `environ` adds to the benchmark's own
+        environment."""
+        self.port = port or free_port()
+        self.url = f"http://{host}:{self.port}"
+        self.urls = [self.url]
+        self._command = [sys.executable, *arguments, "--host", host, "--port", str(self.port)]
         self._ready_url = self.url + ready_path
         self._environ = {**ENVIRON, **(environ or {})}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
@@ -74,10 +83,18 @@ class ServerProcess:
             if self._process.poll() is not None:
                 raise ServerFailed(f"the server ended with status {self._process.returncode}:\n{self._output()}")
             with suppress(httpx.TransportError):
-                if httpx.get(self._ready_url, timeout=30, trust_env=False).status_code == 200:
+                if self.is_ready():
                     return
             time.sleep(0.25)
         raise ServerFailed(f"the server was not ready after {START_SECONDS:.0f} seconds:\n{self._output()}")
+
+    def is_ready(self) -> bool:
+        """Whether it can generate now.
+
+        Raises:
+            httpx.TransportError: it does not listen.
+        """
+        return httpx.get(self._ready_url, timeout=30, trust_env=False).status_code == 200
 
     def ask_to_end(self) -> None:
         """Begin the end, if it runs at all."""

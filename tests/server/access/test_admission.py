@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from ultrafuser.server.access.admission import Admission, AdmissionControl
+from ultrafuser.server.access.admission import Admission, AdmissionControl, default_max_requests
 from ultrafuser.server.app import PUBLIC_PATHS
 
 
@@ -98,11 +98,13 @@ async def test_the_surplus_is_refused_at_once_and_the_rest_finishes(work: Work, 
         assert {code(response) for response in refused} == {(503, "server_overloaded")}
         assert {response.headers["retry-after"] for response in refused} == {"1"}
         assert (work.num_started, admission.num_running) == (2, 2)
+        passed_on = await http.post("/whole", headers={"X-Other-Replicas": "true"})
+        assert (passed_on.status_code, passed_on.headers["x-refused"]) == (425, "503")
         work.go_on.set()
         assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
         assert admission.num_running == 0
         assert (await http.post("/whole")).status_code == 200
-    assert rejections("queue_full") == before + 5
+    assert rejections("queue_full") == before + 6
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/"])
@@ -249,3 +251,8 @@ async def test_a_request_in_time_is_left_alone(work: Work, admission: Admission)
         assert (await http.post("/whole")).json() == {"is": "done"}
         await asyncio.sleep(0.1)
         assert (await http.post("/stream")).text == "data: one\n\ndata: two\n\n"
+
+
+@pytest.mark.parametrize(("num_places", "most"), [(1, 2), (128, 256), (1024, 1024)])
+def test_by_default_as_many_may_wait_as_are_computed(num_places: int, most: int) -> None:
+    assert default_max_requests(num_places) == most
