@@ -17,7 +17,10 @@ def to_device(
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """The numbers on the device, under way: there for all that comes later in the device's stream."""
-    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)
+    on_host = torch.tensor(numbers, dtype=dtype)
+    if device.type != "cpu":
+        on_host = on_host.pin_memory()  # only now: an array of numpy's cannot be pinned while it is read
+    return on_host.to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
