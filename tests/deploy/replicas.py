@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             replica.num_running -= 1
 
     def _note(self, length: int) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
+        headers = {name.lower(): ", ".join(self.headers.get_all(name, [])) for name in self.headers}
         replica = self.server.replica
         replica.asked.append(headers | {"replica": replica.name, "length": str(length)})
 
