@@ -24,6 +24,7 @@ NAMES = (
     "speculation",
     "placement",
     "serve_overhead",
+    "fleet",
     "peers",
     "batch_invariance",
     "data_throughput",
