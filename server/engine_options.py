@@ -25,7 +25,7 @@ class EngineOptions(EngineSettings):
     """Serve requests in order of arrival (fcfs) or of their `priority` field."""
 
     max_num_queued_reqs: Count | None = None
-    """Refuse requests with 503 when this many are unfinished; default: 1024."""
+    """Refuse requests with 503 when this many are unfinished; default: twice max_num_seqs, at most 1024."""
 
     max_num_queued_tokens: Count | None = None
     """Refuse requests with 503 when this many prompt tokens wait; default: no limit."""

@@ -21,8 +21,8 @@ from ultrafuser.server.dialects import error_response, last_events
 from ultrafuser.server.errors import ApiError, Overloaded, Rejection, ShuttingDown, TimedOut
 from ultrafuser.server.metrics import REJECTIONS
 
-DEFAULT_MAX_REQUESTS = 1024
-"""Unfinished requests that a server takes if nothing else is set."""
+MOST_REQUESTS = 1024
+"""Unfinished requests that a server takes, however many its engine computes at once, if nothing else is set."""
 
 MIN_ARRIVAL_SECONDS = 1.0
 """How long the body of a request may take before its place is given away, if another needs one."""
@@ -30,10 +30,19 @@ MIN_ARRIVAL_SECONDS = 1.0
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
 
+def default_max_requests(num_places: int) -> int:
+    """Unfinished requests that a server takes if nothing else is set; its engine computes `num_places` at once.
+
+    As many again may wait: none of them waits much longer than an answer takes, and no place is empty for want of one.
+    With more waiting, everybody's first token is late under a load that lasts, and no more is answered.
+    """
+    return min(2 * num_places, MOST_REQUESTS)
+
+
 class Admission:
     """The requests that are running, and whether one more is let in."""
 
-    def __init__(self, max_requests: int = DEFAULT_MAX_REQUESTS) -> None:
+    def __init__(self, max_requests: int = MOST_REQUESTS) -> None:
         self._max_requests = max_requests
         self._running: dict[RunningRequest, None] = {}  # the oldest first
         self._is_closed = False

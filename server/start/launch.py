@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ultrafuser.gating.errors import UserError
 from ultrafuser.gating.model.fusion import FusionConfig
 from ultrafuser.gating.model.gate import gate_digest
-from ultrafuser.server.access.admission import DEFAULT_MAX_REQUESTS, Admission
+from ultrafuser.server.access.admission import Admission, default_max_requests
 from ultrafuser.server.access.connections import guarded_protocol
 from ultrafuser.server.app import create_app
 from ultrafuser.server.engine.client.async_llm import FusedAsyncLLM
@@ -143,8 +143,9 @@ class _Service:
         self._readiness = Readiness()
         self._ends_at_a_stall = ends_at_a_stall
         self._engine_failed = self._is_asked = False
-        limit = engine.vllm_config.scheduler_config.max_num_queued_reqs
-        self._admission = Admission(DEFAULT_MAX_REQUESTS if limit is None else limit)
+        scheduling = engine.vllm_config.scheduler_config
+        limit = scheduling.max_num_queued_reqs
+        self._admission = Admission(default_max_requests(scheduling.max_num_seqs) if limit is None else limit)
         self._heartbeat = Heartbeat()
         engine.steps.listen(self._heartbeat.beat)
         self._stall_watch = StallWatch(engine, self._heartbeat, self._readiness, settings.stall_timeout)

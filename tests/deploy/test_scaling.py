@@ -92,3 +92,22 @@ def test_there_are_tables_and_they_say_that_they_are_computed() -> None:
     assert "Every number in this page's tables is computed" in PAGE
     (quoted,) = re.findall(r"one H200 \((\d+) each\)", PAGE)
     assert SERVERS["qwen2.5-7b 1 x H200"][-1] == quoted
+
+
+def test_a_thousand_replicas_are_a_thousand_times_one() -> None:
+    plan = PAGE.partition("## A thousand replicas")[2]
+    table = dict(re.findall(r"^\| ([a-z GB]+?)(?: =|,| to load).* \| ([\d.]+ \| \d+) \|$", plan, re.MULTILINE))
+    found = {name: tuple(map(float, cells.split(" | "))) for name, cells in table.items()}
+    at_once, tokens = float(SERVERS["qwen2.5-7b 1 x H100"][-1]), 256
+    weights_gb = FUSIONS["qwen2.5-7b"][6]
+    assert found["tokens a second"][0] == round(at_once / 0.02)
+    assert found["answers a second"][0] == round(found["tokens a second"][0] / tokens, 1)
+    assert found["GB of weights"][0] == weights_gb
+    assert len(found) == 5
+    for one, thousand in found.values():
+        assert thousand == pytest.approx(1000 * one, rel=0.001)
+    hours_by_one, minutes_to_read = 1000 * 3 / 60, 1000 * weights_gb / 10 / 60
+    assert f"{minutes_to_read:.0f} minutes" in plan
+    assert f"{hours_by_one:.0f} hours" in plan
+    assert f"{50 * 24 * 60 / 1000:.0f} minutes" in plan
+    assert f"{-(-1000 // 16)} of them" in plan

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from ultrafuser.server.access.admission import Admission, AdmissionControl
+from ultrafuser.server.access.admission import Admission, AdmissionControl, default_max_requests
 from ultrafuser.server.app import PUBLIC_PATHS
 
 
@@ -249,3 +249,8 @@ async def test_a_request_in_time_is_left_alone(work: Work, admission: Admission)
         assert (await http.post("/whole")).json() == {"is": "done"}
         await asyncio.sleep(0.1)
         assert (await http.post("/stream")).text == "data: one\n\ndata: two\n\n"
+
+
+@pytest.mark.parametrize(("num_places", "most"), [(1, 2), (128, 256), (1024, 1024)])
+def test_by_default_as_many_may_wait_as_are_computed(num_places: int, most: int) -> None:
+    assert default_max_requests(num_places) == most
