@@ -190,6 +190,7 @@ class Overloaded(Rejection):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "server_overloaded"
     headers: Mapping[str, str] = {"Retry-After": "1"}
+    is_of_this_server = True
 
     def __init__(self, reason: str = "queue_full") -> None:
         super().__init__("The server has as many requests as it takes; try again later.")

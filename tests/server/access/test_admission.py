@@ -98,11 +98,13 @@ async def test_the_surplus_is_refused_at_once_and_the_rest_finishes(work: Work, 
         assert {code(response) for response in refused} == {(503, "server_overloaded")}
         assert {response.headers["retry-after"] for response in refused} == {"1"}
         assert (work.num_started, admission.num_running) == (2, 2)
+        passed_on = await http.post("/whole", headers={"X-Other-Replicas": "true"})
+        assert (passed_on.status_code, passed_on.headers["x-refused"]) == (425, "503")
         work.go_on.set()
         assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
         assert admission.num_running == 0
         assert (await http.post("/whole")).status_code == 200
-    assert rejections("queue_full") == before + 5
+    assert rejections("queue_full") == before + 6
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/"])
