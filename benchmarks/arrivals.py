@@ -56,7 +56,7 @@ class Answer:
     """When each piece of text came."""
 
     text: str = ""
-    """What was answered."""
+    """What was answered, errors too."""
 
     ended: float | None = None
     """When the last event of a whole answer came; None: it has not come."""
@@ -120,7 +120,7 @@ class Clients:
         """
         for _ in range(num_conversations):
             if not (answer := await self._converse(time.monotonic())).is_whole:
-                raise LookupError(f"a lone request is not answered; its status is {answer.status}")
+                raise LookupError(f"a lone request is not answered: {answer.status} {answer.text}")
 
     async def crowd(self, num_clients: int, seconds: float) -> None:
         """So many clients, each of which begins its next conversation as soon as one has ended (a closed loop)."""
@@ -158,6 +158,8 @@ class Clients:
                 answer.status = response.status_code
                 if response.status_code == 200:
                     await self._read(response, answer)
+                else:
+                    answer.text = (await response.aread()).decode()
         except httpx.HTTPError as error:
             say(f"a request is lost: {error!r}")
         except asyncio.CancelledError:

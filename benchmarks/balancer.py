@@ -56,7 +56,7 @@ class Balancer:
         while time.monotonic() < deadline and self._process.poll() is None:
             with suppress(httpx.TransportError):
                 metrics = httpx.get(f"http://127.0.0.1:{self._status_port}/metrics", timeout=10, trust_env=False).text
-                if f'haproxy_backend_active_servers{{proxy="replicas"}} {self._num_servers}' in metrics:
+                if f'haproxy_backend_active_servers{{proxy="replicas"}} {self._num_servers}' in metrics.splitlines():
                     return self
             time.sleep(0.2)
         self._log.seek(0)

@@ -59,6 +59,9 @@ LONG_TOKENS = 200
 FleetName = Literal["16 engines", "4 engines", "2 engines", "2 servers", "1 server"]
 """Engines sleep, servers compute."""
 
+FLEETS: tuple[FleetName, ...] = ("16 engines", "4 engines", "2 servers", "1 server")
+QUICK_FLEETS: tuple[FleetName, ...] = ("2 engines",)
+
 
 class FleetOptions(Options):
     """What is measured."""
@@ -78,14 +81,13 @@ TALK = Talk()
 class Sizes:
     """How much is measured."""
 
-    fleets: tuple[FleetName, ...] = ("16 engines", "4 engines", "2 servers", "1 server")
     loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     seconds: float = 16.0
     ramp_seconds: float = 5.0
     """The first seconds of a load, which do not count."""
 
-    search_seconds: float = 10.0
-    """For what saturation is."""
+    search_seconds: float = 8.0
+    """For what saturation is, behind the first seconds, and for what a token costs."""
 
     pace: Pace = PACE
     """Of the engines that sleep."""
@@ -94,9 +96,11 @@ class Sizes:
     """What clients do."""
 
 
+SERVERS = Sizes(loads=(1.0, 1.5, 2.0), seconds=24.0, ramp_seconds=6.0)
+"""Real ones answer a tenth as many requests."""
+
 QUICK = Sizes(
-    fleets=("2 engines",),
-    loads=(1.0, 2.0),
+    loads=(1.0, 3.0),
     seconds=4.0,
     ramp_seconds=1.0,
     search_seconds=2.0,
@@ -204,11 +208,11 @@ class Place:
 
 def measure(options: FleetOptions) -> list[Comparison]:
     """Every fleet at every load."""
-    sizes = QUICK if options.quick else Sizes()
     comparisons: list[Comparison] = []
     with tiny_fusion() as tiny:
-        for name in options.fleet or sizes.fleets:
+        for name in options.fleet or (QUICK_FLEETS if options.quick else FLEETS):
             count, is_real = int(name.split()[0]), name.endswith(("server", "servers"))
+            sizes = QUICK if options.quick else SERVERS if is_real else Sizes()
             servers = _real(count, options) if is_real else _sleeping(count, tiny, sizes.pace, options)
             urls = [url for server in servers for url in server.urls]
             with running(servers), Balancer(servers[0].port, count) as balancer:
@@ -241,20 +245,11 @@ def _flags(options: FleetOptions) -> list[str]:
 
 
 async def _measure(name: str, place: Place, sizes: Sizes) -> list[Comparison]:
-    talk, url = sizes.talk, place.balancer.url
-    async with clients(url, replace(talk, think_seconds=0.0), seed=0) as lone:
-        await lone.one_by_one(1)
-        alone_seconds = max(answer.ended - answer.sent for answer in lone.answers if answer.ended is not None)
-    num_places = PLACES * len(place.urls)
-    async with clients(url, replace(talk, think_seconds=0.0), seed=1) as crowd:
-        begin = time.monotonic()
-        await crowd.crowd(2 * num_places, sizes.search_seconds + sizes.ramp_seconds)
-        ended = [a.ended for a in crowd.answers if a.ended is not None and a.ended >= begin + sizes.ramp_seconds]
-        saturation = len(ended) / sizes.search_seconds
+    alone_seconds, saturation = await _limits(place, sizes)
     say(f"{name}: an answer alone takes {alone_seconds:.2f} s; saturation at {saturation:.2f} answers/s")
     windows = []
     for load in sizes.loads:
-        per_second = load * saturation / talk.num_turns
+        per_second = load * saturation / sizes.talk.num_turns
         windows.append(await _under_load(load, per_second, place, sizes))
         window = windows[-1]
         firsts, gaps = window.first_seconds or [0.0], window.gaps or [0.0]
@@ -264,6 +259,19 @@ async def _measure(name: str, place: Place, sizes: Sizes) -> list[Comparison]:
             f"gap p50 {percentile(gaps, 0.5):.3f} p99 {percentile(gaps, 0.99):.3f} s; {window.note}"
         )
     return [*compare(name, windows, PATIENCE * alone_seconds), await _cost(name, place, sizes)]
+
+
+async def _limits(place: Place, sizes: Sizes) -> tuple[float, float]:
+    """How long an answer to a lone client takes, and how many a second a closed loop of many gets."""
+    talk, url = replace(sizes.talk, think_seconds=0.0), place.balancer.url
+    async with clients(url, talk, seed=0) as lone:
+        await lone.one_by_one(1)
+    alone = [answer.ended - answer.sent for answer in lone.answers if answer.ended is not None]
+    async with clients(url, talk, seed=1) as crowd:
+        begin = time.monotonic() + sizes.ramp_seconds
+        await crowd.crowd(2 * PLACES * len(place.urls), sizes.ramp_seconds + sizes.search_seconds)
+    ended = [answer for answer in crowd.answers if answer.ended is not None and answer.ended >= begin]
+    return percentile(alone, 0.5), len(ended) / sizes.search_seconds
 
 
 async def _under_load(load: float, per_second: float, place: Place, sizes: Sizes) -> Window:
