@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             replica.num_running -= 1
 
     def _note(self, length: int) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
+        headers = {name.lower(): ", ".join(self.headers.get_all(name, [])) for name in self.headers}
         replica = self.server.replica
         replica.asked.append(headers | {"replica": replica.name, "length": str(length)})
 
@@ -169,12 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Names:
-    """A DNS server that knows one address of some names, and of no other."""
+    """A DNS server that knows the addresses of some names, and of no other."""
 
-    def __init__(self, addresses: dict[str, str]) -> None:
+    def __init__(self, addresses: dict[str, list[str]], at: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.addresses = addresses
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", 0))
+        self._socket.bind(at)
         self.port = self._socket.getsockname()[1]
 
     def __enter__(self) -> Self:
@@ -199,8 +199,9 @@ class Names:
             labels.append(query[at + 1 : at + 1 + query[at]].decode())
             at += 1 + query[at]
         question = query[12 : end + 5]
-        address = self.addresses.get(".".join(labels)) if question.endswith(b"\0\x01\0\x01") else None
-        if address is None:
-            return query[:2] + b"\x81\x83\0\x01\0\0\0\0\0\0" + question  # no such name
-        record = b"\xc0\x0c\0\x01\0\x01\0\0\0\x01\0\x04" + socket.inet_aton(address)
-        return query[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0" + question + record
+        is_known = question.endswith(b"\0\x01\0\x01")  # addresses, on the internet
+        addresses = self.addresses.get(".".join(labels), []) if is_known else []
+        status = b"\x81\x80" if addresses else b"\x81\x83"  # no such name
+        head = query[:2] + status + b"\0\x01" + len(addresses).to_bytes(2, "big") + b"\0\0\0\0"
+        record = b"\xc0\x0c\0\x01\0\x01\0\0\0\x01\0\x04"
+        return head + question + b"".join(record + socket.inet_aton(address) for address in addresses)

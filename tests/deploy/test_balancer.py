@@ -349,7 +349,7 @@ def test_a_balancer_with_a_certificate_speaks_tls(replicas: Replicas, tmp_path: 
 def test_a_replica_is_found_by_its_name_and_followed_to_another_address(replicas: Replicas, tmp_path: Path) -> None:
     """As in Compose and Kubernetes, where a server that was started anew has another address."""
     replicas.reset()
-    with Names({"server-1.inside": "127.0.0.1"}) as names:
+    with Names({"server-1.inside": ["127.0.0.1"]}) as names:
         shipped = (FOLDER / "haproxy.cfg").read_text()
         assert "  parse-resolv-conf\n" in shipped
         config = tmp_path / "haproxy.cfg"
@@ -358,8 +358,8 @@ def test_a_replica_is_found_by_its_name_and_followed_to_another_address(replicas
         with Balancer(tmp_path / "log", replicas.port, config, **variables) as balancer:
             wait_for(lambda: balancer.ready() == {"replica-1"}, "the one name that there is has been found")
             ask(balancer, FORMS["messages"](0, 0))
-            names.addresses["server-1.inside"] = "127.0.0.2"
-            names.addresses["server-2.inside"] = "127.0.0.3"
+            names.addresses["server-1.inside"] = ["127.0.0.2"]
+            names.addresses["server-2.inside"] = ["127.0.0.3"]
             wait_for(lambda: balancer.ready() == {"replica-1", "replica-2"}, "the second one, too")
             replicas.each[0].close()
             wait_for(lambda: replica_of(ask(balancer, FORMS["messages"](0, 0))) == "replica-1", "it is followed", 20)
