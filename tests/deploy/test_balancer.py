@@ -148,14 +148,9 @@ def test_two_balancers_agree_on_every_conversation(balancer: Balancer, replicas:
         assert [replica_of(ask(other, body)) for body in bodies] == [replica_of(ask(balancer, body)) for body in bodies]
 
 
-def test_requests_that_begin_no_conversation_go_where_the_fewest_are(balancer: Balancer, replicas: Replicas) -> None:
-    replicas.each[0].seconds = 1.5
+def test_requests_that_begin_no_conversation_go_to_all_in_turn(balancer: Balancer) -> None:
     bodies = [{}, {"messages": []}, {"input": ""}, {"text": "Hi"}, b"[", b"null", b"", b'{"messages', b"\xff\x00"]
-    with ThreadPoolExecutor(2) as pool:
-        while not any(replica.num_running for replica in replicas.each[:1]):
-            pool.submit(httpx.post, f"{balancer.url}/v1/completions", json={}, timeout=30)
-            time.sleep(0.02)
-        assert "replica-1" not in {replica_of(ask(balancer, body)) for body in bodies}
+    assert set(Counter(replica_of(ask(balancer, body)) for body in bodies).values()) == {len(bodies) // 3}
 
 
 def test_any_body_is_passed_on_as_it_is(balancer: Balancer, replicas: Replicas) -> None:
@@ -200,9 +195,27 @@ def test_what_all_turn_away_is_told_as_the_replicas_meant_it(
     response = ask(balancer, FORMS["messages"](1, 0))
     assert (response.status_code, response.headers["retry-after"]) == (status, "7")
     assert "x-refused" not in response.headers
-    assert len(replicas.asked()) == 3
+    asked = replicas.asked()
+    assert (len(asked), len({each["replica"] for each in asked})) == (5, 3)
+    assert len({each["x-request-id"] for each in asked}) == 1
     response = ask(balancer, FORMS["long and early"](1, 0))  # cannot be sent again
     assert response.status_code == status
+
+
+@pytest.mark.parametrize("body", [FORMS["messages"](0, 0), {}], ids=["conversation", "none"])
+def test_one_replica_with_room_is_found_among_full_ones(balancer: Balancer, replicas: Replicas, body: Any) -> None:
+    """The third that was asked was the first one again, by the same hash."""
+    for free in replicas.each:
+        for full in set(replicas.each) - {free}:
+            refusing(full, 503)
+        free.seconds = 1
+        with ThreadPoolExecutor(2) as pool:
+            for number in (1, 2):
+                pool.submit(httpx.post, f"{balancer.url}/v1/x", json={}, timeout=30)
+                wait_for(lambda: free.num_running == number, "it has something to do", 5)  # noqa: B023
+            free.seconds = 0
+            assert {replica_of(ask(balancer, body)) for _ in range(6)} == {free.name}
+        replicas.reset()
 
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503, 504])
