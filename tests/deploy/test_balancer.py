@@ -398,6 +398,25 @@ def test_a_balancer_that_ends_lets_streams_finish(replicas: Replicas, tmp_path: 
         assert balancer.process.wait(20) == 0
 
 
+def test_clients_do_not_wait_for_connections_that_other_clients_hold(replicas: Replicas, tmp_path: Path) -> None:
+    """A request takes up to three of all connections: past a share of them clients hung, and the probe was silent."""
+    replicas.reset()
+    shipped = (FOLDER / "haproxy.cfg").read_text()
+    most, of_clients = map(int, re.findall(r"^  maxconn (\d+)$", shipped, re.MULTILINE))
+    config = tmp_path / "haproxy.cfg"
+    num_clients = of_clients // 100
+    scaled = shipped.replace(f"maxconn {most}", f"maxconn {most // 100}")
+    config.write_text(scaled.replace(f"maxconn {of_clients}", f"maxconn {num_clients}"))
+    for replica in replicas.each:
+        replica.seconds = 2
+    with Balancer(tmp_path / "log", replicas.port, config) as balancer, ThreadPoolExecutor(num_clients) as pool:
+        wait_for(lambda: len(balancer.ready()) == 3, "all replicas are ready")
+        sent = [pool.submit(ask, balancer, FORMS["messages"](number, 0)) for number in range(num_clients)]
+        wait_for(lambda: sum(replica.num_running for replica in replicas.each) == num_clients, "all are running", 2)
+        assert balancer.is_ready()
+        assert {answer.result().status_code for answer in sent} == {200}
+
+
 def test_what_compose_asks_the_balancer_is_whether_it_has_a_replica(balancer: Balancer, replicas: Replicas) -> None:
     compose = yaml.safe_load((FOLDER.parent / "compose.yml").read_text())
     _, *command = compose["services"]["balancer"]["healthcheck"]["test"]
