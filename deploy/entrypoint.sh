@@ -39,7 +39,8 @@ case "${quota:-max}" in
     *)
         cores=$((quota / period))
         [ "$cores" -ge 1 ] || cores=1
-        if [ "$cores" -lt "$(nproc)" ] && [ ! -e /dev/nvidiactl ]; then
+        # By itself nproc says OMP_NUM_THREADS where that is set.
+        if [ "$cores" -lt "$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" ] && [ ! -e /dev/nvidiactl ]; then
             export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"
             export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
         fi

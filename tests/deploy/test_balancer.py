@@ -4,6 +4,7 @@ import json
 import random
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import time
@@ -148,14 +149,9 @@ def test_two_balancers_agree_on_every_conversation(balancer: Balancer, replicas:
         assert [replica_of(ask(other, body)) for body in bodies] == [replica_of(ask(balancer, body)) for body in bodies]
 
 
-def test_requests_that_begin_no_conversation_go_where_the_fewest_are(balancer: Balancer, replicas: Replicas) -> None:
-    replicas.each[0].seconds = 1.5
+def test_requests_that_begin_no_conversation_go_to_all_in_turn(balancer: Balancer) -> None:
     bodies = [{}, {"messages": []}, {"input": ""}, {"text": "Hi"}, b"[", b"null", b"", b'{"messages', b"\xff\x00"]
-    with ThreadPoolExecutor(2) as pool:
-        while not any(replica.num_running for replica in replicas.each[:1]):
-            pool.submit(httpx.post, f"{balancer.url}/v1/completions", json={}, timeout=30)
-            time.sleep(0.02)
-        assert "replica-1" not in {replica_of(ask(balancer, body)) for body in bodies}
+    assert set(Counter(replica_of(ask(balancer, body)) for body in bodies).values()) == {len(bodies) // 3}
 
 
 def test_any_body_is_passed_on_as_it_is(balancer: Balancer, replicas: Replicas) -> None:
@@ -200,9 +196,26 @@ def test_what_all_turn_away_is_told_as_the_replicas_meant_it(
     response = ask(balancer, FORMS["messages"](1, 0))
     assert (response.status_code, response.headers["retry-after"]) == (status, "7")
     assert "x-refused" not in response.headers
-    assert len(replicas.asked()) == 3
+    asked = replicas.asked()
+    assert (len(asked), len({each["replica"] for each in asked})) == (5, 3)
+    assert len({each["x-request-id"] for each in asked}) == 1
     response = ask(balancer, FORMS["long and early"](1, 0))  # cannot be sent again
     assert response.status_code == status
+
+
+@pytest.mark.parametrize("body", [FORMS["messages"](0, 0), {}], ids=["conversation", "none"])
+def test_one_replica_with_room_is_found_among_full_ones(balancer: Balancer, replicas: Replicas, body: Any) -> None:
+    """The third that was asked was the first one again, by the same hash."""
+    for free in replicas.each:
+        for full in set(replicas.each) - {free}:
+            refusing(full, 503)
+        free.seconds = 2
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(httpx.post, f"{balancer.url}/v1/x", json={}, timeout=30)
+            wait_for(lambda: free.num_running == 1, "it has something to do", 10)  # noqa: B023
+            free.seconds = 0
+            assert {replica_of(ask(balancer, body)) for _ in range(6)} == {free.name}
+        replicas.reset()
 
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503, 504])
@@ -383,6 +396,44 @@ def test_a_balancer_that_ends_lets_streams_finish(replicas: Replicas, tmp_path: 
             assert len([line for line in lines if line]) == NUM_EVENTS - 1
         balancer.client.close()
         assert balancer.process.wait(20) == 0
+
+
+def test_a_request_that_is_being_sent_when_the_balancer_ends_is_told_to_come_again(
+    replicas: Replicas, tmp_path: Path
+) -> None:
+    replicas.reset()
+    with Balancer(tmp_path / "log", replicas.port) as balancer:
+        wait_for(balancer.ready, "it is ready")
+        balancer.client.close()
+        with socket.create_connection(("127.0.0.1", balancer.port), timeout=10) as connection:
+            connection.sendall(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{")
+            time.sleep(0.5)  # until the head is read
+            balancer.process.send_signal(signal.SIGUSR1)
+            wait_for(lambda: "Stopping frontend" in balancer.log or "stopped" in balancer.log, "it ends")
+            connection.sendall(b"}")
+            answer = connection.recv(65536).lower()
+    assert answer.startswith(b"http/1.1 503 ")
+    assert b"retry-after: 1" in answer
+    assert replicas.asked() == []
+
+
+def test_clients_do_not_wait_for_connections_that_other_clients_hold(replicas: Replicas, tmp_path: Path) -> None:
+    """A request takes up to three of all connections: past a share of them clients hung, and the probe was silent."""
+    replicas.reset()
+    shipped = (FOLDER / "haproxy.cfg").read_text()
+    most, of_clients = map(int, re.findall(r"^  maxconn (\d+)$", shipped, re.MULTILINE))
+    config = tmp_path / "haproxy.cfg"
+    num_clients = of_clients // 100
+    scaled = shipped.replace(f"maxconn {most}", f"maxconn {most // 100}")
+    config.write_text(scaled.replace(f"maxconn {of_clients}", f"maxconn {num_clients}"))
+    for replica in replicas.each:
+        replica.seconds = 2
+    with Balancer(tmp_path / "log", replicas.port, config) as balancer, ThreadPoolExecutor(num_clients) as pool:
+        wait_for(lambda: len(balancer.ready()) == 3, "all replicas are ready")
+        sent = [pool.submit(ask, balancer, FORMS["messages"](number, 0)) for number in range(num_clients)]
+        wait_for(lambda: sum(replica.num_running for replica in replicas.each) == num_clients, "all are running", 2)
+        assert balancer.is_ready()
+        assert {answer.result().status_code for answer in sent} == {200}
 
 
 def test_what_compose_asks_the_balancer_is_whether_it_has_a_replica(balancer: Balancer, replicas: Replicas) -> None:

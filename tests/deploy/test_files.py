@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,15 @@ def test_replicas_share_nothing_that_is_executed() -> None:
 
 def test_the_balancers_image_is_of_the_branch_that_is_tested() -> None:
     assert variables(DEPLOY / "images.lock")["HAPROXY_IMAGE"].startswith(f"haproxy:{HAPROXY_BRANCH}.")
+
+
+def test_what_is_private_to_a_machine_gets_into_no_commit() -> None:
+    """The folder of the balancer's key was an untracked one, which `git add .` takes."""
+    example = variables(DEPLOY / ".env.example")
+    own = [DEPLOY / value for name, value in example.items() if name.endswith(("_FOLDER", "_FILE"))]
+    assert DEPLOY / "tls" in own
+    for path in [DEPLOY / ".env", *(path / "of-mine" for path in own)]:
+        subprocess.run(["git", "check-ignore", "--quiet", "--no-index", path], cwd=ROOT, check=True)
 
 
 def test_secrets_are_files() -> None:

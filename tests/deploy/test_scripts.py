@@ -30,7 +30,7 @@ class Container:
         self.folder = folder
         for name in ("ultrafuser", "python"):
             program(folder / "bin", name, f'echo {name} "$@"; env >&2; exit 7')
-        program(folder / "bin", "nproc", "echo 16")
+        program(folder / "bin", "nproc", "echo ${OMP_NUM_THREADS:-16}")
         self.environment = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "HOME": str(folder / "cache"),
@@ -127,6 +127,15 @@ def test_threads_that_are_set_by_hand_stay(container: Container) -> None:
     container.environment |= {"OMP_NUM_THREADS": "5", "VLLM_CPU_OMP_THREADS_BIND": "0-4"}
     environment = container.started_with()
     assert (environment["OMP_NUM_THREADS"], environment["VLLM_CPU_OMP_THREADS_BIND"]) == ("5", "0-4")
+
+
+def test_a_number_of_threads_that_is_set_by_hand_is_not_overruled_by_binding(container: Container) -> None:
+    """With OMP_NUM_THREADS set nproc says that number, so nothing was done, and vLLM bound a thread to every core."""
+    (container.folder / "cgroup").mkdir()
+    (container.folder / "cgroup" / "cpu.max").write_text("200000 100000\n")
+    container.environment["OMP_NUM_THREADS"] = "1"
+    environment = container.started_with()
+    assert (environment["OMP_NUM_THREADS"], environment["VLLM_CPU_OMP_THREADS_BIND"]) == ("1", "nobind")
 
 
 @pytest.mark.parametrize("name", ["HOME", "HF_HOME", "ULTRAFUSER_CACHE"])
