@@ -24,6 +24,9 @@ MAX_HEADER_BYTES = 65536
 LINGER_SECONDS = 10.0
 """How long the rest of a request is read and dropped if the answer came first, and ends the connection."""
 
+LINGER_BYTES = 2**23
+"""How much of it: as much as the longest body has by default, and not what never ends."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +43,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reading = _Timer(partial(later, read_seconds, self._give_up, "sent no whole request in time"))
         self._writing = _Timer(partial(later, write_seconds, self._give_up, "does not read its response"))
         self._lingering = _Timer(partial(later, LINGER_SECONDS, self._end))
+        self._num_dropped_bytes = 0
         self._num_header_bytes = 0
         """What the parser keeps at most, of a head or of headers behind a body that have not come to their end."""
         self._has_come_on = False
@@ -119,6 +123,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._has_come_on = True
+        if self._lingering.is_running:
+            self._num_dropped_bytes += len(body)
+            if self._num_dropped_bytes > LINGER_BYTES:
+                self._end()
+            return
         super().on_body(body)
 
     def on_message_complete(self) -> None:
