@@ -5,7 +5,7 @@ Run: python -m benchmarks.fleet [--quick]
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -206,9 +206,8 @@ class Place:
         return _cpu_seconds(self.pids), _cpu_seconds([self.balancer.pid]), time.process_time()
 
 
-def measure(options: FleetOptions) -> list[Comparison]:
+def measure(options: FleetOptions) -> Iterator[Comparison]:
     """Every fleet at every load."""
-    comparisons: list[Comparison] = []
     with tiny_fusion() as tiny:
         for name in options.fleet or (QUICK_FLEETS if options.quick else FLEETS):
             count, is_real = int(name.split()[0]), name.endswith(("server", "servers"))
@@ -217,8 +216,7 @@ def measure(options: FleetOptions) -> list[Comparison]:
             urls = [url for server in servers for url in server.urls]
             with running(servers), Balancer(servers[0].port, count) as balancer:
                 place = Place(urls, [server.pid for server in servers], balancer)
-                comparisons += asyncio.run(_measure(name, place, sizes))
-    return comparisons
+                yield from asyncio.run(_measure(name, place, sizes))
 
 
 def _sleeping(count: int, fusion: str, pace: Pace, options: FleetOptions) -> list[ServerProcess]:

@@ -64,9 +64,14 @@ class Result(Frozen):
         }
 
     def write(self, folder: Path) -> Path:
-        """Write YYYY-MM-DD-NAME.json and the plot beside it; a second run of the day replaces the first."""
+        """Write YYYY-MM-DD-NAME.json and the plot beside it; a second run of the day replaces the first.
+
+        One that an error has ended never replaces a whole one: it is YYYY-MM-DD-NAME-ended.json then.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.date}-{self.question.name}.json"
+        if self.ended_by and path.exists() and not read_result(path).ended_by:
+            path = path.with_stem(f"{path.stem}-ended")
         content = {**self.summary, **self.model_dump(mode="json")}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         plot_comparisons(self.comparisons, self.question.fused, self.question.baseline, path.with_suffix(".png"))

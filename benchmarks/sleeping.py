@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -91,6 +92,8 @@ def _fork(serve: Callable[[], int]) -> int:
     status = 1
     try:
         status = serve()
+    except Exception:
+        traceback.print_exc()  # nobody else would: such an end runs no hooks
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from shutil import which
+from subprocess import run
 from typing import Any
 
 import httpx
 import pytest
 
 from benchmarks.arrivals import Answer, Clients, Talk
+from benchmarks.environment import REPOSITORY
 from benchmarks.fleet import FleetOptions, Window, compare, measure
 
 TALK = Talk(num_turns=3, first_words=5, next_words=2, num_tokens=2, think_seconds=0.0)
@@ -137,6 +140,13 @@ def test_overload_is_judged_by_the_best_goodput_and_by_saturations_first_tokens(
     assert found["4 engines, load 0.5: goodput"].is_met is None
     impatient = {item.case: item for item in compare("4 engines", [saturated, over], patience=1)}
     assert impatient["4 engines, load 2: goodput"].ratio == 0
+
+
+def test_a_forked_server_says_why_it_has_ended() -> None:
+    code = "import os; from benchmarks.sleeping import _fork; print(os.waitpid(_fork(lambda: 1 // 0), 0)[1] >> 8)"
+    done = run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+    assert "ZeroDivisionError" in done.stderr
 
 
 def test_engines_that_sleep_are_served_over_real_http_behind_the_balancer() -> None:

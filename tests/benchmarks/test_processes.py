@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from benchmarks.environment import REPOSITORY
-from benchmarks.result import read_result
+from benchmarks.result import newest_result, read_result
 from benchmarks.servers import ServerFailed, ServerProcess, free_port, running
 
 # A server that answers 200, with a child of its own that would outlive it; its process id is in the answer.
@@ -120,3 +120,12 @@ def test_what_was_measured_before_an_error_is_filed(tmp_path: Path, how: str, st
     assert [item.case for item in result.comparisons] == ["batch 1"]
     assert result.ended_by == why
     assert result.summary["ok"] is None
+
+
+def test_what_an_error_has_ended_does_not_replace_the_days_whole_result(tmp_path: Path) -> None:
+    whole = Path(json.loads(run("--results", str(tmp_path)).stdout)["file"])
+    content = whole.read_bytes()
+    assert run("--results", str(tmp_path), BREAK="later").returncode == 1
+    assert whole.read_bytes() == content
+    assert read_result(tmp_path / f"{whole.stem}-ended.json").ended_by == "RuntimeError: broken"
+    assert newest_result(tmp_path, "fake") == whole

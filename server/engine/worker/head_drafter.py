@@ -22,6 +22,7 @@ from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.experience import DraftCost
 from ultrafuser.server.engine.worker.guessing import Guesses, foreseen
 from ultrafuser.server.engine.worker.lookahead import Ahead
+from ultrafuser.server.engine.worker.transfer import to_device
 
 NOTHING = -1
 """Position of a place that holds none."""
@@ -85,7 +86,7 @@ class HeadDrafter:
         if not kept:
             return
         known = [rows[index] for index in kept]
-        features_BD = features_BD[torch.tensor(kept, device=features_BD.device)]
+        features_BD = features_BD[to_device(kept, features_BD.device)]
         token_ids = [int(outputs[row.request][row.position]) for row in known]
         positions_B = self._to_device([row.position for row in known])
         inputs_BX = self._head.inputs(self._embed(self._to_device(token_ids)), features_BD)
@@ -177,4 +178,4 @@ class HeadDrafter:
             del self._latest[request]
 
     def _to_device(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._leader.device)
+        return to_device(numbers, self._leader.device)

@@ -11,10 +11,11 @@ Shapes: S specialists, T tokens of the step, B positions that are scored togethe
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from ultrafuser.server.engine.worker.transfer import to_device
 
 MAX_POSITIONS = 128
 """Positions scored at once. One position of three specialists takes about 3 MB at 150,000 ids, and nothing is set aside
@@ -98,7 +99,7 @@ class PromptLogprobs:
         sampler = self._leader.sampler
         if self._leader.model_config.logprobs_mode not in _LOGITS_MODES:
             scores_BV = sampler.compute_logprobs(scores_BV)
-        targets_B = torch.tensor(targets, dtype=torch.int64, device=scores_BV.device)
+        targets_B = to_device(targets, scores_BV.device)
         return sampler.gather_logprobs(scores_BV, num_top, targets_B)
 
 

@@ -67,6 +67,8 @@ class Specialists:
             is_timed = clock.forward(name, num_tokens, len(plan.num_scheduled_tokens))
             with is_timed, runner.single_tokens.for_step(plan):
                 idle = runner.execute_model(plan)
+            if self.leader.num_prompt_logprobs and runner is not self.runners[-1]:
+                _keep_hidden_states(runner)
         return idle
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
@@ -145,6 +147,16 @@ def _foreseen_graph_bytes(runner: GPUModelRunner) -> int:
         return num_bytes
     num_sizes = len(runner.compilation_config.cudagraph_capture_sizes)
     return num_bytes * (num_sizes + len(runner.single_tokens.sizes)) // num_sizes
+
+
+def _keep_hidden_states(runner: GPUModelRunner) -> None:
+    """Take all of a step's hidden states out of a CUDA graph's memory, where the next specialist's graphs write.
+
+    vLLM copies only the rows that it samples from. A step of more rows than any graph has is computed without one.
+    """
+    state = runner.execute_model_state
+    if state is not None and len(state.hidden_states) <= (runner.compilation_config.max_cudagraph_capture_size or 0):
+        runner.execute_model_state = state._replace(hidden_states=state.hidden_states.clone())
 
 
 def rows_of(runner: GPUModelRunner, num_outputs: Mapping[str, int]) -> list[Row]:

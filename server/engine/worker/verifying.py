@@ -26,6 +26,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ultrafuser.server.engine.worker.forcing import Forcing
+from ultrafuser.server.engine.worker.transfer import to_device
 
 NO_TOKEN = -1
 """What vLLM takes for no token where a request is given fewer than another."""
@@ -87,7 +88,7 @@ class Verifier:
         ]
         self._forcing.look_at(numbers)
         generators = {slot: own for slot, own in sampling.generators.items() if slot in going}
-        rows_RV = logits_NV[torch.tensor(numbers, device=logits_NV.device)]
+        rows_RV = logits_NV[to_device(numbers, logits_NV.device)]
         return self._sampler(logits=rows_RV, sampling_metadata=replace(sampling, generators=generators))
 
 
@@ -157,7 +158,7 @@ def _agreed(best_N: Tensor, drafted: list[list[int]]) -> Tensor:
 def _padded(tokens: list[list[int]], device: torch.device) -> Tensor:
     width = max(map(len, tokens))
     rows = [[*own, *[NO_TOKEN] * (width - len(own))] for own in tokens]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    return to_device(rows, device, torch.int32)
 
 
 def _interleaved(tables: list[LogprobsTensors]) -> LogprobsTensors | None:

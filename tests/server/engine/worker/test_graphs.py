@@ -8,12 +8,14 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
 from benchmarks.gpu_check import OnGPU, exactness
 from benchmarks.workload import tiny_fusion
 from tests.server.engine.harness import Arrival, InProcessEngine, greedy, random_prompts
 from ultrafuser.gating.model.schema import SpeculationSettings
+from ultrafuser.server.engine.worker import running_ahead
 from ultrafuser.server.engine.worker.graphs import SingleTokenGraphs
 from ultrafuser.server.engine.worker.guessing import Guesses
 from ultrafuser.server.engine.worker.running_ahead import run_ahead
@@ -150,11 +152,24 @@ def drafts_with(
     return found
 
 
+def checked(**given: Any) -> CommonAttentionMetadata:
+    """Rows that only fill a graph up belong to no request, write nowhere and attend to nothing."""
+    own = int((given["slot_mapping"] >= 0).sum())
+    starts = torch.arange(len(given["query_start_loc"]), dtype=torch.int32).clamp(max=own)
+    assert torch.equal(given["query_start_loc"], starts)
+    assert torch.equal(given["query_start_loc_cpu"], starts)
+    assert given["max_seq_len"] == int(given["seq_lens"].max())
+    assert not given["seq_lens"][own:].any()
+    assert not given["block_table_tensor"][own:].any()
+    return CommonAttentionMetadata(**given)
+
+
 @pytest.mark.parametrize("every_other", [False, True])
 def test_a_whole_graphs_buffers_hold_what_passes_read_and_the_block_table_comes_back(
     engine_of: Callable[[str], InProcessEngine], monkeypatch: pytest.MonkeyPatch, every_other: bool
 ) -> None:
     """A CPU has no graphs, but may read where they would; there the table on the device is the host's own."""
+    monkeypatch.setattr(running_ahead, "CommonAttentionMetadata", checked)
     engine = engine_of("drafts")
     own = engine.runner.followers[0].single_tokens.find
     wanted = drafts_with(engine, monkeypatch, own, every_other)

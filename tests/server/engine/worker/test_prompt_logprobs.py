@@ -1,6 +1,7 @@
 """Prompt logprobs are the fused distribution's, under everything that touches the reading of a prompt."""
 
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,24 @@ def test_a_prompt_that_is_put_back_half_read_is_read_again(
     text = random_prompts([200], seed=300)[0]
     *_, output = engine.generate([*growing, asking(text, 3, step=5)])
     assert half_read, "the prompt was not put back while it was read"
+    check(output.prompt_logprobs, text, 3, judge)
+
+
+def test_hidden_states_of_all_specialists_may_lie_in_the_same_memory(
+    engine: InProcessEngine, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do where CUDA graphs compute them; a prompt was scored with what the last specialist had left there."""
+    pool = torch.empty(2**16)
+
+    def forward(own: Callable[..., Tensor], **inputs: Tensor) -> Tensor:
+        hidden_TD = own(**inputs)
+        return pool[: hidden_TD.numel()].view_as(hidden_TD).copy_(hidden_TD)
+
+    for runner in engine.runner.runners:
+        monkeypatch.setattr(runner, "_model_forward", partial(forward, runner._model_forward))
+        monkeypatch.setattr(runner.compilation_config, "max_cudagraph_capture_size", 512)
+    text = random_prompts([50], seed=403)[0]
+    (output,) = engine.generate([asking(text, 3)])
     check(output.prompt_logprobs, text, 3, judge)
 
 
