@@ -33,8 +33,9 @@ _DISCONNECT: Message = {"type": "http.disconnect"}
 def default_max_requests(num_places: int) -> int:
     """Unfinished requests that a server takes if nothing else is set; its engine computes `num_places` at once.
 
-    As many again may wait, if they are not too many for one process: none of them waits much longer than an answer takes,
-    and no place is empty for want of one. With more waiting, everybody's first token is late under a load that lasts, and no more is answered.
+    As many again may wait, if they are not too many for one process: none of them waits much longer than an answer
+    takes, and no place is empty for want of one. With more waiting, everybody's first token is late under a load that
+    lasts, and no more is answered.
     """
     return min(2 * num_places, MOST_REQUESTS)
 
