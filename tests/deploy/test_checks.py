@@ -21,7 +21,7 @@ MISTAKES = {
     "Compose: confinement": ("deploy/compose.yml", "networks: [outside, monitoring]", "privileged: true"),
     "HAProxy: configuration": ("deploy/balancer/haproxy.cfg", "hash-balance-factor", "hash-balance-factors"),
     "Prometheus: configuration": ("deploy/monitoring/prometheus.yml", "scrape_interval", "scrap_interval"),
-    "Prometheus: rules": ("deploy/monitoring/rules.yml", "deriv(", "derive("),
+    "Prometheus: rules": ("deploy/monitoring/rules.yml", "min_over_time(", "minimum_over_time("),
     "Prometheus: alerts fire": ("deploy/monitoring/rules.yml", "mean30m > 0.97", "mean30m > 0.99"),
     "Alertmanager: configuration": ("deploy/monitoring/alertmanager.yml", "receiver: nobody", "receiver: somebody"),
     "Grafana: PromQL of the dashboards": ("deploy/monitoring/grafana/dashboards/fusion.json", "rate(", "rate"),
