@@ -1,5 +1,6 @@
 """Drafts where each specialist has ranks of its own: the same tokens, and the same drafts, as on shared ranks."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -138,15 +139,25 @@ def test_drafts_are_those_of_shared_ranks(
     assert num_held(found) > 20
 
 
-def watch_errands(worker: Any) -> None:
-    """Note when a rank's specialist drafts, and for how many requests."""
+def watch_errands(worker: Any, folder: Path) -> None:
+    """Note when a rank's specialist drafts, and for how many requests.
+
+    On busy cores tiny models are through before another process has its turn. So each waits a moment for another that
+    drafts as well, whose mark is in the folder, until two have met.
+    """
     run = drafting.Errand.run
+    own, met = folder / str(os.getpid()), folder / "met"
 
     def watched(errand: drafting.Errand, *args: Any) -> drafting.Drafts:
         start = time.perf_counter()
+        own.touch()
+        while not met.exists() and time.perf_counter() < start + 1:
+            if set(folder.iterdir()) > {own}:
+                met.touch()
+            time.sleep(0.001)
         drafts = run(errand, *args)
-        time.sleep(0.02)  # on a busy core tiny models are through before another process has its turn
         worker.errands.append((start, time.perf_counter(), len(errand.requests)))
+        own.unlink()
         return drafts
 
     worker.errands = []
@@ -159,10 +170,10 @@ def errands(worker: Any) -> list[tuple[float, float, int]]:
 
 
 def test_each_specialist_drafts_what_it_leads_and_several_do_so_at_once(
-    split_of: Callable[[str], InProcessEngine], judge: Judge
+    split_of: Callable[[str], InProcessEngine], judge: Judge, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     engine = split_of("leading")
-    engine.llm.collective_rpc(watch_errands)
+    engine.llm.collective_rpc(watch_errands, args=(tmp_path_factory.mktemp("errands"),))
     outputs, rounds = rounds_of(engine, [Arrival(own, greedy(NUM_TOKENS)) for own in BATCH])
     noted = engine.llm.collective_rpc(errands)
     assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
