@@ -174,7 +174,9 @@ def test_each_specialist_drafts_what_it_leads_and_several_do_so_at_once(
 ) -> None:
     engine = split_of("leading")
     engine.llm.collective_rpc(watch_errands, args=(tmp_path_factory.mktemp("errands"),))
+    engine.llm.collective_rpc(let_who_leads_draft, args=(True,))  # a wait for each other is no measure of a pass
     outputs, rounds = rounds_of(engine, [Arrival(own, greedy(NUM_TOKENS)) for own in BATCH])
+    engine.llm.collective_rpc(let_who_leads_draft, args=(False,))
     noted = engine.llm.collective_rpc(errands)
     assert [list(own.outputs[0].token_ids) for own in outputs] == [judge.tokens(own, NUM_TOKENS) for own in BATCH]
     assert all(noted), "each of them leads some of the tokens"
