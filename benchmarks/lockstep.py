@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from benchmarks.workload import Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
-from ultrafuser.gating.model.gate import fuse, load_gate
+from ultrafuser.gating.model.gate_file import load_gate
+from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.server.engine.shared.dtype import dtypes_of
 
 CacheKind = Literal["dynamic", "static"]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ultrafuser.gating.model.draft_head import DraftHead, DraftHeadConfig, save_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
-from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.gating.model.gate_file import gate_digest
 from ultrafuser.gating.model.inspection import shared_vocabulary
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.model.responses import response_states

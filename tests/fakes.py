@@ -18,7 +18,8 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ultrafuser.gating.model.gate import Gate, save_gate
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.gate_file import save_gate
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<s>", "<|im_end|>", "<|im_start|>")

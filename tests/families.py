@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tests.fakes import BOS_ID, EOS_ID, LOGIT_STD, MAX_POSITIONS, PAD_ID, TEMPLATES, build_gate, build_tokenizer
-from ultrafuser.gating.model.gate import save_gate
+from ultrafuser.gating.model.gate_file import save_gate
 
 VOCAB_SIZE = 320
 SLIDING, FULL = "sliding_attention", "full_attention"

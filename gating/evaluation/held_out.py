@@ -24,7 +24,7 @@ from ultrafuser.gating.data.hidden_states import (
 from ultrafuser.gating.evaluation.passes import Mix, Reading, alone, fixed, read
 from ultrafuser.gating.model.cache import Report
 from ultrafuser.gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
-from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.gating.model.materialize import materialize
 from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 

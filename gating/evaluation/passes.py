@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ultrafuser.gating.data.hidden_states import CachedHiddenStates
 from ultrafuser.gating.model.cache import Tick
-from ultrafuser.gating.model.gate import fuse
+from ultrafuser.gating.model.mixture import fuse
 
 CHUNK_SIZE = 256
 """Tokens whose logits exist at the same time."""

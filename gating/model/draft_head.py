@@ -194,7 +194,7 @@ def check_draft_head(
         hidden_sizes: theirs.
         vocabulary: digest of the tokens they share (`vocabulary_digest`).
         num_shared_ids: how many these are.
-        gate: the gate's digest (`gating/model/gate.py`).
+        gate: the gate's digest (`gating/model/gate_file.py`).
 
     Raises:
         DraftHeadError: a file that is missing or unreadable, other specialists, sizes or tokens, another gate, other

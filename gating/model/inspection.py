@@ -184,7 +184,7 @@ def _check_gate_exists(config: FusionConfig) -> None:
 
 def _check_gate(config: FusionConfig, hidden_sizes: tuple[int, ...]) -> None:
     # Imported late, as torch comes with it.
-    from ultrafuser.gating.model.gate import check_gate
+    from ultrafuser.gating.model.gate_file import check_gate
 
     if config.gate is None or config.gate == FRESH_GATE:
         return
@@ -198,7 +198,7 @@ def _check_draft_head(
     config: FusionConfig, hidden_sizes: tuple[int, ...], vocabulary: str, num_shared_ids: int
 ) -> None:
     from ultrafuser.gating.model.draft_head import check_draft_head
-    from ultrafuser.gating.model.gate import gate_digest
+    from ultrafuser.gating.model.gate_file import gate_digest
 
     speculation = config.engine.speculation
     if speculation is None or speculation.path is None or not speculation.max_tokens:

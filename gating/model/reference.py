@@ -20,7 +20,8 @@ from transformers.utils import ModelOutput
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.decoding import DecodingRules, Generation, decode
 from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
-from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate, load_gate
+from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
+from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.gating.model.responses import IGNORED_LABEL, gather_responses, last_hidden_states
 
 # Models that change the logits after the output layer: the reference would have to know each one's formula.

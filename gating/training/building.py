@@ -21,7 +21,8 @@ from ultrafuser.gating.data.hidden_states import (
     resolve_dtype,
 )
 from ultrafuser.gating.model.cache import Report
-from ultrafuser.gating.model.gate import Gate, fresh_gate, load_gate
+from ultrafuser.gating.model.gate import Gate, fresh_gate
+from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.gating.model.loading import add_adapter, load_frozen, load_one_frozen
 from ultrafuser.gating.model.schema import FRESH_GATE
 from ultrafuser.gating.training.draft_learner import (

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ultrafuser.gating.model.draft_head import DraftHead, DraftHeadConfig
-from ultrafuser.gating.model.gate import Gate, gate_digest
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.gate_file import gate_digest
 from ultrafuser.gating.model.responses import IGNORED_LABEL
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import Learner

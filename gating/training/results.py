@@ -14,7 +14,8 @@ from ultrafuser.gating.commands.run_folder import MANIFEST_FILE
 from ultrafuser.gating.files import replacing, write_json
 from ultrafuser.gating.model.draft_head import DraftHead, save_draft_head
 from ultrafuser.gating.model.fusion import save_fusion
-from ultrafuser.gating.model.gate import Gate, save_gate
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.gate_file import save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
 from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
 from ultrafuser.gating.training.draft_learner import DraftLearner

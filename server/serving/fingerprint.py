@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ultrafuser import __version__
 from ultrafuser.gating.model.fusion import FusionConfig
-from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.gating.model.gate_file import gate_digest
 from ultrafuser.server.serving.installation import VLLM_VERSION
 
 _HEX_DIGITS = 12

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ultrafuser.gating.errors import UserError
 from ultrafuser.gating.model.fusion import FusionConfig
-from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.gating.model.gate_file import gate_digest
 from ultrafuser.server.access.admission import Admission, default_max_requests
 from ultrafuser.server.access.connections import guarded_protocol
 from ultrafuser.server.app import create_app

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from ultrafuser import __version__
 from ultrafuser.gating.files import content_digest
-from ultrafuser.gating.model.gate import gate_digest
+from ultrafuser.gating.model.gate_file import gate_digest
 from ultrafuser.gating.model.schema import SpecialistConfig
 from ultrafuser.server.engine.shared.dtype import dtypes_of
 from ultrafuser.server.serving.installation import VLLM_VERSION, device_name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ultrafuser.gating.files import file_digest
 from ultrafuser.gating.model.fusion import load_fusion
-from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.gating.model.packaged import DISTRIBUTION
 from ultrafuser.gating.model.schema import FRESH_GATE
 

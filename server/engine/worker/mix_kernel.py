@@ -1,7 +1,7 @@
 """Mixing and its marks on a GPU, in two kernels: the logits are read once, whatever is asked of them.
 
-Gives what `fuse` (`gating/model/gate.py`), `observe` and `neutralize` (`server/engine/worker/observing.py`) give, for
-which torch starts some eighty kernels. Knows tensors on one device, nothing else.
+Gives what `fuse` (`gating/model/mixture.py`), `observe` and `neutralize` (`server/engine/worker/observing.py`) give,
+for which torch starts some eighty kernels. Knows tensors on one device, nothing else.
 
 Shapes: S specialists, B rows that end in a token, D hidden size, V vocabulary, W width of the result, C blocks of ids,
 X = S + 3 marks of a row.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
-from ultrafuser.gating.model.gate import Gate, fuse
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.worker.observing import neutralize, observe
 from ultrafuser.server.engine.worker.timing import StepClock

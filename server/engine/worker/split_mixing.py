@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ultrafuser.gating.model.gate import Gate, fuse
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.shared.step import Span
 from ultrafuser.server.engine.worker.exchange import Exchange

@@ -20,7 +20,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ultrafuser.gating.model.gate import Gate, load_gate
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter
 from ultrafuser.server.engine.worker.exchange import Exchange

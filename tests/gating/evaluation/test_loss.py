@@ -18,7 +18,8 @@ from ultrafuser.gating.evaluation import loss
 from ultrafuser.gating.evaluation.held_out import ReadingOptions, ReadingTask, prepare_task
 from ultrafuser.gating.evaluation.loss import LossTable, describe
 from ultrafuser.gating.model.cache import Report
-from ultrafuser.gating.model.gate import Gate, save_gate
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.gate_file import save_gate
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.model.schema import FusionConfig
 

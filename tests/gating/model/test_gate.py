@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ultrafuser.gating.errors import GateError
-from ultrafuser.gating.model.gate import Gate, check_gate, fresh_gate, fuse, load_gate, save_gate
+from ultrafuser.gating.model.gate import Gate, fresh_gate
+from ultrafuser.gating.model.gate_file import check_gate, load_gate, save_gate
+from ultrafuser.gating.model.mixture import fuse
 
 NAMES = ("text", "code", "math")
 

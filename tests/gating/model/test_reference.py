@@ -16,7 +16,8 @@ from tests.fakes import EOS_ID, build_tokenizer, write_tiny_fusion
 from ultrafuser.gating.errors import FusionError
 from ultrafuser.gating.model.decoding import left_pad
 from ultrafuser.gating.model.fusion import load_fusion
-from ultrafuser.gating.model.gate import Gate, load_gate
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 NAMES = ("text", "code", "math")

@@ -15,7 +15,8 @@ from ultrafuser.gating.data.batches import response_ids
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
-from ultrafuser.gating.model.gate import fresh_gate, fuse
+from ultrafuser.gating.model.gate import fresh_gate
+from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.training import draft_learner
 from ultrafuser.gating.training.building import build

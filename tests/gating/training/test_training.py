@@ -15,7 +15,7 @@ from tests.gating.training.runs import loss_of, losses_in, weights_of
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.data.batches import collate_rows
 from ultrafuser.gating.model.fusion import load_fusion
-from ultrafuser.gating.model.gate import load_gate
+from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.inputs import gather_inputs

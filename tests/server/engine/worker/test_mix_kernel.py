@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultrafuser.gating.model.gate import fuse
+from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.server.engine.worker.observing import neutralize, observe
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -12,7 +12,7 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-from ultrafuser.gating.model.gate import fuse
+from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.server.engine.client.mark_stream import History, Takeover
 from ultrafuser.server.engine.client.step_feed import StepFeed
 from ultrafuser.server.engine.core.outputs import add_marks, add_report
