@@ -105,11 +105,9 @@ def test_the_oracle_is_each_turns_own_specialist_and_the_others_are_the_referenc
 
 
 def test_a_conversation_whose_second_turn_does_not_fit_is_left_out(tiny_path, options):
-    lengths = sorted(task_of(tiny_path, options).rows.dataset["length"][:])
-    task = task_of(tiny_path, replace(options, max_length=lengths[6] - 40))
+    lengths = task_of(tiny_path, options).rows.dataset["length"][:]
+    task = task_of(tiny_path, replace(options, max_length=min(lengths)))
     table = measure_turns(task)
-    cut = [index for index, is_cut in enumerate(task.rows.dataset["is_cut"][:]) if is_cut]
-    assert cut
     assert 0 < len(table.tokens["both"]) < len(task.rows)
     assert all(len(own) == len(table.tokens["both"]) for own in table.tokens.values())
     assert min(table.tokens["turn 2"]) > 0

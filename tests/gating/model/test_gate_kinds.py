@@ -209,7 +209,7 @@ def test_a_fresh_gate_of_any_kind_begins_as_the_papers_would_on_what_they_share(
     assert fresh.mixture.scales_S is not None
     assert fresh.mixture.scales_S.tolist() == [1.0, 1.0, 1.0]
     assert fresh.biases.tolist() == [0.0, 0.0, 0.0]
-    assert float(fresh.decay) == pytest.approx(0.9)
+    assert float(fresh.decay.detach()) == pytest.approx(0.9)
     again = fresh_gate((8, 8, 8), width=16, seed=3, kind=GateKind.parse("scaled+smoothed"))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
