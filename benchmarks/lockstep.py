@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from benchmarks.workload import Request
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, SpecialistConfig
+from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.server.engine.shared.dtype import dtypes_of
@@ -50,6 +51,8 @@ class LockstepLoop:
         self._num_shared_ids = info.num_shared_ids
         self._contexts: list[_Context] = []
         self._tokens_B1: list[Tensor] = []
+        self._memories_SBW: list[Tensor] = []
+        """What a smoothed gate has of the responses' earlier states."""
 
     @property
     def token_ids(self) -> list[list[int]]:
@@ -65,7 +68,7 @@ class LockstepLoop:
     def start(self, requests: Sequence[Request]) -> None:
         """Read the prompts, left-padded, and choose the first token of each response."""
         num_tokens = max(request.num_tokens for request in requests)
-        self._contexts, last_SBD = [], []
+        self._contexts, self._memories_SBW, last_SBD = [], [], []
         for index, model in enumerate(self._models):
             prompts = [request.prompts[index] for request in requests]
             context, last_BD = self._read_prompts(model, prompts, num_tokens)
@@ -85,7 +88,7 @@ class LockstepLoop:
 
     def stop(self) -> None:
         """Forget the batch."""
-        self._contexts, self._tokens_B1 = [], []
+        self._contexts, self._tokens_B1, self._memories_SBW = [], [], []
 
     def _read_prompts(self, model: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[_Context, Tensor]:
         longest = max(map(len, prompts))
@@ -109,8 +112,18 @@ class LockstepLoop:
         if self._gate is None:
             fused_BV = logits_SBV[0][:, : self._num_shared_ids]
         else:
-            fused_BV = fuse(self._gate(last_SBD), logits_SBV, self._num_shared_ids)
+            fused_BV = fuse(self._weigh(self._gate, last_SBD), logits_SBV, self._num_shared_ids, self._gate.mixture)
         return fused_BV.argmax(dim=-1, keepdim=True)
+
+    def _weigh(self, gate: Gate, last_SBD: Sequence[Tensor]) -> Tensor:
+        """The gate's weights [S, B]; a smoothed one's memories go on to the next token."""
+        if gate.kind.smoothed and not self._memories_SBW:
+            self._memories_SBW = [last_BD.new_zeros(len(last_BD), gate.width).float() for last_BD in last_SBD]
+        memories: Sequence[Tensor | None] = self._memories_SBW or [None] * len(last_SBD)
+        told = list(enumerate(zip(last_SBD, memories, strict=True)))
+        weights_SB = gate.weights_of(torch.stack([gate.part_of(index, *own) for index, own in told]))
+        self._memories_SBW = [gate.remember(index, own, memory) for index, (own, memory) in told if memory is not None]
+        return weights_SB
 
 
 class StaticBatches:

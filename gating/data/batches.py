@@ -37,11 +37,12 @@ def response_ids(row: Mapping[str, Any]) -> list[int]:
     return [token for token, is_response in pairs if is_response]
 
 
-def collate_hidden_states(rows: Sequence[tuple[list[Tensor], Tensor]]) -> dict[str, Any]:
-    """Cached rows (`gating/data/hidden_states.py`) as a batch for `CachedLearner`: `hidden_states` S x [N, D_s] and
-    `labels` [N]."""
+def collate_hidden_states(rows: Sequence[tuple[list[Tensor], Tensor, Tensor]]) -> dict[str, Any]:
+    """Cached rows (`gating/data/hidden_states.py`) as a batch for `CachedLearner`: `hidden_states` S x [N, D_s],
+    `labels` [N] and `responses` [N], which of the rows' responses each label is of."""
     num_specialists = len(rows[0][0])
     return {
-        "hidden_states": [torch.cat([states[index] for states, _ in rows]) for index in range(num_specialists)],
-        "labels": torch.cat([labels for _, labels in rows]),
+        "hidden_states": [torch.cat([states[index] for states, *_ in rows]) for index in range(num_specialists)],
+        "labels": torch.cat([labels for _, labels, _ in rows]),
+        "responses": torch.cat([responses for *_, responses in rows]),
     }

@@ -25,7 +25,7 @@ from ultrafuser.gating.commands.fields import Precision
 from ultrafuser.gating.data.batches import collate_rows, response_ids
 from ultrafuser.gating.model.cache import Artifact, Report, Tick, build_once
 from ultrafuser.gating.model.loading import identify, load_one_frozen
-from ultrafuser.gating.model.responses import response_states
+from ultrafuser.gating.model.responses import response_states, response_turns
 from ultrafuser.gating.model.schema import FusionConfig
 
 if TYPE_CHECKING:
@@ -72,14 +72,16 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-class CachedHiddenStates(Dataset[tuple[list[Tensor], Tensor]]):
-    """Rows as S tensors [R, D_s] and their labels [R], read from disk when asked for."""
+class CachedHiddenStates(Dataset[tuple[list[Tensor], Tensor, Tensor]]):
+    """Rows as S tensors [R, D_s], their labels [R] and the responses that these are of [R], read when asked for."""
 
-    def __init__(self, states: Sequence[Tensor], offsets: Sequence[int], labels_N: Tensor) -> None:
-        """`states`: S tensors [N, D_s]; row i has tokens `offsets[i]` to `offsets[i + 1]`, the last one is N."""
+    def __init__(self, states: Sequence[Tensor], offsets: Sequence[int], labels_N: Tensor, responses_N: Tensor) -> None:
+        """`states`: S tensors [N, D_s]; row i has tokens `offsets[i]` to `offsets[i + 1]`, the last one is N;
+        `responses_N`: of which response each token is, every turn of every row being one of its own."""
         self._states = list(states)
         self.offsets = list(offsets)
         self._labels_N = labels_N
+        self.responses_N = responses_N
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -88,8 +90,9 @@ class CachedHiddenStates(Dataset[tuple[list[Tensor], Tensor]]):
         """Tokens of all rows, counted through: S tensors [end - begin, D_s] and their labels."""
         return [states_ND[begin:end] for states_ND in self._states], self._labels_N[begin:end]
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor]:
-        return self.tokens(self.offsets[index], self.offsets[index + 1])
+    def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        begin, end = self.offsets[index], self.offsets[index + 1]
+        return *self.tokens(begin, end), self.responses_N[begin:end]
 
 
 def cache_hidden_states(
@@ -122,7 +125,9 @@ def cache_hidden_states(
         states.append(_map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype))
         output_weights.append(load_file(folder / "output_layer.safetensors")["weight"])
     labels_N = torch.tensor([token for row in rows for token in response_ids(row)])
-    return CachedHiddenStates(states, offsets, labels_N), output_weights
+    # No row begins with a response, so that laid end to end they keep theirs apart. Not in the cache: the rows say it.
+    masks_1T = torch.tensor([flag for row in rows for flag in row["response_mask"][0]])[None]
+    return CachedHiddenStates(states, offsets, labels_N, response_turns(masks_1T)), output_weights
 
 
 @torch.no_grad()

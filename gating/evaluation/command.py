@@ -7,6 +7,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ultrafuser.gating.commands.places import check_folder, output_file, output_folder
@@ -37,7 +38,7 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
         if settings.variants is not None:
             _write_variants(settings, progress)
         if settings.loss:
-            _report(settings, _measure(settings, progress))
+            _report(settings, *_measure(settings, progress))
     return 0
 
 
@@ -53,33 +54,49 @@ def _check_outputs(settings: EvalSettings) -> None:
         check_folder(cache_folder(settings.cache), "--cache")
 
 
-def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
+def _measure(settings: EvalSettings, on_progress: "Report") -> "tuple[LossTable, LossTable | None]":
+    """The losses by domain, and of joined turns where they are asked for."""
     from ultrafuser.gating.data.conversations import DataFile
-    from ultrafuser.gating.evaluation.held_out import ReadingOptions, prepare_task
+    from ultrafuser.gating.evaluation.held_out import ReadingOptions, find_gates, prepare_task
     from ultrafuser.gating.evaluation.loss import check_rows, measure
+    from ultrafuser.gating.evaluation.mixed_turns import join_turns, measure_turns
     from ultrafuser.gating.model.fusion import load_fusion
 
     chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
     options = ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
     files = [DataFile.parse(file) for file in settings.data]
+    gates = find_gates(settings.gates)
     names = [name for name in (settings.fusion, settings.baseline) if name is not None]
-    for name in names:
-        check_rows(load_fusion(name).specialist_names)
+    specialists = [load_fusion(name).specialist_names for name in names]
+    for own in specialists:
+        check_rows(own)
+    joined = None
+    if settings.mixed_turns is not None:
+        joined = join_turns(files, specialists[0], settings.mixed_turns, options, on_progress)
     tables = []
-    for name in names:
-        task = prepare_task(name, files, options, on_progress)
+    for name, own_gates in zip(names, (gates, {}), strict=False):
+        task = prepare_task(name, files, options, on_progress, own_gates)
         print("\n".join(task.rows.summary()), file=sys.stderr)
         tables.append(measure(task, base=settings.base, scale=settings.task_arithmetic_scale))
-    return tables[0] if len(tables) == 1 else tables[0].with_baseline(tables[1])
+    turns = None
+    if joined is not None:
+        task = prepare_task(names[0], [joined], replace(options, limit=None), on_progress, gates)
+        turns = measure_turns(task)
+    return tables[0] if len(tables) == 1 else tables[0].with_baseline(tables[1]), turns
 
 
-def _report(settings: EvalSettings, table: "LossTable") -> None:
+def _report(settings: EvalSettings, table: "LossTable", turns: "LossTable | None") -> None:
     from ultrafuser.gating.evaluation.loss import describe
+    from ultrafuser.gating.evaluation.mixed_turns import describe_turns, turns_as_json
     from ultrafuser.gating.files import write_json
 
-    print("\n".join(describe(table)))
+    lines, content = describe(table), table.as_json()
+    if turns is not None:
+        lines += describe_turns(turns)
+        content["mixed_turns"] = turns_as_json(turns)
+    print("\n".join(lines))
     if settings.json_file is not None:
-        write_json(output_file(settings.json_file, "--json"), table.as_json())
+        write_json(output_file(settings.json_file, "--json"), content)
 
 
 def _write_variants(settings: EvalSettings, on_progress: "Report") -> None:

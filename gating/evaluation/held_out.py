@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,15 +22,19 @@ from ultrafuser.gating.data.hidden_states import (
     hidden_state_sources,
     resolve_dtype,
 )
-from ultrafuser.gating.evaluation.passes import Mix, Reading, alone, fixed, read
+from ultrafuser.gating.errors import CommandError
+from ultrafuser.gating.evaluation.passes import FixedWeights, Mix, Reading, alone, read
+from ultrafuser.gating.files import input_file, split_name
 from ultrafuser.gating.model.cache import Report
 from ultrafuser.gating.model.fusion import FusedModelInfo, inspect_fusion, load_fusion
-from ultrafuser.gating.model.gate_file import load_gate
+from ultrafuser.gating.model.gate_file import GATE_FILE, check_gate, gate_kind, load_gate
 from ultrafuser.gating.model.materialize import materialize
 from ultrafuser.gating.model.schema import FusionConfig, SpecialistConfig
 
 FUSED = "fused"
 UNIFORM = "uniform"
+GATE_PREFIX = "gate:"
+"""Before the name of a gate that is not the fusion's own."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,9 @@ class ReadingTask:
     on_progress: Report
     """Told what is being done."""
 
+    gates: Mapping[str, Path]
+    """Files of other gates of the same specialists, by name."""
+
     @property
     def places(self) -> dict[str, list[int]]:
         """Where each domain's rows are; domains that are named as specialists come first, in their order."""
@@ -99,13 +107,21 @@ class ReadingTask:
         )
 
     def read_fusion(self) -> Reading:
-        """Each specialist alone, all with equal weights, and as the gate mixes them, from one pass over the rows."""
+        """Each specialist alone, all with equal weights, and as the gates mix them, from one pass over the rows."""
         names = self.loaded.specialist_names
         mixes: dict[str, Mix] = {name: alone(index, len(names)) for index, name in enumerate(names)}
         if self.prepared.gate is not None:
-            gate = load_gate(self.prepared.gate, names, self.info.hidden_sizes)
-            mixes |= {UNIFORM: fixed([1 / len(names)] * len(names)), FUSED: gate.to(self.device)}
+            mixes[UNIFORM] = FixedWeights((1 / len(names),) * len(names))
+            files = {FUSED: self.prepared.gate} | {f"{GATE_PREFIX}{own}": str(self.gates[own]) for own in self.gates}
+            for name, file in files.items():
+                mixes[name] = load_gate(file, names, self.info.hidden_sizes).to(self.device)
         return self._read(self.prepared, self.info.hidden_sizes, mixes, self.loaded.name)
+
+    @property
+    def gate_kinds(self) -> dict[str, str]:
+        """The kind of every gate, by the name under which `read_fusion` has it; the fusion's own comes first."""
+        kinds = {FUSED: str(gate_kind(self.prepared.gate))} if self.prepared.gate is not None else {}
+        return kinds | {f"{GATE_PREFIX}{name}": str(gate_kind(path)) for name, path in self.gates.items()}
 
     def read_alone(self, model: SpecialistConfig) -> Reading:
         """A prepared model in the leader's place; its losses are under its name."""
@@ -118,17 +134,42 @@ class ReadingTask:
         return read(states, output_weights, mixes, device=self.device, tick=tick)
 
 
-def prepare_task(fusion: str, files: Sequence[DataFile], options: ReadingOptions, on_progress: Report) -> ReadingTask:
-    """Load and check a fusion, prepare its models, encode the rows.
+def find_gates(arguments: Sequence[str]) -> dict[str, Path]:
+    """Files of gates by name, each given as PATH or NAME=PATH; by itself one is called as its file or its folder.
 
     Raises:
-        FusionError, DataError, TrainError: one line for the user.
+        CommandError: there is no such file, or a name is there twice.
+    """
+    found: dict[str, Path] = {}
+    for argument in arguments:
+        name, path = split_name(argument)
+        path = path / GATE_FILE if path.is_dir() else path
+        path = input_file(path, "name a gate's file, or the output folder of a training", kind="gate").resolve()
+        name = name or (path.parent.name if path.name == GATE_FILE else path.stem)
+        if found.setdefault(name, path) != path:
+            raise CommandError(f"--gates: {path} and {found[name]} are both called {name!r}; name one NAME=PATH")
+    return found
+
+
+def prepare_task(
+    fusion: str,
+    files: Sequence[DataFile],
+    options: ReadingOptions,
+    on_progress: Report,
+    gates: Mapping[str, Path] = MappingProxyType({}),
+) -> ReadingTask:
+    """Load and check a fusion and other gates of its specialists, prepare its models, encode the rows.
+
+    Raises:
+        FusionError, GateError, DataError, TrainError: one line for the user.
     """
     loaded = load_fusion(fusion)
     prepared = materialize(loaded, options.cache_dir, on_progress)
     info = inspect_fusion(prepared)
+    for path in gates.values():
+        check_gate(path, loaded.specialist_names, info.hidden_sizes)
     encoder, key = make_encoder(prepared, info, resolve_max_length(options.max_length, info))
     rows = load_rows(files, encoder, key=key, cache_dir=options.cache_dir, on_progress=on_progress)
     chosen = select(rows, rows.domains, options.limit, options.seed)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ReadingTask(loaded, prepared, info, chosen, device or torch.device("cpu"), options, on_progress)
+    return ReadingTask(loaded, prepared, info, chosen, device or torch.device("cpu"), options, on_progress, gates)

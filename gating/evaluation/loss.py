@@ -5,7 +5,7 @@ command line.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ _NUM_RESAMPLES = 2000
 
 Sums = NDArray[np.float64]
 """One number for each conversation."""
+
+Interval = tuple[float, float, float]
+"""A value, and the low and the high end of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class LossTable:
     notes: tuple[str, ...] = ()
     """Rows that are missing, and why."""
 
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Of the gates that are compared, by row, the fusion's own first; empty without others."""
+
     def loss(self, name: str, domain: str) -> float:
         """Nats per response token."""
         return float(self.sums[name][domain].sum() / self.tokens[domain].sum())
@@ -49,12 +55,18 @@ class LossTable:
         return sum(self.loss(name, domain) for domain in self.tokens) / len(self.tokens)
 
     def as_json(self) -> dict[str, object]:
-        """`loss` by row and domain with `mean`, `gate` by domain and specialist."""
+        """`loss` by row and domain with `mean`, `gate` by domain and specialist; of several gates `gates` by row: the
+        `kind`, 95 % intervals of the losses, and how these differ from the fusion's own gate, relative to it."""
         loss = {
             name: {**{domain: self.loss(name, domain) for domain in self.tokens}, "mean": self.mean(name)}
             for name in self.sums
         }
-        return {"loss": loss, "gate": {domain: dict(weights) for domain, weights in self.gate.items()}}
+        gates = {
+            name: {"kind": kind, "interval": self.interval(name), "against_fused": self.difference(name, FUSED)}
+            for name, kind in self.kinds.items()
+        }
+        weights = {domain: dict(own) for domain, own in self.gate.items()}
+        return {"loss": loss, "gate": weights, **({"gates": gates} if gates else {})}
 
     def with_baseline(self, other: "LossTable") -> "LossTable":
         """This table with another's rows below, their names marked.
@@ -66,24 +78,28 @@ class LossTable:
             raise CommandError("--baseline: it reads other response tokens; name a fusion with the same tokenizer")
         marked = {f"{BASELINE_PREFIX}{name}": sums for name, sums in other.sums.items()}
         notes = [f"{BASELINE_PREFIX} {note}" for note in other.notes]
-        return LossTable({**self.sums, **marked}, self.tokens, self.gate, (*self.notes, *notes))
+        return replace(self, sums={**self.sums, **marked}, notes=(*self.notes, *notes))
 
-    def difference(self, name: str, other: str, seed: int = 0) -> dict[str, tuple[float, float, float]]:
-        """How much lower or higher one row's loss is than another's, relative to it, by domain and for the `mean`.
+    def interval(self, name: str) -> dict[str, Interval]:
+        """One row's loss, by domain and for the `mean`, with a 95 % interval by bootstrap over conversations."""
+        return {place: _interval(values) for place, values in self._resampled(name).items()}
 
-        Returns:
-            (value, low, high): with a 95 % interval by paired bootstrap over conversations, 0.01 being one percent.
-        """
-        generator = np.random.default_rng(seed)
-        means = {row: np.zeros(1 + _NUM_RESAMPLES) for row in (name, other)}
-        found = {}
+    def difference(self, name: str, other: str) -> dict[str, Interval]:
+        """How much lower or higher one row's loss is than another's, relative to it, 0.01 being one percent; as
+        `interval`, paired."""
+        theirs = self._resampled(other)
+        return {place: _interval(values / theirs[place] - 1) for place, values in self._resampled(name).items()}
+
+    def _resampled(self, name: str) -> dict[str, Sums]:
+        """One row's losses by domain and for the `mean`: of the conversations themselves, then of draws of them, which
+        are the same for every row."""
+        generator = np.random.default_rng(0)
+        found, means = {}, np.zeros(1 + _NUM_RESAMPLES)
         for domain, tokens in self.tokens.items():
             draws = generator.integers(len(tokens), size=(_NUM_RESAMPLES, len(tokens)))
-            losses = {row: _resampled(self.sums[row][domain], tokens, draws) for row in (name, other)}
-            found[domain] = _interval(losses[name], losses[other])
-            for row, values in losses.items():
-                means[row] += values / len(self.tokens)
-        return {**found, "mean": _interval(means[name], means[other])}
+            found[domain] = _resampled(self.sums[name][domain], tokens, draws)
+            means += found[domain] / len(self.tokens)
+        return {**found, "mean": means}
 
 
 def check_rows(specialists: Sequence[str]) -> None:
@@ -123,21 +139,24 @@ def measure(task: ReadingTask, *, base: str | None, scale: float) -> LossTable:
     losses = {name: reading.losses[name] for name in names}
     for model in variants:
         losses[model.name] = task.read_alone(model).losses[model.name]
-    losses |= {name: reading.losses[name] for name in (UNIFORM, FUSED) if name in reading.losses}
+    kinds = task.gate_kinds
+    losses |= {name: reading.losses[name] for name in (UNIFORM, *kinds) if name in reading.losses}
     counts = np.diff(reading.offsets).astype(np.float64)
-    sums = {name: _row_sums(losses_N, reading) for name, losses_N in losses.items()}
+    sums = {name: row_sums(losses_N, reading.offsets) for name, losses_N in losses.items()}
     places = task.places
     return LossTable(
         {name: {domain: own[rows] for domain, rows in places.items()} for name, own in sums.items()},
         {domain: counts[rows] for domain, rows in places.items()},
         _mean_weights(reading, places, counts, names),
         notes,
+        kinds if task.gates else {},
     )
 
 
-def _row_sums(losses_N: Tensor, reading: Reading) -> Sums:
-    padded = torch.cat([torch.zeros(1, dtype=torch.float64), losses_N.double().cumsum(0)])
-    return np.diff(padded[torch.tensor(reading.offsets)].numpy())
+def row_sums(values_N: Tensor, offsets: Sequence[int]) -> Sums:
+    """Sums of tokens between the offsets."""
+    padded = torch.cat([torch.zeros(1, dtype=torch.float64), values_N.double().cumsum(0)])
+    return np.diff(padded[torch.tensor(offsets)].numpy())
 
 
 def _mean_weights(
@@ -145,7 +164,7 @@ def _mean_weights(
 ) -> dict[str, dict[str, float]]:
     if FUSED not in reading.weights:
         return {}
-    sums = [_row_sums(weights_N, reading) for weights_N in reading.weights[FUSED]]
+    sums = [row_sums(weights_N, reading.offsets) for weights_N in reading.weights[FUSED]]
     return {
         domain: {name: float(own[rows].sum() / counts[rows].sum()) for name, own in zip(names, sums, strict=True)}
         for domain, rows in places.items()
@@ -157,27 +176,26 @@ def _resampled(sums: Sums, tokens: Sums, draws: NDArray[np.int64]) -> Sums:
     return np.concatenate([[sums.sum() / tokens.sum()], sums[draws].sum(axis=1) / tokens[draws].sum(axis=1)])
 
 
-def _interval(ours: Sums, theirs: Sums) -> tuple[float, float, float]:
-    relative = ours / theirs - 1
-    low, high = np.quantile(relative[1:], [0.025, 0.975])
-    return float(relative[0]), float(low), float(high)
+def _interval(values: Sums) -> Interval:
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return float(values[0]), float(low), float(high)
 
 
 def describe(table: LossTable) -> list[str]:
     """The table as lines of Markdown: losses, the gate's mean weights, and fused against the best single model."""
     domains = list(table.tokens)
     lines = [
-        _line(["nats per response token", *domains, "mean"]),
-        _line(["---", *["---:"] * (len(domains) + 1)]),
-        *(_line([name, *(f"{table.loss(name, domain):.4f}" for domain in domains), f"{table.mean(name):.4f}"])
+        line(["nats per response token", *domains, "mean"]),
+        line(["---", *["---:"] * (len(domains) + 1)]),
+        *(line([name, *(f"{table.loss(name, domain):.4f}" for domain in domains), f"{table.mean(name):.4f}"])
           for name in table.sums),
     ]  # fmt: skip
     if table.gate:
         names = list(next(iter(table.gate.values())))
-        lines += ["", _line(["mean gate weight", *names]), _line(["---", *["---:"] * len(names)])]
-        lines += [_line([domain, *(f"{own[name]:.3f}" for name in names)]) for domain, own in table.gate.items()]
+        lines += ["", line(["mean gate weight", *names]), line(["---", *["---:"] * len(names)])]
+        lines += [line([domain, *(f"{own[name]:.3f}" for name in names)]) for domain, own in table.gate.items()]
         lines += ["", *_comparison(table, names)]
-    return [*lines, *table.notes]
+    return [*lines, *_gates(table), *table.notes]
 
 
 def _comparison(table: LossTable, names: Sequence[str]) -> list[str]:
@@ -188,10 +206,30 @@ def _comparison(table: LossTable, names: Sequence[str]) -> list[str]:
     for place in (*table.tokens, "mean"):
         losses = {name: table.mean(name) if place == "mean" else table.loss(name, place) for name in singles}
         best = min(losses, key=losses.__getitem__)
-        value, low, high = table.difference(FUSED, best)[place]
-        lines.append(f"{place}: fused {value:+.2%} [{low:+.2%}, {high:+.2%}] against the best specialist ({best})")
+        difference = percent(table.difference(FUSED, best)[place])
+        lines.append(f"{place}: fused {difference} against the best specialist ({best})")
     return lines
 
 
-def _line(cells: Sequence[str]) -> str:
+def _gates(table: LossTable) -> list[str]:
+    """Every gate's losses with their intervals, and in percent how they differ from those of the fusion's own."""
+    if not table.kinds:
+        return []
+    places = [*table.tokens, "mean"]
+    lines = ["", line(["gate", "kind", *places]), line(["---", "---", *["---:"] * len(places)])]
+    for name, kind in table.kinds.items():
+        losses, differences = table.interval(name), table.difference(name, FUSED)
+        lines.append(line([name, kind, *("{:.4f} [{:.4f}, {:.4f}]".format(*losses[place]) for place in places)]))
+        if name != FUSED:
+            lines.append(line(["against fused", "", *(percent(differences[place]) for place in places)]))
+    return lines
+
+
+def percent(interval: Interval) -> str:
+    """A relative difference for people."""
+    return "{:+.2%} [{:+.2%}, {:+.2%}]".format(*interval)
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"

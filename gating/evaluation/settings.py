@@ -35,6 +35,14 @@ class EvalSettings(CommandSettings):
     data: tuple[str, ...] = ()
     """Conversations for --loss: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
 
+    gates: tuple[str, ...] = ()
+    """Other gates of the fusion's specialists whose rows are added and held against its own: a gate's file, or the
+    output folder of a training, PATH or NAME=PATH. Several may follow."""
+
+    mixed_turns: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    """With --loss, also on so many conversations of two turns, made of rows of two domains each; the domains must be
+    called as the specialists, each of which is taken alone on the turns of its own."""
+
     baseline: str | None = None
     """A second fusion whose rows are added: the specialists as they entered stage 2, for one."""
 
@@ -109,6 +117,9 @@ class EvalSettings(CommandSettings):
             raise CommandError("benchmark: a running server is asked, not a fusion; leave the fusion out")
         if self.loss and not self.data:
             raise CommandError("data: --loss needs conversations; add --data DOMAIN=FILE")
+        for name in ("gates", "mixed_turns"):
+            if getattr(self, name) and not self.loss:
+                raise CommandError(f"{name}: is for the loss; add --loss with --data")
         if self.benchmark and self.output is None:
             raise CommandError("output: answers are kept in a folder; add --output FOLDER")
         if self.benchmark:

@@ -159,15 +159,16 @@ def means_before(added_NW: Tensor, decay: Tensor, responses_N: Tensor) -> Tensor
     """
     _, lengths = torch.unique_consecutive(responses_N, return_counts=True)
     means = []
-    for own_TW in added_NW.split(lengths.tolist()):
-        carried_W = own_TW.new_zeros(own_TW.shape[1])
-        for block_TW in own_TW.split(_SCAN):
-            steps_T = torch.arange(len(block_TW) + 1, device=block_TW.device)
-            ages_TT = (steps_T[:, None] - 1 - steps_T[None, :-1]).clamp(min=0)
-            shares_TT = ((1 - decay) * decay**ages_TT).tril(-1)
-            after_TW = shares_TT @ block_TW + decay ** steps_T[:, None] * carried_W
-            means.append(after_TW[:-1])
-            carried_W = after_TW[-1]
+    with torch.autocast(added_NW.device.type, enabled=False):
+        for own_TW in added_NW.split(lengths.tolist()):
+            carried_W = own_TW.new_zeros(own_TW.shape[1])
+            for block_TW in own_TW.split(_SCAN):
+                steps_T = torch.arange(len(block_TW) + 1, device=block_TW.device)
+                ages_TT = (steps_T[:, None] - 1 - steps_T[None, :-1]).clamp(min=0)
+                shares_TT = ((1 - decay) * decay**ages_TT).tril(-1)
+                after_TW = shares_TT @ block_TW + decay ** steps_T[:, None] * carried_W
+                means.append(after_TW[:-1])
+                carried_W = after_TW[-1]
     return torch.cat(means) if means else added_NW
 
 

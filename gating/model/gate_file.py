@@ -22,6 +22,9 @@ from ultrafuser.gating.model.schema import FRESH_GATE
 GATE_FORMAT = "ultrafuser-gate-v2"
 _FIRST_FORMAT = "ultrafuser-gate-v1"
 
+GATE_FILE = "gate.safetensors"
+"""Beside a trained fusion's file."""
+
 
 @dataclass(frozen=True)
 class GateHeader:
@@ -71,19 +74,20 @@ def check_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Seque
         GateError: file missing or unreadable, another format, an unknown kind, other specialists, other sizes, other
             tensors.
     """
-    if not Path(path).is_file():
-        raise GateError(f"{path}: no such gate file; train a gate, or use `gate: {FRESH_GATE}` for an untrained one")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = _parse_metadata(path, file.metadata() or {})
-            names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
-        raise GateError(f"{path}: not a safetensors file ({error}); save the gate again with save_gate") from error
+    header, shapes = _read_header(path)
     _compare(path, "specialists", header.specialists, tuple(specialists))
     _compare(path, "hidden_sizes", header.hidden_sizes, tuple(hidden_sizes))
     _check_shapes(path, header, shapes)
     return header
+
+
+def gate_kind(path: str | Path) -> GateKind:
+    """The kind of a gate by its file's header alone; of `package:fresh` the paper's.
+
+    Raises:
+        GateError: file missing or unreadable, another format, an unknown kind.
+    """
+    return GateKind() if str(path) == FRESH_GATE else _read_header(path)[0].kind
 
 
 def gate_digest(path: str | Path | None) -> str:
@@ -91,6 +95,19 @@ def gate_digest(path: str | Path | None) -> str:
     if path is None:
         return "none"
     return "fresh" if str(path) == FRESH_GATE else file_digest(Path(path))
+
+
+def _read_header(path: str | Path) -> tuple[GateHeader, dict[str, tuple[int, ...]]]:
+    """What the file says about itself, and the shapes of its tensors."""
+    if not Path(path).is_file():
+        raise GateError(f"{path}: no such gate file; train a gate, or use `gate: {FRESH_GATE}` for an untrained one")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            return _parse_metadata(path, file.metadata() or {}), shapes
+    except SafetensorError as error:
+        raise GateError(f"{path}: not a safetensors file ({error}); save the gate again with save_gate") from error
 
 
 def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> GateHeader:

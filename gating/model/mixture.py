@@ -36,7 +36,7 @@ def fuse(
         mixture: how.
 
     Returns:
-        float32 logits [B, num_shared_ids]; finite where weights and logits are.
+        float32 logits [B, num_shared_ids]; finite where weights and logits are. Differentiable in all of them.
     """
     assert weights_SB.shape[0] == len(logits)
     if mixture.of_probabilities:

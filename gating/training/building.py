@@ -121,10 +121,12 @@ def _drafting(
     draft_ids_V = draft_vocabulary(rows.tokens(0, rows.offsets[-1])[1], settings.draft_vocabulary, info.num_shared_ids)
     leader = load_one_frozen(fusion, 0, resolve_dtype(settings.precision, device))
     embeddings_VD = leader.get_input_embeddings().weight.detach()[: info.num_shared_ids].clone()
-    output_weights = [own[draft_ids_V] for own in output_weights]
-    head = fresh_draft_head(draft_head_config(inputs, len(draft_ids_V)), draft_ids_V, output_weights[0].float())
+    head_rows_VD = output_weights[0][draft_ids_V].float()
+    head = fresh_draft_head(draft_head_config(inputs, len(draft_ids_V)), draft_ids_V, head_rows_VD)
     # The gate that engine and reference have, an untrained one too, which is the same for every seed of a run.
     gate = load_gate(str(fusion.gate), fusion.specialist_names, info.hidden_sizes)
+    if not gate.kind.probabilities:
+        output_weights = [own[draft_ids_V] for own in output_weights]
     learner = DraftLearner(head, gate, embeddings_VD, output_weights, settings.draft_tokens, settings.chunk_size)
     return learner, rows, eval_rows
 
@@ -152,7 +154,7 @@ def _gate(inputs: RunInputs) -> Gate:
     gate = inputs.fusion.gate
     assert gate is not None
     if gate == FRESH_GATE:
-        return fresh_gate(inputs.info.hidden_sizes, seed=inputs.settings.seed)
+        return fresh_gate(inputs.info.hidden_sizes, seed=inputs.settings.seed, kind=inputs.gate_kind)
     return load_gate(gate, inputs.fusion.specialist_names, inputs.info.hidden_sizes)
 
 

@@ -76,6 +76,8 @@ def _train(inputs: "RunInputs", device: "torch.device", checkpoint: Path | None,
     settings = inputs.settings
     set_seed(settings.seed)
     provenance = collect_provenance(settings.model_dump(mode="json"), inputs.data_digests, inputs.models)
+    if inputs.fusion.gate is not None:
+        provenance["gate_kind"] = str(inputs.gate_kind)
     with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
         trainer = build(inputs, device, progress, {**provenance, "lasting": settings.lasting(), "origins": origins})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

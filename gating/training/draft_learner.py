@@ -24,17 +24,15 @@ from ultrafuser.gating.model.gate_file import gate_digest
 from ultrafuser.gating.model.responses import IGNORED_LABEL
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import Learner
-from ultrafuser.gating.training.losses import DEFAULT_CHUNK_SIZE
+from ultrafuser.gating.training.losses import DEFAULT_CHUNK_SIZE, mix
 
 HEAD_SIZE = 64
 DISCOUNT = 0.8
 """What a guess counts, as a share of the one before it (EAGLE-3's)."""
 
 
-def collate_responses(
-    rows: Sequence[tuple[list[Tensor], Tensor]], eos_token_id: int, draft_ids_V: Tensor
-) -> dict[str, Any]:
-    """Cached rows as a batch of single responses.
+def collate_responses(rows: Sequence[tuple[Any, ...]], eos_token_id: int, draft_ids_V: Tensor) -> dict[str, Any]:
+    """Cached rows, of which states and labels are looked at, as a batch of single responses.
 
     A response ends with its EOS, the last one of a row also where it was cut; the engine, too, knows nothing of the
     turns before.
@@ -44,7 +42,7 @@ def collate_responses(
         [B, T]: what each position is to guess, the next token, -100 where none follows or no guess could be right
         because it is outside the draft vocabulary. The loss is a mean over labels.
     """
-    responses = [part for states, labels_R in rows for part in _split(states, labels_R, eos_token_id)]
+    responses = [part for states, labels_R, *_ in rows for part in _split(states, labels_R, eos_token_id)]
     pad = nn.utils.rnn.pad_sequence
     tokens_BT = pad([tokens_R for _, tokens_R in responses], batch_first=True, padding_value=IGNORED_LABEL)
     labels_BT = _later(tokens_BT, 1, fill=IGNORED_LABEL)
@@ -124,8 +122,9 @@ class DraftLearner(Learner):
         num_guesses: int,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
-        """`embeddings_VD`: the leader's; `output_weights`: S matrices of the draft vocabulary's rows [V, D_s];
-        `chunk_size`: guesses whose scores exist at the same time."""
+        """`embeddings_VD`: the leader's; `output_weights`: S matrices of the draft vocabulary's rows [V, D_s], or of
+        all shared ids where the gate mixes probabilities, which are shares of all of them; `chunk_size`: guesses whose
+        scores exist at the same time."""
         super().__init__(gate.requires_grad_(False), len(embeddings_VD), chunk_size)
         self.draft_head = head
         self._num_guesses = num_guesses
@@ -153,9 +152,8 @@ class DraftLearner(Learner):
             but the first detached.
         """
         hidden_states, tokens_BT = batch["hidden_states"], batch["tokens"]
-        assert self.fusion_gate is not None
         with torch.no_grad():
-            weights_SBT = self.fusion_gate(hidden_states)
+            weights_SBT = self._weigh(hidden_states)
             embeddings_BTD = self._embeddings(tokens_BT.clamp(min=0))
         features_BTD = self.draft_head.features(hidden_states, weights_SBT)
         is_label_BT = labels != IGNORED_LABEL
@@ -185,6 +183,14 @@ class DraftLearner(Learner):
             "marks_XN": marks_XBT[:, is_token_BT],
             "is_counted_XN": is_counted_XBT[:, is_token_BT],
         }
+
+    def _weigh(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """The gate's weights [S, B, T] of single responses [B, T, D_s]; the padding behind one changes none of them."""
+        assert self.fusion_gate is not None
+        num_responses, length = hidden_states[0].shape[:2]
+        responses_N = torch.arange(num_responses, device=hidden_states[0].device).repeat_interleave(length)
+        weights_SN: Tensor = self.fusion_gate([own_BTD.flatten(0, 1) for own_BTD in hidden_states], responses_N)
+        return weights_SN.unflatten(1, (num_responses, length))
 
     def _compare(
         self, states_LMD: Tensor, next_weights_SM: Tensor, columns_M: Tensor, next_states: Sequence[Tensor]
@@ -216,9 +222,13 @@ class DraftLearner(Learner):
     def _compare_chunk(
         self, states_LCD: Tensor, next_weights_SC: Tensor, columns_C: Tensor, *next_states: Tensor
     ) -> tuple[Tensor, Tensor]:
-        pairs = zip(next_states, self._output_weights, next_weights_SC, strict=True)
-        mixed = (weights_C.unsqueeze(-1) * (own_CD @ rows_VD.T).float() for own_CD, rows_VD, weights_C in pairs)
-        distribution_CV = sum(mixed, start=next_weights_SC.new_zeros(())).softmax(dim=-1)
+        assert self.fusion_gate is not None
+        mixture = self.fusion_gate.mixture
+        logits = [own_CD @ rows_VD.T for own_CD, rows_VD in zip(next_states, self._output_weights, strict=True)]
+        fused_CV = mix(next_weights_SC, logits, len(self._output_weights[0]), mixture)
+        if mixture.of_probabilities:
+            fused_CV = fused_CV[:, self.draft_head.draft_ids_V]
+        distribution_CV = fused_CV.softmax(dim=-1)
         scores_LCV = self.draft_head.scores(states_LCD).float()
         losses_LC = -(distribution_CV * scores_LCV.log_softmax(dim=-1)).sum(dim=-1)
         return losses_LC, scores_LCV.argmax(dim=-1) == columns_C

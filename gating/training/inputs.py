@@ -16,6 +16,8 @@ from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.cache import Report, cache_folder
 from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.gate_file import gate_kind
+from ultrafuser.gating.model.gate_kind import GateKind
 from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion, shared_vocabulary
 from ultrafuser.gating.model.loading import identify, prepare
 from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig
@@ -56,6 +58,13 @@ class RunInputs:
     def all_rows(self) -> list[Rows]:
         """To train on, then to evaluate on."""
         return [self.rows, *self.eval_rows.values()]
+
+    @property
+    def gate_kind(self) -> GateKind:
+        """Of the gate that the run begins with: as asked for, else of the one that is there."""
+        if self.settings.gate_kind is not None:
+            return GateKind.parse(self.settings.gate_kind)
+        return GateKind() if self.fusion.gate is None else gate_kind(self.fusion.gate)
 
     @property
     def data_digests(self) -> dict[str, str]:
@@ -140,4 +149,11 @@ def choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     has_gate = loaded.gate is not None and (loaded.gate == FRESH_GATE or Path(loaded.gate).is_file())
     if settings.fresh_gate or (settings.stage == 1 and not has_gate):
         return loaded.model_copy(update={"gate": FRESH_GATE})
+    if settings.gate_kind is not None and loaded.gate not in (None, FRESH_GATE):
+        kind = gate_kind(str(loaded.gate))
+        if str(kind) != settings.gate_kind:
+            raise TrainError(
+                f"--gate-kind: is {settings.gate_kind}, but {loaded.gate} is of kind {kind}; leave it out, or add"
+                " --fresh-gate to start from an untrained gate"
+            )
     return loaded

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ultrafuser.gating.model.gate import Gate
-from ultrafuser.gating.model.responses import response_states
+from ultrafuser.gating.model.mixture import PAPERS_MIXTURE
+from ultrafuser.gating.model.responses import response_states, response_turns
 from ultrafuser.gating.training.losses import DEFAULT_CHUNK_SIZE, fused_loss
 
 
@@ -38,7 +39,7 @@ class Learner(nn.Module):
         Args:
             labels: [N] response tokens of the batch, row after row.
             num_items_in_batch: response tokens of the whole step that the batch belongs to; default: the batch's.
-            batch: what `hidden_states` takes.
+            batch: what `hidden_states` and `responses` take.
 
         Returns:
             `loss`: the sum over the batch's tokens divided by the step's tokens; `tokens_N`: each token's loss;
@@ -46,12 +47,14 @@ class Learner(nn.Module):
             which, here all; all but the first detached.
         """
         hidden_states = self.hidden_states(**batch)
+        mixture = PAPERS_MIXTURE
         if self.fusion_gate is None:
             weights_SN = torch.ones(1, len(labels), device=labels.device)
         else:
-            weights_SN = self.fusion_gate(hidden_states)
+            weights_SN = self.fusion_gate(hidden_states, self.responses(**batch))
+            mixture = self.fusion_gate.mixture
         layers = self.output_layers()
-        loss = fused_loss(hidden_states, layers, weights_SN, labels, self.num_shared_ids, self.chunk_size)
+        loss = fused_loss(hidden_states, layers, weights_SN, labels, self.num_shared_ids, self.chunk_size, mixture)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
         return {
             "loss": loss.total / count,
@@ -62,6 +65,10 @@ class Learner(nn.Module):
 
     def hidden_states(self, **batch: Any) -> list[Tensor]:
         """S tensors [N, D_s] that predict the labels."""
+        raise NotImplementedError
+
+    def responses(self, **batch: Any) -> Tensor:
+        """Of which response each label [N] is; a row has as many as it has turns."""
         raise NotImplementedError
 
     def output_layers(self) -> list[nn.Module]:
@@ -102,6 +109,10 @@ class FusedLearner(Learner):
         read = _states_row_by_row if self.reads_rows_alone else response_states
         return [read(specialist, *tensors) for specialist, *tensors in inputs]
 
+    def responses(self, **batch: Any) -> Tensor:
+        """By the first of `response_mask`."""
+        return response_turns(batch["response_mask"][0])
+
     def output_layers(self) -> list[nn.Module]:
         return [specialist.get_output_embeddings() for specialist in self.specialists]
 
@@ -129,6 +140,11 @@ class CachedLearner(Learner):
     def hidden_states(self, **batch: Any) -> list[Tensor]:
         """Those of the batch: `hidden_states`, S tensors [N, D_s]."""
         return list(batch["hidden_states"])
+
+    def responses(self, **batch: Any) -> Tensor:
+        """Those of the batch: `responses` [N]."""
+        responses_N: Tensor = batch["responses"]
+        return responses_N
 
     def output_layers(self) -> list[nn.Module]:
         return list(self._layers)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultrafuser.gating.model.mixture import PAPERS_MIXTURE, Mixture, fuse
+
 DEFAULT_CHUNK_SIZE = 256
 
 
@@ -35,8 +37,11 @@ def fused_loss(
     labels_N: Tensor,
     num_shared_ids: int,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    mixture: Mixture = PAPERS_MIXTURE,
 ) -> FusedLoss:
-    """Sum over tokens of -log softmax(sum over s of w_s * o_s)[label], with o_s = output layer s of hidden state s.
+    """Sum over tokens of -log softmax(fused logits)[label], with o_s = output layer s of hidden state s.
+
+    The fused logits are, by the paper's mixture, the sum over s of w_s * o_s.
 
     Args:
         hidden_states: S tensors [N, D_s] that predict the labels.
@@ -45,14 +50,33 @@ def fused_loss(
         labels_N: the tokens; each below `num_shared_ids`.
         num_shared_ids: width V of the fused logits.
         chunk_size: tokens whose logits exist at the same time.
+        mixture: how they are mixed.
 
     Returns:
-        The loss, whose gradient reaches everything that requires one: hidden states, weights, output layers.
+        The loss, whose gradient reaches everything that requires one: hidden states, weights, the mixture's scales,
+        output layers.
     """
     parameters = [parameter for layer in output_layers for parameter in layer.parameters() if parameter.requires_grad]
-    call = _Call(tuple(output_layers), num_shared_ids, chunk_size, torch.is_grad_enabled())
-    total, tokens_N = _ChunkedLoss.apply(call, labels_N, weights_SN, *hidden_states, *parameters)
+    call = _Call(tuple(output_layers), num_shared_ids, chunk_size, mixture.of_probabilities, torch.is_grad_enabled())
+    inputs = (weights_SN, mixture.scales_S, *hidden_states, *parameters)
+    total, tokens_N = _ChunkedLoss.apply(call, labels_N, *inputs)
     return FusedLoss(total, tokens_N)
+
+
+def mix(weights_SC: Tensor, logits: Sequence[Tensor], num_shared_ids: int, mixture: Mixture) -> Tensor:
+    """As `fuse`, but logits are multiplied, then added, each rounded: so runs go on bit for bit that began before it.
+
+    The engine's mixing multiplies and adds in one, in place.
+    """
+    if mixture.of_probabilities:
+        return fuse(weights_SC, logits, num_shared_ids, mixture)
+    if mixture.scales_S is not None:
+        weights_SC = weights_SC * mixture.scales_S.unsqueeze(1)
+    weighed = (
+        weight_C.unsqueeze(1) * own_CV[:, :num_shared_ids].float()
+        for weight_C, own_CV in zip(weights_SC, logits, strict=True)
+    )
+    return sum(weighed, start=weights_SC.new_zeros(()))
 
 
 @dataclass(frozen=True)
@@ -60,17 +84,21 @@ class _Call:
     output_layers: tuple[nn.Module, ...]
     num_shared_ids: int
     chunk_size: int
+    mixes_probabilities: bool
     wants_gradients: bool
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Inputs: call, labels, weights, S hidden states, the output layers' trainable parameters."""
+    """Inputs: call, labels, weights, scales or None, S hidden states, the output layers' trainable parameters."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, labels_N: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: _Call, labels_N: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         # A Function's inputs have lost their history but still say whether a gradient is wanted.
         wanted = [call.wants_gradients and needed for needed in ctx.needs_input_grad[2:]]
-        gradients = [torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, wanted, strict=True)]
+        gradients = [
+            torch.zeros_like(tensor) if need and tensor is not None else None
+            for tensor, need in zip(inputs, wanted, strict=True)
+        ]
         tokens = []
         for begin in range(0, len(labels_N), call.chunk_size):
             rows = slice(begin, begin + call.chunk_size)
@@ -87,39 +115,32 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _chunk(
-    call: _Call, labels_C: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], rows: slice
+    call: _Call, labels_C: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None], rows: slice
 ) -> Tensor:
     """The chunk's losses; adds its gradients to `gradients`."""
     num_layers = len(call.output_layers)
     with torch.set_grad_enabled(call.wants_gradients):
-        weights_SC = _leaf(inputs[0][:, rows], gradients[0])
-        hidden = [
-            _leaf(tensor[rows], gradient)
-            for tensor, gradient in zip(inputs[1 : 1 + num_layers], gradients[1 : 1 + num_layers], strict=True)
-        ]
-        mixed = (
-            weight_C.unsqueeze(1) * layer(state_CD)[..., : call.num_shared_ids].float()
-            for layer, state_CD, weight_C in zip(call.output_layers, hidden, weights_SC, strict=True)
-        )
-        fused_CV = sum(mixed, start=weights_SC.new_zeros(()))
+        leaves = list(inputs)
+        for index, tensor in enumerate(inputs[: 2 + num_layers]):  # the output layers' parameters are leaves already
+            if tensor is not None:
+                own = _part(tensor, index, num_layers, rows).detach()
+                leaves[index] = own.requires_grad_(gradients[index] is not None)
+        weights_SC, scales_S, *states = leaves[: 2 + num_layers]
+        assert weights_SC is not None
+        logits = [layer(state_CD) for layer, state_CD in zip(call.output_layers, states, strict=True)]
+        fused_CV = mix(weights_SC, logits, call.num_shared_ids, Mixture(scales_S, call.mixes_probabilities))
         losses_C = nn.functional.cross_entropy(fused_CV, labels_C, reduction="none")
-        leaves = [weights_SC, *hidden, *inputs[1 + num_layers :]]
-        wanted = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        pairs = enumerate(zip(leaves, gradients, strict=True))
+        wanted = [(index, leaf, own) for index, (leaf, own) in pairs if leaf is not None and own is not None]
         if wanted:
-            found = torch.autograd.grad(losses_C.sum(), [leaves[index] for index in wanted])
-            for index, gradient in zip(wanted, found, strict=True):
-                target = gradients[index]
-                assert target is not None
+            found = torch.autograd.grad(losses_C.sum(), [leaf for _, leaf, _ in wanted])
+            for (index, _, target), gradient in zip(wanted, found, strict=True):
                 _part(target, index, num_layers, rows).add_(gradient)
     return losses_C.detach()
 
 
-def _leaf(tensor: Tensor, gradient: Tensor | None) -> Tensor:
-    return tensor.detach().requires_grad_(gradient is not None)
-
-
-def _part(target: Tensor, index: int, num_layers: int, rows: slice) -> Tensor:
-    """What of an input's gradient a chunk adds to: its own tokens, or all of an output layer's parameter."""
+def _part(tensor: Tensor, index: int, num_layers: int, rows: slice) -> Tensor:
+    """What of an input, or of its gradient, is a chunk's: its own tokens, or all of the scales and of parameters."""
     if index == 0:
-        return target[:, rows]
-    return target[rows] if index <= num_layers else target
+        return tensor[:, rows]
+    return tensor[rows] if 1 < index < 2 + num_layers else tensor

@@ -87,8 +87,8 @@ def describe(inputs: RunInputs, device: torch.device, num_processes: int) -> lis
         memory, gathered = _drafting(inputs, len(sizes), dtype, micro_batch, max(map(max, num_response_tokens)))
         lines.append(f"draft head: {_num_learning(_draft_head(inputs)):,} parameters at most, all learn")
     else:
-        num_gate = _num_gate(info) if len(sizes) > 1 else 0
-        lines += [f"gate: {num_gate:,} parameters, all learn"] if num_gate else []
+        num_gate = _num_gate(inputs) if len(sizes) > 1 else 0
+        lines += [f"gate ({inputs.gate_kind}): {num_gate:,} parameters, all learn"] if num_gate else []
         tokens = micro_batch * max(max(dataset["length"][:]) for dataset in datasets)
         memory = _memory(settings, info, sizes, dtype, num_gate, tokens)
         gathered = _gathered(settings, sizes, dtype)
@@ -146,11 +146,13 @@ def _drafting(
     """
     settings, info, head = inputs.settings, inputs.info, _draft_head(inputs)
     config, num_learning = head.config, _num_learning(head)
-    num_frozen = sum(info.hidden_sizes) * config.num_draft_ids + info.num_shared_ids * config.size
-    frozen = num_frozen * dtype.itemsize + _num_gate(info) * _FLOAT32
+    # What the head learns from: of probabilities, which are shares of all ids, all of them.
+    num_mixed_ids = info.num_shared_ids if inputs.gate_kind.probabilities else config.num_draft_ids
+    num_frozen = sum(info.hidden_sizes) * num_mixed_ids + info.num_shared_ids * config.size
+    frozen = num_frozen * dtype.itemsize + _num_gate(inputs) * _FLOAT32
     # Of each guess its scores, their logarithms and a gradient; of each position its target, mixed of all specialists.
     num_positions = max(1, settings.chunk_size // settings.draft_tokens)
-    num_rows = 3 * settings.chunk_size + (num_specialists + 1) * num_positions
+    num_logits = 3 * settings.chunk_size * config.num_draft_ids + (num_specialists + 1) * num_positions * num_mixed_ids
     # Scores, weights and a gradient; a window of positions sees its own and the one before.
     num_pairs = micro_batch * min(config.window, longest) * min(2 * config.window, longest)
     tokens = micro_batch * longest
@@ -160,7 +162,7 @@ def _drafting(
     memory = {
         "frozen weights": frozen,
         "trained weights, gradients and AdamW's moments": num_learning * _BYTES_PER_TRAINED,
-        "logits of a chunk of the loss": num_rows * config.num_draft_ids * _FLOAT32,
+        "logits of a chunk of the loss": num_logits * _FLOAT32,
         f"attention of a window of {config.window:,} positions": 3 * num_pairs * config.num_heads * _FLOAT32,
         f"activations of {tokens:,} response tokens": tokens * kept,
     }
@@ -202,9 +204,10 @@ def _disk(settings: TrainSettings, info: FusedModelInfo, dtype: torch.dtype, res
     return [f"disk for cached hidden states: {_gib(num_bytes)} (one specialist is in memory while they are computed)"]
 
 
-def _num_gate(info: FusedModelInfo) -> int:
+def _num_gate(inputs: RunInputs) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Gate(info.hidden_sizes, DEFAULT_WIDTH).parameters())
+        gate = Gate(inputs.info.hidden_sizes, DEFAULT_WIDTH, inputs.gate_kind)
+        return sum(parameter.numel() for parameter in gate.parameters())
 
 
 def _draft_head(inputs: RunInputs) -> DraftHead:

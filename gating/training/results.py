@@ -18,7 +18,7 @@ from ultrafuser.gating.files import replacing, write_json
 from ultrafuser.gating.model.draft_head import DraftHead, save_draft_head
 from ultrafuser.gating.model.fusion import save_fusion
 from ultrafuser.gating.model.gate import Gate
-from ultrafuser.gating.model.gate_file import save_gate
+from ultrafuser.gating.model.gate_file import GATE_FILE, save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
 from ultrafuser.gating.model.reference import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
@@ -62,11 +62,11 @@ def save_results(
     if isinstance(learner, DraftLearner):
         changes["engine"] = _save_draft_head(folder / "draft-head", inputs, learner, state)
     elif learner.fusion_gate is not None:
-        gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width)
+        gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width, learner.fusion_gate.kind)
         gate.load_state_dict(_below(state, "fusion_gate."))
-        with replacing(folder / "gate.safetensors") as partial:
+        with replacing(folder / GATE_FILE) as partial:
             save_gate(gate, partial, inputs.loaded.specialist_names)
-        changes["gate"] = str((folder / "gate.safetensors").resolve())
+        changes["gate"] = str((folder / GATE_FILE).resolve())
     write_json(folder / MANIFEST_FILE, dict(manifest))
     _save_for_auto_classes(folder, inputs)
     with replacing(folder / "fusion.yaml") as partial:

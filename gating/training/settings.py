@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ultrafuser.gating.commands.fields import (
     Amount,
@@ -20,7 +20,8 @@ from ultrafuser.gating.commands.fields import (
     Seed,
 )
 from ultrafuser.gating.commands.flags import parse_command
-from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.errors import GateError, TrainError
+from ultrafuser.gating.model.gate_kind import GateKind
 
 Rate = Annotated[float, Field(gt=0, le=1000)]
 Rows = Annotated[int, Field(ge=1, le=2**20)]
@@ -35,6 +36,14 @@ _NOT_OF_DRAFTER = ("learn", "lora_rank", "lora_alpha", "lora_dropout", "gate_lea
 
 # Settings that do not change what is learned: a resumed run may have others.
 _FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
+
+
+def _check_gate_kind(text: str) -> str:
+    """The kind as it is written in a gate's file: its changes in their order."""
+    try:
+        return str(GateKind.parse(text))
+    except GateError as error:
+        raise TrainError(f"gate_kind: {error}") from error
 
 
 class TrainSettings(CommandSettings):
@@ -128,6 +137,10 @@ class TrainSettings(CommandSettings):
     fresh_gate: bool = False
     """Start from an untrained gate although the fusion names one."""
 
+    gate_kind: Annotated[str, AfterValidator(_check_gate_kind)] | None = None
+    """What a gate looks at and how it mixes: paper, or changes of it joined by "+" (joint, probabilities, scaled,
+    smoothed). Default: the kind of the gate that is there; of a fresh one paper."""
+
     draft_vocabulary: Count = 8192
     """Tokens that a draft head can guess: the most frequent ones of the responses."""
 
@@ -168,8 +181,11 @@ class TrainSettings(CommandSettings):
             )
         if self.cache_states and self.stage != 1:
             raise TrainError("cache_states: only stage 1 can cache, as specialists that learn change; leave it out")
-        if self.fresh_gate and self.drafter:
-            raise TrainError("fresh_gate: a draft head is trained for the gate that the fusion has; leave it out")
+        for name in ("fresh_gate", "gate_kind"):
+            if getattr(self, name) and self.drafter:
+                raise TrainError(f"{name}: a draft head is trained for the gate that the fusion has; leave it out")
+        if self.gate_kind is not None and self.specialist is not None:
+            raise TrainError("gate_kind: a specialist alone is trained without a gate; leave it out")
         for name in _NOT_OF_DRAFTER if self.drafter else ():
             if name in self.model_fields_set:
                 raise TrainError(f"{name}: does nothing beside --drafter, as only the head learns; leave it out")

@@ -1,5 +1,6 @@
 """The Transformers baseline does the same work as the engine: the same greedy tokens, in every way it can be run."""
 
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -9,6 +10,7 @@ from benchmarks.lockstep import CacheKind, LockstepLoop, StaticBatches
 from benchmarks.workload import Request, random_requests
 from tests.fakes import write_tiny_fusion
 from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect_fusion, load_fusion
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 
 NUM_TOKENS = 24
 
@@ -46,6 +48,22 @@ def test_the_loop_generates_the_tokens_of_the_engine(
     expected = engine.finish(requests)
     assert loop.token_ids == expected
     assert len({tuple(token_ids) for token_ids in expected}) == len(requests), "the responses should differ"
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "joint+probabilities+scaled+smoothed"])
+def test_the_loop_follows_the_reference_with_other_kinds_of_gate(
+    kind: str, tmp_path: Path, requests: list[Request]
+) -> None:
+    fusion = load_fusion(write_tiny_fusion(tmp_path, gate=kind))
+    model = UltraFuserForCausalLM.from_fusion(fusion)
+    loop = LockstepLoop(fusion, inspect_fusion(fusion))
+    for _ in range(2):
+        loop.start(requests)
+        while loop.num_steps < NUM_TOKENS:
+            loop.step()
+        wanted = model.generate([request.prompts for request in requests], max_new_tokens=NUM_TOKENS, use_cache=True)
+        assert loop.token_ids == [generation.token_ids for generation in wanted]
+        loop.stop()
 
 
 def test_prompts_of_equal_length_need_no_mask_and_give_the_same_tokens(

@@ -60,7 +60,7 @@ def test_each_rows_states_are_those_of_the_row_alone(tiny_path, rows, tmp_path):
             batch = collate_rows([rows.dataset[row]])
             tensors = [batch[key][index] for key in ("input_ids", "attention_mask", "response_mask")]
             wanted = response_states(model, *tensors)
-            found, labels = states[row]
+            found, labels, _ = states[row]
             torch.testing.assert_close(found[index], wanted, atol=TOLERANCE, rtol=0)
             assert torch.equal(labels, batch["labels"])
 

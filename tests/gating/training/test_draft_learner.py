@@ -10,12 +10,14 @@ import yaml
 from torch import Tensor, nn
 
 from tests.draft_heads import config_for
+from tests.fakes import build_gate, write_tiny_fusion
 from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.data.batches import response_ids
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.draft_head import DraftHead, attend, load_draft_head
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion, save_fusion
-from ultrafuser.gating.model.gate import fresh_gate
+from ultrafuser.gating.model.gate import Gate, fresh_gate
+from ultrafuser.gating.model.gate_kind import CHANGES
 from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.training import draft_learner
@@ -35,14 +37,20 @@ NUM_IDS, WINDOW, LENGTH = 320, 5, 12
 EVEN_IDS = torch.arange(0, NUM_IDS, 2)
 
 
-@pytest.fixture
-def learner(tiny_path: Path) -> DraftLearner:
-    """A random head over random embeddings and output layers, which guesses even ids only."""
+def make_learner(tiny_path: Path, gate: Gate) -> tuple[DraftLearner, list[Tensor]]:
+    """A random head over random embeddings and output layers, which guesses even ids only; and these layers."""
     torch.manual_seed(1)
     head = DraftHead(config_for(tiny_path, num_draft_ids=NUM_IDS // 2, window=WINDOW))
     head.draft_ids_V.copy_(EVEN_IDS)
-    output_weights = [torch.randn(NUM_IDS // 2, 64) for _ in range(3)]
-    return DraftLearner(head, fresh_gate((64, 64, 64)), torch.randn(NUM_IDS, 64), output_weights, num_guesses=3)
+    whole = [torch.randn(NUM_IDS, 64) for _ in range(3)]
+    output_weights = whole if gate.kind.probabilities else [own[EVEN_IDS] for own in whole]
+    return DraftLearner(head, gate, torch.randn(NUM_IDS, 64), output_weights, num_guesses=3), whole
+
+
+@pytest.fixture
+def learner(tiny_path: Path) -> DraftLearner:
+    """Of `make_learner`, beside a fresh gate of the paper's."""
+    return make_learner(tiny_path, fresh_gate((64, 64, 64)))[0]
 
 
 @pytest.fixture
@@ -53,11 +61,18 @@ def row() -> tuple[list[Tensor], Tensor]:
 
 
 @torch.no_grad()
+def weights_of(learner: DraftLearner, states: list[Tensor]) -> Tensor:
+    """The gate's weights at the states of one response."""
+    assert learner.fusion_gate is not None
+    return learner.fusion_gate(states, torch.zeros(len(states[0])))
+
+
+@torch.no_grad()
 def guesses_one_by_one(learner: DraftLearner, row: tuple[list[Tensor], Tensor]) -> list[list[Tensor]]:
     """Scores [V] of the guesses from each position on, as the engine computes them: one query over kept keys."""
     states, tokens = row
     head = learner.draft_head
-    features = head.features(states, learner.fusion_gate(states))  # type: ignore[misc]
+    features = head.features(states, weights_of(learner, states))
     scores = []
     for base in range(LENGTH):
         known = head.inputs(learner._embeddings(tokens[: base + 1]), features[: base + 1])
@@ -79,15 +94,18 @@ def guesses_one_by_one(learner: DraftLearner, row: tuple[list[Tensor], Tensor]) 
     return scores
 
 
-def test_the_loss_is_that_of_guesses_made_one_by_one(learner: DraftLearner, row: tuple[list[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("kind", ["paper", *CHANGES, "+".join(CHANGES)])
+def test_the_loss_is_that_of_guesses_made_one_by_one(
+    tiny_path: Path, row: tuple[list[Tensor], Tensor], kind: str
+) -> None:
+    gate = build_gate(kind, ("text", "code", "math"), (64, 64, 64))
+    learner, whole = make_learner(tiny_path, gate)
     states, tokens = row
     output = learner(**collate_responses([row], -1, EVEN_IDS))
+    weights_SR = weights_of(learner, states)
     with torch.no_grad():
-        weights_SR = learner.fusion_gate(states)  # type: ignore[misc]
-    wide = [
-        torch.zeros(NUM_IDS, 64).index_copy(0, learner.draft_head.draft_ids_V, own) for own in learner._output_weights
-    ]
-    logits = fuse(weights_SR, [state @ own.T for state, own in zip(states, wide, strict=True)], NUM_IDS)
+        own_logits = [state @ own.T for state, own in zip(states, whole, strict=True)]
+        logits = fuse(weights_SR, own_logits, NUM_IDS, gate.mixture)
     wanted, accepted = 0.0, [0] * LENGTH
     for base, chain in enumerate(guesses_one_by_one(learner, row)):
         is_right = True
@@ -197,10 +215,12 @@ def test_an_evaluation_is_a_mean_over_what_counts(run: Any, settings_of: Any) ->
         assert metrics[f"eval_outside_{domain}"] == pytest.approx(float(outside.float().mean()))
 
 
+@pytest.mark.parametrize("kind", ["paper", "smoothed"])
 def test_responses_do_not_see_each_other_and_the_engine_would_not_either(
-    learner: DraftLearner, row: tuple[list[Tensor], Tensor]
+    tiny_path: Path, row: tuple[list[Tensor], Tensor], kind: str
 ) -> None:
     """Two turns of a row, and another row, are as three rows of one response each."""
+    learner, _ = make_learner(tiny_path, build_gate(kind, ("text", "code", "math"), (64, 64, 64)))
     states, tokens = row
     tokens[4] = 2
     parts = [([own[begin:end] for own in states], tokens[begin:end]) for begin, end in ((0, 5), (5, LENGTH))]
@@ -279,6 +299,15 @@ def test_a_head_learns_beside_the_gate_that_the_reference_has(tiny_copy: Path, s
     assert reference is not None
     for name, tensor in reference.state_dict().items():
         assert torch.equal(own.state_dict()[name], tensor), name
+
+
+def test_a_head_learns_beside_a_gate_of_every_change(run: Any, tmp_path: Path) -> None:
+    start = write_tiny_fusion(tmp_path / "start", gate="+".join(CHANGES))
+    path = run(fusion=str(start), drafter=True, draft_vocabulary=20, eval_data=[str(CONVERSATIONS)])
+    assert load_draft_head(path.parent / "draft-head").config.num_draft_ids == 20
+    history = json.loads((path.parent / "manifest.json").read_text())["history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
 
 
 def test_a_head_of_one_specialist_is_refused_by_the_flag_that_asked_for_it(tiny_copy: Path, settings_of: Any) -> None:

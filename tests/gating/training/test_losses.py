@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ultrafuser.gating.model.mixture import Mixture
 from ultrafuser.gating.training.losses import fused_loss
 
 NUM_SHARED, NUM_TOKENS = 50, 37
@@ -117,3 +118,37 @@ def test_bfloat16_specialists_are_mixed_in_float32():
     assert isinstance(fused, Tensor)
     wanted = nn.functional.cross_entropy(fused, labels, reduction="sum")
     torch.testing.assert_close(lean, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("of_probabilities", [False, True], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("chunk_size", [1, 5, 1000])
+def test_every_mixture_has_the_value_and_the_gradients_of_its_formula(of_probabilities, is_scaled, chunk_size):
+    hidden, layers, weights, labels = inputs()
+    scales = torch.tensor([0.5, 1.0, 1.7]).requires_grad_()
+    leaves = [*hidden, weights, *([scales] if is_scaled else []), *[layer.weight for layer in layers]]
+    logits = torch.stack([layer(state)[:, :NUM_SHARED] for layer, state in zip(layers, hidden, strict=True)])
+    logits = logits * scales[:, None, None] if is_scaled else logits
+    if of_probabilities:
+        fused = (weights.unsqueeze(-1) * logits.softmax(dim=-1)).sum(dim=0).log()
+    else:
+        fused = (weights.unsqueeze(-1) * logits).sum(dim=0)
+    plain = nn.functional.cross_entropy(fused, labels, reduction="sum") / 7
+    wanted = torch.autograd.grad(plain, leaves)
+    mixture = Mixture(scales if is_scaled else None, of_probabilities)
+    lean = fused_loss(hidden, layers, weights, labels, NUM_SHARED, chunk_size, mixture).total / 7
+    found = torch.autograd.grad(lean, leaves)
+    torch.testing.assert_close(lean, plain, **TOLERANCE)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+        assert float(theirs.abs().max()) > 0
+
+
+def test_the_papers_mixture_is_rounded_as_ever():
+    """Runs that are resumed go on bit for bit: weights times logits, then sums, each rounded by itself."""
+    hidden, layers, weights, labels = inputs()
+    with torch.no_grad():
+        logits = [layer(state)[:, :NUM_SHARED] for layer, state in zip(layers, hidden, strict=True)]
+        fused = sum((own.unsqueeze(1) * rows for own, rows in zip(weights, logits, strict=True)), torch.zeros(()))
+        wanted = nn.functional.cross_entropy(fused, labels, reduction="none")
+        assert torch.equal(fused_loss(hidden, layers, weights, labels, NUM_SHARED, NUM_TOKENS).tokens_N, wanted)

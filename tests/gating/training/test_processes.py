@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from tests.gating.examples import CONVERSATIONS
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.model.gate_kind import CHANGES
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.settings import parse_settings
 
@@ -33,7 +34,10 @@ GATE = ["--stage", "2"]
 HEAD = ["--drafter", "--draft-vocabulary", "20", "--draft-tokens", "3"]
 
 
-@pytest.mark.parametrize("what", [GATE, HEAD], ids=["gate", "head"])
+KINDS = ["--stage", "2", "--fresh-gate", "--gate-kind", "+".join(CHANGES)]
+
+
+@pytest.mark.parametrize("what", [GATE, HEAD, KINDS], ids=["gate", "head", "kinds"])
 def test_two_processes_have_the_losses_of_one_and_end_with_the_same_weights(
     tiny_path: Path, tmp_path: Path, what: list[str]
 ) -> None:

@@ -189,7 +189,7 @@ def test_a_plan_says_what_would_be_trained_and_loads_no_weights(settings_of, cap
     assert train(settings_of(stage=2, plan=True, steps=100)) is None
     said = capsys.readouterr().err
     assert "text: 10 rows" in said
-    assert "gate: 33,793 parameters, all learn" in said
+    assert "gate (paper): 33,793 parameters, all learn" in said
     assert "steps: 100 of 4 rows x 3 domains, 4 rows of each at a time on 1 process(es)" in said
     assert "code: 10 rows, 40.00 epochs" in said
     assert "computed, not measured" in said

@@ -61,6 +61,18 @@ def test_the_cache_folder_of_the_caller_is_the_default():
             [*REQUIRED, "--drafter", "--fresh-gate"],
             "--fresh-gate: a draft head is trained for the gate that the fusion",
         ),
+        (
+            [*REQUIRED, "--drafter", "--gate-kind", "joint"],
+            "--gate-kind: a draft head is trained for the gate that the fusion",
+        ),
+        (
+            [*REQUIRED, "--specialist", "code", "--gate-kind", "joint"],
+            "--gate-kind: a specialist alone is trained without a gate",
+        ),
+        (
+            [*REQUIRED, "--stage", "1", "--gate-kind", "joint+fancy"],
+            "--gate-kind: unknown gate kind 'joint+fancy'; use paper, or one or more of joint, probabilities, scaled,",
+        ),
         *(
             ([*REQUIRED, "--drafter", *flag], f"{flag[0]}: does nothing beside --drafter, as only the head learns")
             for flag in (

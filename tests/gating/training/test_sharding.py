@@ -23,6 +23,7 @@ from tests.gating.examples import CONVERSATIONS
 from tests.gating.training.runs import loss_of, losses_in
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.errors import TrainError
+from ultrafuser.gating.model.gate_kind import CHANGES
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 from ultrafuser.gating.training.sharding import configure_sharding
@@ -30,7 +31,8 @@ from ultrafuser.gating.training.sharding import configure_sharding
 ROOT = Path(__file__).parents[3]
 CONFIGURATIONS = ROOT / "gating" / "accelerate"
 FULL, LORA = ["--stage", "2", "--learn", "full"], ["--stage", "2"]
-OF_ONE_PROCESS = {"gate": ["--stage", "1"], "full": FULL, "lora": LORA, "tied": FULL}
+KINDS = ["--stage", "1", "--fresh-gate", "--gate-kind", "+".join(CHANGES)]
+OF_ONE_PROCESS = {"gate": ["--stage", "1"], "kinds": KINDS, "full": FULL, "lora": LORA, "tied": FULL}
 
 
 class Runs:
