@@ -45,6 +45,9 @@ class UltraFuserConfig(PreTrainedConfig):
     gate_width: int = DEFAULT_WIDTH
     """Hidden width of the gate."""
 
+    gate_projected_size: int | None = None
+    """As of `Gate`."""
+
 
 @dataclass
 class FusedOutput(ModelOutput):
@@ -83,7 +86,9 @@ class UltraFuserForCausalLM(PreTrainedModel):
             for own in specialist_configs
         )
         sizes = [specialist.hidden_size for specialist in specialist_configs]
-        self.fusion_gate = Gate(sizes, config.gate_width) if len(sizes) > 1 else None
+        self.fusion_gate = (
+            Gate(sizes, config.gate_width, projected_size=config.gate_projected_size) if len(sizes) > 1 else None
+        )
         self.post_init()
         # post_init asks direct children only; the specialists, one list deeper, may tie their output layers.
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
@@ -118,6 +123,7 @@ class UltraFuserForCausalLM(PreTrainedModel):
             specialist_configs=[model.config.to_dict() for model in specialists],
             num_shared_ids=info.num_shared_ids,
             gate_width=gate.width if gate else DEFAULT_WIDTH,
+            gate_projected_size=gate.projected_size if gate else None,
             dtype=dtype,
         )
         # Built without memory, then filled: a second copy of every specialist would not fit where one does.
