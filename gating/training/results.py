@@ -5,6 +5,7 @@ Knows fusion files and what specialists write. Does not know how anything learnt
 
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ultrafuser.gating.model.fusion import save_fusion
 from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.gate_file import save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
-from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
+from ultrafuser.gating.model.schema import EngineSettings, FusionConfig, SpecialistConfig, SpeculationSettings
 from ultrafuser.gating.training.draft_learner import DraftLearner
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import Learner
@@ -30,7 +31,7 @@ def save_results(
 
     Args:
         folder: the folder; what is of the same name in it is replaced.
-        inputs: of the run; what did not learn stays as it was loaded, adapters are copied into the folder.
+        inputs: of the run; what did not learn stays as it was loaded.
         learner: what learnt.
         state: its trained parameters, whole, by name.
         manifest: where it comes from, with its metrics.
@@ -38,7 +39,6 @@ def save_results(
     Returns:
         The path of fusion.yaml.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     trained = {}
     if inputs.settings.trains_specialists:
         models = zip(inputs.fusion.specialists, learner.get_submodule("specialists").children(), strict=True)
@@ -48,24 +48,32 @@ def save_results(
     for own in inputs.loaded.specialists:
         if own.name in trained:
             own = _save_trained(folder, own, *trained[own.name], by_adapters=inputs.settings.uses_adapters)
-        elif own.adapter is not None and Path(own.adapter).is_dir():
-            own = _copy_adapter(folder, own)
         specialists.append(own)
-    changes: dict[str, Any] = {
-        "specialists": tuple(specialists),
-        "engine": inputs.loaded.without_draft_head().engine,
-    }
+    gate, engine = None, inputs.loaded.without_draft_head().engine
     if isinstance(learner, DraftLearner):
-        changes["engine"] = _save_draft_head(folder / "draft-head", inputs, learner, state)
+        engine = _save_draft_head(folder / "draft-head", inputs, learner, state)
     elif learner.fusion_gate is not None:
-        gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width)
-        gate.load_state_dict(_below(state, "fusion_gate."))
+        gate = deepcopy(learner.fusion_gate).cpu()
+        gate.load_state_dict({**gate.state_dict(), **_below(state, "fusion_gate.")})
+    fusion = inputs.loaded.model_copy(update={"specialists": tuple(specialists), "engine": engine})
+    return write_fusion(folder, fusion, gate, manifest)
+
+
+def write_fusion(folder: Path, fusion: FusionConfig, gate: Gate | None, manifest: Mapping[str, Any]) -> Path:
+    """Write a fusion's folder: the gate if it is a new one, copies of adapters, the manifest, and fusion.yaml last.
+
+    Returns:
+        The path of fusion.yaml.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    changes: dict[str, Any] = {"specialists": tuple(_with_copied_adapter(folder, own) for own in fusion.specialists)}
+    if gate is not None:
         with replacing(folder / "gate.safetensors") as partial:
-            save_gate(gate, partial, inputs.loaded.specialist_names)
+            save_gate(gate, partial, fusion.specialist_names)
         changes["gate"] = str((folder / "gate.safetensors").resolve())
     write_json(folder / MANIFEST_FILE, dict(manifest))
     with replacing(folder / "fusion.yaml") as partial:
-        save_fusion(inputs.loaded.model_copy(update=changes), partial)
+        save_fusion(fusion.model_copy(update=changes), partial)
     return folder / "fusion.yaml"
 
 
@@ -113,7 +121,9 @@ def _save_trained(
     return own.model_copy(update=changes)
 
 
-def _copy_adapter(folder: Path, own: SpecialistConfig) -> SpecialistConfig:
+def _with_copied_adapter(folder: Path, own: SpecialistConfig) -> SpecialistConfig:
+    if own.adapter is None or not Path(own.adapter).is_dir():
+        return own
     target = (folder / "adapters" / own.name).resolve()
     source = Path(str(own.adapter)).resolve()
     if source != target:

@@ -119,7 +119,7 @@ def test_a_newcomer_is_scored_by_the_network_that_all_share() -> None:
 def test_a_newcomer_of_another_size_has_all_projected_the_others_by_the_identity() -> None:
     wider = widened(trained_gate((8, 8), GateKind()), 12)
     assert wider.projected_size == 8
-    first, second, own = (projection.weight for projection in wider.projections)
+    first, second, own = (wider.state_dict()[f"projections.{place}.weight"] for place in range(3))
     assert torch.equal(first, torch.eye(8))
     assert torch.equal(second, torch.eye(8))
     assert own.shape == (8, 12)
