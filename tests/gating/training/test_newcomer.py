@@ -24,7 +24,7 @@ from ultrafuser.gating.model.gate_file import load_gate, save_gate
 from ultrafuser.gating.model.gate_kind import GateKind
 from ultrafuser.gating.model.gate_seats import own_parts, widened
 from ultrafuser.gating.model.materialize import materialize
-from ultrafuser.gating.model.reference import FusedOutput, UltraFuserForCausalLM
+from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.inputs import gather_inputs
 from ultrafuser.gating.training.settings import TrainSettings
@@ -77,7 +77,7 @@ def with_gate(path: Path, kind: GateKind) -> Path:
     return path
 
 
-def read_domain(path: Path, settings: TrainSettings, domain: str) -> tuple[FusedOutput, Tensor]:
+def read_domain(path: Path, settings: TrainSettings, domain: str) -> tuple[Any, Tensor]:
     """What the reference makes of a domain's rows by a fusion, and where there are tokens [B, R]."""
     rows = gather_inputs(settings).rows
     batch = collate_rows([rows.dataset[index] for index in rows.indices(domain)])

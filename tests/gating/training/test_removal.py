@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(tiny_copy.read_text())
     first, second, third = content["specialists"]
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "OTHER": {"specialists": [second, first, third]},
         "ALONE": {"specialists": [second], "gate": None},
         "LOST": {"gate": "lost.safetensors"},
