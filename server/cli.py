@@ -60,6 +60,11 @@ OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
         "train a gate, specialists, or both",
         "the same command with --resume goes on",
     ),
+    "remove": OfflineCommand(
+        "ultrafuser.gating.training.removal",
+        "take a specialist out of a fused model",
+        "the same command does it anew",
+    ),
     "eval": OfflineCommand(
         "ultrafuser.gating.evaluation.command",
         "evaluate a fused model",

@@ -21,6 +21,7 @@ from ultrafuser.gating.model.schema import EngineSettings, SamplingDefaults, Spe
 from ultrafuser.gating.synthesis import command as synthesize
 from ultrafuser.gating.synthesis.stages.domain import Domain, Limits
 from ultrafuser.gating.templates import template_names
+from ultrafuser.gating.training import removal
 from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 from ultrafuser.server.cli import parse_command
 from ultrafuser.server.engine_options import EngineOptions
@@ -34,6 +35,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
 OFFLINE: dict[str, Callable[..., BaseModel]] = {
     "train": parse_settings,
+    "remove": removal.parse_settings,
     "eval": evaluate.parse_settings,
     "analyze": analysis.parse_settings,
     "data": synthesize.parse_settings,

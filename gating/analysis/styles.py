@@ -6,8 +6,8 @@ Knows colours only.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Okabe and Ito's palette, safe for the colour-blind, without its black.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+# Okabe and Ito's palette, safe for the colour-blind, without its black; sky blue is last, as a weak blue looks like it.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#56b4e9")
 _CSS_LINES = ("solid", "dashed", "dotted", "double", "wavy")
 PLOT_LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = "os^DvPX*"  # not as many as colours, so that a pair of both comes again late

@@ -141,8 +141,8 @@ def _resolve(config: FusionConfig, folder: Path) -> FusionConfig:
     for index, specialist in enumerate(config.specialists):
         key = f"specialists.{index}"
         changes = {
-            "model": _resolve_source(specialist.model, folder, f"{key}.model"),
-            "adapter": specialist.adapter and _resolve_source(specialist.adapter, folder, f"{key}.adapter"),
+            "model": resolve_source(specialist.model, folder, f"{key}.model"),
+            "adapter": specialist.adapter and resolve_source(specialist.adapter, folder, f"{key}.adapter"),
             "chat_template": specialist.chat_template,
         }
         if specialist.chat_template is not None:
@@ -167,8 +167,9 @@ def resolve_draft_head(engine: EngineSettings, folder: Path) -> EngineSettings:
     return engine.model_copy(update={"speculation": resolved})
 
 
-def _resolve_source(source: str, folder: Path, key: str) -> str:
-    """A folder beside the fusion file wins over a Hugging Face id of the same name; what looks like a path is one."""
+def resolve_source(source: str, folder: Path, key: str) -> str:
+    """Where a model or adapter is. A folder beside the fusion file wins over a Hugging Face id of the same name; what
+    looks like a path is one."""
     if source.startswith(PACKAGE_SCHEME):
         return source
     path = _absolute(source, folder)

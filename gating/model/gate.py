@@ -40,23 +40,31 @@ class Gate(nn.Module):
         hidden_sizes: hidden size of each specialist, in the fusion file's order.
         width: hidden width of the shared network; 512 in the paper.
         kind: what is changed of the paper's gate.
+        projected_size: to which size all states are projected; default: unequal ones to the largest, equal ones not.
+            A gate whose specialists have changed keeps the size that its network was trained with. Joint: none.
     """
 
-    def __init__(self, hidden_sizes: Sequence[int], width: int = DEFAULT_WIDTH, kind: GateKind | None = None) -> None:
+    def __init__(
+        self,
+        hidden_sizes: Sequence[int],
+        width: int = DEFAULT_WIDTH,
+        kind: GateKind | None = None,
+        projected_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.hidden_sizes = tuple(int(size) for size in hidden_sizes)
         self.width = int(width)
         self.kind = kind or GateKind()
         if not self.hidden_sizes or min(self.hidden_sizes) < 1 or self.width < 1:
             raise GateError(f"hidden_sizes: need positive sizes and width, got {self.hidden_sizes} and {self.width}")
-        num_specialists, shared_size = len(self.hidden_sizes), max(self.hidden_sizes)
-        is_projected = len(set(self.hidden_sizes)) > 1 and not self.kind.joint
-        input_size = sum(self.hidden_sizes) if self.kind.joint else shared_size
+        num_specialists = len(self.hidden_sizes)
+        self.projected_size = None if self.kind.joint else projected_size or default_projected_size(self.hidden_sizes)
+        input_size = sum(self.hidden_sizes) if self.kind.joint else self.projected_size or self.hidden_sizes[0]
         # The order of creation is the order in which a seed is spent: keep it, or every fresh gate changes.
         self.hidden = nn.Linear(input_size, self.width)
         self.score = nn.Linear(self.width, num_specialists if self.kind.joint else 1)
         self.projections = nn.ModuleList(
-            nn.Linear(size, shared_size, bias=False) for size in self.hidden_sizes if is_projected
+            nn.Linear(size, input_size, bias=False) for size in self.hidden_sizes if self.projected_size
         )
         if self.kind.smoothed:
             self.memory = nn.Linear(input_size, self.width, bias=False)
@@ -150,6 +158,11 @@ class Gate(nn.Module):
             begin = sum(self.hidden_sizes[:index])
             weight = weight[:, begin : begin + self.hidden_sizes[index]]
         return nn.functional.linear(state, weight, None if bias is None else bias.float())
+
+
+def default_projected_size(hidden_sizes: Sequence[int]) -> int | None:
+    """To which size a gate projects states of these sizes; None: equal ones are read as they are."""
+    return max(hidden_sizes) if len(set(hidden_sizes)) > 1 else None
 
 
 def means_before(added_NW: Tensor, decay: Tensor, responses_N: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ultrafuser.gating.errors import GateError
 from ultrafuser.gating.files import file_digest
 from ultrafuser.gating.json_text import parse_json
-from ultrafuser.gating.model.gate import Gate, fresh_gate
+from ultrafuser.gating.model.gate import Gate, default_projected_size, fresh_gate
 from ultrafuser.gating.model.gate_kind import PAPER, GateKind
 from ultrafuser.gating.model.schema import FRESH_GATE
 
@@ -35,6 +35,13 @@ class GateHeader:
     width: int
     kind: GateKind
 
+    projected_size: int | None
+    """To which size states are projected, where that is not the default of `Gate`."""
+
+    def empty_gate(self) -> Gate:
+        """A gate of this form."""
+        return Gate(self.hidden_sizes, self.width, self.kind, self.projected_size)
+
 
 def save_gate(gate: Gate, path: str | Path, specialists: Sequence[str]) -> None:
     """Write the gate; the metadata name format, kind, specialists, hidden sizes and width."""
@@ -47,6 +54,8 @@ def save_gate(gate: Gate, path: str | Path, specialists: Sequence[str]) -> None:
         "hidden_sizes": json.dumps(list(gate.hidden_sizes)),
         "width": str(gate.width),
     }
+    if gate.projected_size != default_projected_size(gate.hidden_sizes) and not gate.kind.joint:
+        metadata["projected_size"] = str(gate.projected_size)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in gate.state_dict().items()}
     save_file(tensors, str(path), metadata=metadata)
 
@@ -59,16 +68,29 @@ def load_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Sequen
     """
     if str(path) == FRESH_GATE:
         return fresh_gate(hidden_sizes)
-    header = check_gate(path, specialists, hidden_sizes)
-    gate = Gate(header.hidden_sizes, header.width, header.kind)
+    return _read(path, check_gate(path, specialists, hidden_sizes))
+
+
+def read_gate(path: str | Path, specialists: Sequence[str]) -> Gate:
+    """Read a file's gate for these specialists, of whichever hidden sizes.
+
+    Raises:
+        GateError: as `check_gate`.
+    """
+    return _read(path, check_gate(path, specialists, None))
+
+
+def _read(path: str | Path, header: GateHeader) -> Gate:
+    gate = header.empty_gate()
     with safe_open(str(path), framework="pt") as file:
         names = file.keys()
         gate.load_state_dict({name: file.get_tensor(name).float() for name in names})
     return gate
 
 
-def check_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Sequence[int]) -> GateHeader:
-    """Check a gate file's header, tensor names and shapes against the specialists; reads no weights.
+def check_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Sequence[int] | None) -> GateHeader:
+    """Check a gate file's header, tensor names and shapes against the specialists; reads no weights. Sizes that nobody
+    knows (None) are those that the file names.
 
     Raises:
         GateError: file missing or unreadable, another format, an unknown kind, other specialists, other sizes, other
@@ -76,7 +98,8 @@ def check_gate(path: str | Path, specialists: Sequence[str], hidden_sizes: Seque
     """
     header, shapes = _read_header(path)
     _compare(path, "specialists", header.specialists, tuple(specialists))
-    _compare(path, "hidden_sizes", header.hidden_sizes, tuple(hidden_sizes))
+    if hidden_sizes is not None:
+        _compare(path, "hidden_sizes", header.hidden_sizes, tuple(hidden_sizes))
     _check_shapes(path, header, shapes)
     return header
 
@@ -119,7 +142,8 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> GateHeader
         specialists = tuple(str(name) for name in parse_json(metadata["specialists"]))
         hidden_sizes = tuple(int(size) for size in parse_json(metadata["hidden_sizes"]))
         kind = PAPER if metadata["format"] == _FIRST_FORMAT else metadata["kind"]
-        return GateHeader(specialists, hidden_sizes, int(metadata["width"]), GateKind.parse(kind))
+        projected_size = int(metadata["projected_size"]) if "projected_size" in metadata else None
+        return GateHeader(specialists, hidden_sizes, int(metadata["width"]), GateKind.parse(kind), projected_size)
     except GateError as error:
         raise GateError(f"{path}: kind: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -136,10 +160,7 @@ def _compare(path: str | Path, key: str, found: Sequence[object], wanted: Sequen
 
 def _check_shapes(path: str | Path, header: GateHeader, shapes: Mapping[str, tuple[int, ...]]) -> None:
     with torch.device("meta"):
-        wanted = {
-            name: tuple(tensor.shape)
-            for name, tensor in Gate(header.hidden_sizes, header.width, header.kind).state_dict().items()
-        }
+        wanted = {name: tuple(tensor.shape) for name, tensor in header.empty_gate().state_dict().items()}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
             raise GateError(

@@ -63,6 +63,9 @@ class UltraFuserConfig(PreTrainedConfig):
     gate_kind: str = PAPER
     """Kind of the gate."""
 
+    gate_projected_size: int | None = None
+    """As of `Gate`."""
+
     auto_map: dict[str, str] = field(default_factory=lambda: dict(AUTO_MAP))
     """Where the Auto classes find the classes of a folder, in a process that has not imported them."""
 
@@ -102,7 +105,9 @@ class UltraFuserForCausalLM(RawText, PreTrainedModel, GenerationMixin):  # which
             for own in specialist_configs
         )
         sizes = [specialist.hidden_size for specialist in specialist_configs]
-        self.fusion_gate = Gate(sizes, config.gate_width, GateKind.parse(config.gate_kind)) if len(sizes) > 1 else None
+        kind = GateKind.parse(config.gate_kind)
+        gate = Gate(sizes, config.gate_width, kind, config.gate_projected_size) if len(sizes) > 1 else None
+        self.fusion_gate = gate
         self.post_init()
         # post_init asks direct children only; the specialists, one list deeper, may tie their output layers.
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
@@ -138,6 +143,7 @@ class UltraFuserForCausalLM(RawText, PreTrainedModel, GenerationMixin):  # which
             num_shared_ids=info.num_shared_ids,
             gate_width=gate.width if gate else DEFAULT_WIDTH,
             gate_kind=str(gate.kind) if gate else PAPER,
+            gate_projected_size=gate.projected_size if gate else None,
             dtype=dtype,
         )
         # Built without memory, then filled: a second copy of every specialist would not fit where one does.

@@ -1,1 +1,2 @@
-"""`ultrafuser train`: learners, losses, balanced sampling, sharding, results. Knows no evaluation but its own loss."""
+"""`ultrafuser train` and `remove`: learners, losses, balanced sampling, sharding, newcomers, results. Knows no
+evaluation but its own loss."""

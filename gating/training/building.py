@@ -33,7 +33,9 @@ from ultrafuser.gating.training.draft_learner import (
     fresh_draft_head,
 )
 from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.keeping import FusionBefore, NewcomerReport, names_before
 from ultrafuser.gating.training.learner import CachedLearner, FusedLearner, Learner
+from ultrafuser.gating.training.newcomer import gate_before, gate_for_newcomer
 from ultrafuser.gating.training.sampler import BalancedBatches, ProportionalBatches
 from ultrafuser.gating.training.trainer import Collate, FusedTrainer
 
@@ -68,7 +70,7 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
         collate = collate_hidden_states
     else:
         learner, rows, eval_rows = _whole(inputs, device)
-    return FusedTrainer(
+    trainer = FusedTrainer(
         learner,
         arguments,
         rows=rows,
@@ -79,6 +81,12 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
         gate_learning_rate=settings.gate_learning_rate,
         provenance=provenance,
     )
+    if settings.add is not None:
+        before = gate_before(inputs.loaded, inputs.info.hidden_sizes)
+        learner.before = FusionBefore(before, inputs.info.num_shared_ids, settings.chunk_size)
+        *others, name = inputs.fusion.specialist_names
+        trainer.add_callback(NewcomerReport(name, others, inputs.domains))
+    return trainer
 
 
 def _whole(inputs: RunInputs, device: torch.device) -> LearnerAndRows:
@@ -104,7 +112,9 @@ def _whole(inputs: RunInputs, device: torch.device) -> LearnerAndRows:
 def _name_marks(inputs: RunInputs, domain: str) -> list[str]:
     if inputs.settings.drafter:
         return [f"{mark}_{domain}" for mark in DraftLearner.MARKS]
-    return [f"gate_{domain}_{name}" for name in inputs.fusion.specialist_names]
+    names = inputs.fusion.specialist_names
+    before = [] if inputs.settings.add is None else names_before(domain, names[:-1])
+    return [*(f"gate_{domain}_{name}" for name in names), *before]
 
 
 def _cached(inputs: RunInputs, micro_batch: int, device: torch.device, on_progress: Report) -> LearnerAndRows:
@@ -151,6 +161,8 @@ def _cached_rows(
 
 
 def _gate(inputs: RunInputs) -> Gate:
+    if inputs.settings.add is not None:
+        return gate_for_newcomer(inputs.loaded, inputs.info.hidden_sizes)
     gate = inputs.fusion.gate
     assert gate is not None
     if gate == FRESH_GATE:

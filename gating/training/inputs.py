@@ -15,12 +15,12 @@ from ultrafuser.gating.data.encoded_rows import Rows, load_rows, select
 from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.cache import Report, cache_folder
-from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.gate_file import gate_kind
 from ultrafuser.gating.model.gate_kind import GateKind
 from ultrafuser.gating.model.inspection import FusedModelInfo, inspect_fusion, shared_vocabulary
 from ultrafuser.gating.model.loading import identify, prepare
 from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig
+from ultrafuser.gating.training.newcomer import empty_gate_for_newcomer, naming_the_newcomer, starting_fusion
 from ultrafuser.gating.training.settings import TrainSettings
 
 
@@ -31,7 +31,7 @@ class RunInputs:
     settings: TrainSettings
 
     loaded: FusionConfig
-    """The fusion file's content: what the result is a changed copy of."""
+    """The fusion file's content, and a newcomer: what the result is a changed copy of."""
 
     fusion: FusionConfig
     """What is trained: prepared models; one specialist only if one is trained alone; a gate that exists."""
@@ -64,7 +64,8 @@ class RunInputs:
         """Of the gate that the run begins with: as asked for, else of the one that is there."""
         if self.settings.gate_kind is not None:
             return GateKind.parse(self.settings.gate_kind)
-        return GateKind() if self.fusion.gate is None else gate_kind(self.fusion.gate)
+        gate = self.fusion.gate if self.settings.add is None else self.loaded.gate
+        return GateKind() if gate is None else gate_kind(gate)
 
     @property
     def data_digests(self) -> dict[str, str]:
@@ -100,10 +101,13 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
     """
     cache_dir = cache_folder(settings.cache)
     files, eval_files = [[DataFile.parse(file) for file in own] for own in (settings.data, settings.eval_data)]
-    loaded = load_fusion(settings.fusion)
+    loaded = starting_fusion(settings)
     chosen = choose(loaded, settings)
-    fusion = prepare(chosen, cache_dir, keep_adapters=settings.uses_adapters, on_progress=on_progress)
-    info = inspect_fusion(fusion)
+    with naming_the_newcomer(settings, chosen):
+        fusion = prepare(chosen, cache_dir, keep_adapters=settings.uses_adapters, on_progress=on_progress)
+        info = inspect_fusion(fusion)
+    if settings.add is not None:
+        empty_gate_for_newcomer(loaded, info.hidden_sizes)
     encoder, key = make_encoder(fusion, info, resolve_max_length(settings.max_length, info))
     read = partial(load_rows, encoder=encoder, key=key, cache_dir=cache_dir, on_progress=on_progress)
     rows = read(files, domains=settings.domains)
@@ -147,7 +151,8 @@ def choose(loaded: FusionConfig, settings: TrainSettings) -> FusionConfig:
     if len(loaded.specialists) < 2:
         raise TrainError(f"--stage: {loaded.name} has one specialist and no gate; use --specialist to train it")
     has_gate = loaded.gate is not None and (loaded.gate == FRESH_GATE or Path(loaded.gate).is_file())
-    if settings.fresh_gate or (settings.stage == 1 and not has_gate):
+    # The gate that a newcomer joins is for the others: it is looked at, and widened, by itself.
+    if settings.add is not None or settings.fresh_gate or (settings.stage == 1 and not has_gate):
         return loaded.model_copy(update={"gate": FRESH_GATE})
     if settings.gate_kind is not None and loaded.gate not in (None, FRESH_GATE):
         kind = gate_kind(str(loaded.gate))

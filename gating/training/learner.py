@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.mixture import PAPERS_MIXTURE
 from ultrafuser.gating.model.responses import response_states, response_turns
+from ultrafuser.gating.training.keeping import FusionBefore
 from ultrafuser.gating.training.losses import DEFAULT_CHUNK_SIZE, fused_loss
 
 
@@ -30,6 +31,7 @@ class Learner(nn.Module):
         self.fusion_gate = gate
         self.num_shared_ids = num_shared_ids
         self.chunk_size = chunk_size
+        self.before: FusionBefore | None = None
 
     def forward(
         self, *, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **batch: Any
@@ -43,24 +45,31 @@ class Learner(nn.Module):
 
         Returns:
             `loss`: the sum over the batch's tokens divided by the step's tokens; `tokens_N`: each token's loss;
-            `marks_XN`: what else an evaluation means over tokens, here the gate's weights, and `is_counted_XN`: over
-            which, here all; all but the first detached.
+            `marks_XN`: what else an evaluation means over tokens, here the gate's weights and, where a newcomer is held
+            against the fusion `before` it, those marks, and `is_counted_XN`: over which, here all; all but the first
+            detached.
         """
         hidden_states = self.hidden_states(**batch)
+        responses_N = self.responses(**batch)
         mixture = PAPERS_MIXTURE
         if self.fusion_gate is None:
             weights_SN = torch.ones(1, len(labels), device=labels.device)
         else:
-            weights_SN = self.fusion_gate(hidden_states, self.responses(**batch))
+            weights_SN = self.fusion_gate(hidden_states, responses_N)
             mixture = self.fusion_gate.mixture
         layers = self.output_layers()
         loss = fused_loss(hidden_states, layers, weights_SN, labels, self.num_shared_ids, self.chunk_size, mixture)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        marks_XN = weights_SN.detach()
+        if self.before is not None and not self.training:
+            assert self.fusion_gate is not None
+            more_XN = self.before.marks(hidden_states, layers, self.fusion_gate, marks_XN, labels, responses_N)
+            marks_XN = torch.cat([marks_XN, more_XN])
         return {
             "loss": loss.total / count,
             "tokens_N": loss.tokens_N,
-            "marks_XN": weights_SN.detach(),
-            "is_counted_XN": torch.ones_like(weights_SN, dtype=torch.bool),
+            "marks_XN": marks_XN,
+            "is_counted_XN": torch.ones_like(marks_XN, dtype=torch.bool),
         }
 
     def hidden_states(self, **batch: Any) -> list[Tensor]:

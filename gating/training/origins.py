@@ -13,12 +13,12 @@ from typing import Any
 from ultrafuser.gating.data.conversations import DataFile
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.files import content_digest, file_digest
-from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.schema import PACKAGE_SCHEME, SpecialistConfig
 from ultrafuser.gating.training.inputs import choose
+from ultrafuser.gating.training.newcomer import starting_fusion
 from ultrafuser.gating.training.settings import TrainSettings
 
-_BY_CONTENT = frozenset({"data", "eval_data", "fusion"})
+_BY_CONTENT = frozenset({"data", "eval_data", "fusion", "add"})
 """Settings that name files: another name for the same content is no change."""
 
 _WAY_OUT = "put back what it had, or name another --output"
@@ -30,12 +30,13 @@ def describe_origins(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         FusionError, DataError: it cannot be read.
     """
-    fusion = choose(load_fusion(settings.fusion), settings)
+    loaded = starting_fusion(settings)
+    fusion = choose(loaded, settings)
     return {
         "data": [_data_file(argument) for argument in settings.data],
         "eval_data": [_data_file(argument) for argument in settings.eval_data],
         "specialists": {item.name: _specialist(item) for item in fusion.specialists},
-        "gate": _gate(fusion.gate),
+        "gate": _gate(fusion.gate if settings.add is None else loaded.gate),
         "eos_token_ids": list(fusion.eos_token_ids),
     }
 

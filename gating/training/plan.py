@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ultrafuser.gating.data.hidden_states import resolve_dtype
 from ultrafuser.gating.model.draft_head import DraftHead
@@ -17,6 +18,7 @@ from ultrafuser.gating.model.loading import add_adapter, empty_model
 from ultrafuser.gating.model.schema import FusionConfig
 from ultrafuser.gating.training.draft_learner import draft_head_config
 from ultrafuser.gating.training.inputs import RunInputs
+from ultrafuser.gating.training.newcomer import empty_gate_for_newcomer, what_learns
 from ultrafuser.gating.training.settings import TrainSettings
 
 _GIB = 1024**3
@@ -87,8 +89,11 @@ def describe(inputs: RunInputs, device: torch.device, num_processes: int) -> lis
         memory, gathered = _drafting(inputs, len(sizes), dtype, micro_batch, max(map(max, num_response_tokens)))
         lines.append(f"draft head: {_num_learning(_draft_head(inputs)):,} parameters at most, all learn")
     else:
-        num_gate = _num_gate(inputs) if len(sizes) > 1 else 0
-        lines += [f"gate ({inputs.gate_kind}): {num_gate:,} parameters, all learn"] if num_gate else []
+        num_gate, kind, learning = (_num_gate(inputs) if len(sizes) > 1 else 0), inputs.gate_kind, "all learn"
+        if settings.add is not None:
+            gate = empty_gate_for_newcomer(inputs.loaded, info.hidden_sizes)
+            num_gate, kind, learning = _num_learning(gate), gate.kind, what_learns(gate, settings.newcomer[0])
+        lines += [f"gate ({kind}): {num_gate:,} parameters, {learning}"] if num_gate else []
         tokens = micro_batch * max(max(dataset["length"][:]) for dataset in datasets)
         memory = _memory(settings, info, sizes, dtype, num_gate, tokens)
         gathered = _gathered(settings, sizes, dtype)
@@ -217,8 +222,8 @@ def _draft_head(inputs: RunInputs) -> DraftHead:
         return DraftHead(draft_head_config(inputs, num_draft_ids))
 
 
-def _num_learning(head: DraftHead) -> int:
-    return sum(parameter.numel() for parameter in head.parameters())
+def _num_learning(learner: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in learner.parameters())
 
 
 def _gib(num_bytes: int) -> str:

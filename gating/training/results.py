@@ -1,12 +1,13 @@
 """A trained fusion as a folder: fusion.yaml, gate, adapters, models or draft head, manifest; served like any other.
 
-Transformers' Auto classes load it, too: config.json and a source file say how, and the leader's tokenizer is with them.
+Transformers' Auto classes load it, too: config.json and a source file say how.
 
 Knows fusion files and what specialists write. Does not know how anything learnt what it did.
 """
 
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.gate_file import GATE_FILE, save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
 from ultrafuser.gating.model.reference import UltraFuserConfig, UltraFuserForCausalLM
-from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
+from ultrafuser.gating.model.schema import EngineSettings, FusionConfig, SpecialistConfig, SpeculationSettings
 from ultrafuser.gating.training.draft_learner import DraftLearner
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.learner import Learner
@@ -34,7 +35,7 @@ def save_results(
 
     Args:
         folder: the folder; what is of the same name in it is replaced.
-        inputs: of the run; what did not learn stays as it was loaded, adapters are copied into the folder.
+        inputs: of the run; what did not learn stays as it was loaded.
         learner: what learnt.
         state: its trained parameters, whole, by name.
         manifest: where it comes from, with its metrics.
@@ -42,7 +43,6 @@ def save_results(
     Returns:
         The path of fusion.yaml.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     trained = {}
     if inputs.settings.trains_specialists:
         models = zip(inputs.fusion.specialists, learner.get_submodule("specialists").children(), strict=True)
@@ -52,35 +52,38 @@ def save_results(
     for own in inputs.loaded.specialists:
         if own.name in trained:
             own = _save_trained(folder, own, *trained[own.name], by_adapters=inputs.settings.uses_adapters)
-        elif own.adapter is not None and Path(own.adapter).is_dir():
-            own = _copy_adapter(folder, own)
         specialists.append(own)
-    changes: dict[str, Any] = {
-        "specialists": tuple(specialists),
-        "engine": inputs.loaded.without_draft_head().engine,
-    }
+    gate, engine = None, inputs.loaded.without_draft_head().engine
     if isinstance(learner, DraftLearner):
-        changes["engine"] = _save_draft_head(folder / "draft-head", inputs, learner, state)
+        engine = _save_draft_head(folder / "draft-head", inputs, learner, state)
     elif learner.fusion_gate is not None:
-        gate = Gate(learner.fusion_gate.hidden_sizes, learner.fusion_gate.width, learner.fusion_gate.kind)
-        gate.load_state_dict(_below(state, "fusion_gate."))
-        with replacing(folder / GATE_FILE) as partial:
-            save_gate(gate, partial, inputs.loaded.specialist_names)
-        changes["gate"] = str((folder / GATE_FILE).resolve())
-    write_json(folder / MANIFEST_FILE, dict(manifest))
-    _save_for_auto_classes(folder, inputs)
-    with replacing(folder / "fusion.yaml") as partial:
-        save_fusion(inputs.loaded.model_copy(update=changes), partial)
-    return folder / "fusion.yaml"
-
-
-def _save_for_auto_classes(folder: Path, inputs: RunInputs) -> None:
-    names = list(inputs.loaded.specialist_names)
-    config = UltraFuserConfig(specialist_names=names, num_shared_ids=inputs.info.num_shared_ids)
-    config.architectures = [UltraFuserForCausalLM.__name__]
-    config.save_pretrained(folder)
+        gate = deepcopy(learner.fusion_gate).cpu()
+        gate.load_state_dict({**gate.state_dict(), **_below(state, "fusion_gate.")})
+    fusion = inputs.loaded.model_copy(update={"specialists": tuple(specialists), "engine": engine})
     leader = inputs.fusion.specialists[0]
     AutoTokenizer.from_pretrained(leader.model, revision=leader.revision).save_pretrained(folder)
+    return write_fusion(folder, fusion, gate, manifest)
+
+
+def write_fusion(folder: Path, fusion: FusionConfig, gate: Gate | None, manifest: Mapping[str, Any]) -> Path:
+    """Write a fusion's folder: the gate if it is a new one, copies of adapters, the manifest, and fusion.yaml last.
+
+    Returns:
+        The path of fusion.yaml.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    changes: dict[str, Any] = {"specialists": tuple(_with_copied_adapter(folder, own) for own in fusion.specialists)}
+    if gate is not None:
+        with replacing(folder / GATE_FILE) as partial:
+            save_gate(gate, partial, fusion.specialist_names)
+        changes["gate"] = str((folder / GATE_FILE).resolve())
+    write_json(folder / MANIFEST_FILE, dict(manifest))
+    config = UltraFuserConfig(specialist_names=list(fusion.specialist_names))
+    config.architectures = [UltraFuserForCausalLM.__name__]
+    config.save_pretrained(folder)
+    with replacing(folder / "fusion.yaml") as partial:
+        save_fusion(fusion.model_copy(update=changes), partial)
+    return folder / "fusion.yaml"
 
 
 def _save_draft_head(
@@ -127,7 +130,9 @@ def _save_trained(
     return own.model_copy(update=changes)
 
 
-def _copy_adapter(folder: Path, own: SpecialistConfig) -> SpecialistConfig:
+def _with_copied_adapter(folder: Path, own: SpecialistConfig) -> SpecialistConfig:
+    if own.adapter is None or not Path(own.adapter).is_dir():
+        return own
     target = (folder / "adapters" / own.name).resolve()
     source = Path(str(own.adapter)).resolve()
     if source != target:

@@ -4,6 +4,7 @@ Knows names, types, texts and what excludes what. Imports no torch, so that `--h
 """
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,8 @@ PAPER_ROWS_PER_DOMAIN = {1: 64, 2: 32}
 
 # Settings of specialists and gate, which are frozen while a draft head learns.
 _NOT_OF_DRAFTER = ("learn", "lora_rank", "lora_alpha", "lora_dropout", "gate_learning_rate", "gradient_checkpointing")
+
+_NEWCOMER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*=.+")
 
 # Settings that do not change what is learned: a resumed run may have others.
 _FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
@@ -66,6 +69,10 @@ class TrainSettings(CommandSettings):
 
     drafter: bool = False
     """Instead of a stage: train a draft head, on rows whose responses the fused model itself has given."""
+
+    add: str | None = None
+    """Stage 1 with one specialist more: NAME=SOURCE, a fusion that has it (as made by --specialist) or a model. What of
+    the gate is the newcomer's alone learns, or all of the gate where nothing is."""
 
     eval_data: tuple[str, ...] = ()
     """Conversations to evaluate on during training; as data."""
@@ -173,12 +180,19 @@ class TrainSettings(CommandSettings):
 
     cache: CacheFolder = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _add_in_stage_1(cls, values: Any) -> Any:
+        return {"stage": 1, **values} if values.get("add") is not None else values
+
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":
         if (self.stage is not None) + (self.specialist is not None) + self.drafter != 1:
             raise TrainError(
                 "stage: name either a stage (--stage 1, --stage 2), one specialist (--specialist NAME) or --drafter"
             )
+        if self.add is not None:
+            self._check_add()
         if self.cache_states and self.stage != 1:
             raise TrainError("cache_states: only stage 1 can cache, as specialists that learn change; leave it out")
         for name in ("fresh_gate", "gate_kind"):
@@ -192,6 +206,30 @@ class TrainSettings(CommandSettings):
         if self.specialist is not None and self.learn == "full":
             raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
         return self
+
+    def _check_add(self) -> None:
+        if not _NEWCOMER.fullmatch(str(self.add)):
+            raise TrainError(
+                f"add: {self.add!r:.100} is not NAME=SOURCE; give a name of letters, digits, - and _, and a fusion"
+                " or a model"
+            )
+        if self.stage != 1:
+            raise TrainError("add: the gate alone learns to weigh a newcomer; train what comes of it on in stage 2")
+        for name in ("fresh_gate", "gate_kind"):
+            if getattr(self, name):
+                raise TrainError(f"{name}: beside --add the trained gate is what the newcomer joins; leave it out")
+        if self.weight_decay:
+            raise TrainError("weight_decay: beside --add it would change what is to stay of the gate; leave it out")
+        if not self.eval_data:
+            raise TrainError(
+                "eval_data: --add holds the newcomer against the fusion as it was; name conversations for it"
+            )
+
+    @property
+    def newcomer(self) -> tuple[str, str]:
+        """Its name, and where it is."""
+        name, _, source = str(self.add).partition("=")
+        return name, source
 
     @property
     def output_folder(self) -> Path:
@@ -252,8 +290,10 @@ parse_settings = partial(
     parse_command,
     TrainSettings,
     prog="ultrafuser train",
-    usage="FUSION --data FILE ... --output FOLDER (--stage 1 | --stage 2 | --specialist NAME | --drafter)",
-    description="Train a fused model's gate, its gate and specialists together, one specialist alone, or a draft head.",
+    usage="FUSION --data FILE ... --output FOLDER"
+    " (--stage 1 | --stage 2 | --specialist NAME | --drafter | --add NAME=SOURCE --eval-data FILE ...)",
+    description="Train a fused model's gate, its gate and specialists together, one specialist alone, or a draft head;"
+    " or let one specialist more join.",
     positional="fusion",
 )
 """Reads the command line of `ultrafuser train`, as `parse_command` does."""

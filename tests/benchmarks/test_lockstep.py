@@ -61,7 +61,7 @@ def test_the_loop_follows_the_reference_with_other_kinds_of_gate(
         loop.start(requests)
         while loop.num_steps < NUM_TOKENS:
             loop.step()
-        wanted = model.generate([request.prompts for request in requests], max_new_tokens=NUM_TOKENS, use_cache=True)
+        wanted = model.respond([request.prompts for request in requests], max_new_tokens=NUM_TOKENS, use_cache=True)
         assert loop.token_ids == [generation.token_ids for generation in wanted]
         loop.stop()
 

@@ -128,6 +128,45 @@ def test_whatever_is_written_stays_text(page: Page) -> None:
     assert page.evaluate("typeof hacked") == "undefined"
 
 
+def test_five_specialists_are_told_apart_by_colour_and_by_underline(page: Page) -> None:
+    shown = page.evaluate(
+        """(async () => {
+          const { TurnView } = await import("/playground/answer.js");
+          const { TokenCard } = await import("/playground/card.js");
+          const { Turn } = await import("/playground/conversation.js");
+          const { MixPanel } = await import("/playground/mix.js");
+          const names = ["text", "code", "math", "law", "art"];
+          const mix = new MixPanel(document);
+          mix.name(names);
+          const turn = new Turn("five");
+          const view = new TurnView(turn, 1, new TokenCard(document.querySelector("#card")), () => names);
+          document.querySelector("#log").append(view.root);
+          for (const lead of [0.92, 0.4]) names.forEach((name, index) => {
+            const weights = names.map((_, own) => own === index ? lead : (1 - lead) / 4);
+            const token = { text: ` ${name}`, name, id: 1, weights, drafted: false, logprob: -1, top: [] };
+            turn.add(token);
+            view.add(token);
+          });
+          view.end(() => {});
+          mix.show(turn);
+          const lookOf = (s) => [s.backgroundColor, s.textDecorationStyle, s.textDecorationColor];
+          const look = (part) => lookOf(getComputedStyle(part));
+          const legend = [...document.querySelectorAll("#specialists li")];
+          const rows = legend.map((row) => [...row.children].map((part) => part.textContent));
+          const bars = legend.map((row) => getComputedStyle(row.querySelector(".filled")).backgroundColor);
+          const tags = legend.map((row) => look(row.querySelector(".name-tag"))[1]);
+          return { rows, bars, tags, tokens: [...view.answer.querySelectorAll(".token")].map(look) };
+        })()"""
+    )
+    lines = ["solid", "dashed", "dotted", "double", "wavy"]
+    assert shown["rows"] == [[name, "0.200", ""] for name in [*NAMES, "law", "art"]]
+    assert shown["tags"] == lines
+    assert len(set(shown["bars"])) == 5
+    colours, styles, underlines = zip(*shown["tokens"], strict=True)
+    assert list(styles) == lines * 2
+    assert len(set(colours)) == len(set(underlines)) == 10
+
+
 def test_arrow_keys_walk_over_tokens_and_each_is_described(page: Page) -> None:
     ask(page, QUESTION, temperature=0, max_completion_tokens=60)
     num_tokens = page.evaluate(f"{TOKENS}.length")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.gating.examples import CONVERSATIONS
+from tests.gating.training.test_newcomer import with_gate, write_law
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
-from ultrafuser.gating.model.gate_kind import CHANGES
+from ultrafuser.gating.model.gate_kind import CHANGES, GateKind
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.settings import parse_settings
 
@@ -41,8 +42,17 @@ KINDS = ["--stage", "2", "--fresh-gate", "--gate-kind", "+".join(CHANGES)]
 def test_two_processes_have_the_losses_of_one_and_end_with_the_same_weights(
     tiny_path: Path, tmp_path: Path, what: list[str]
 ) -> None:
+    check_two_against_one(tiny_path, what, tmp_path)
+
+
+def test_two_processes_let_a_newcomer_join_as_one_does(tiny_copy: Path, tmp_path: Path) -> None:
+    law = write_law(tmp_path / "law")
+    check_two_against_one(with_gate(tiny_copy, GateKind(joint=True)), ["--add", f"law={law}"], tmp_path)
+
+
+def check_two_against_one(fusion: Path, what: list[str], tmp_path: Path) -> None:
     argv = [
-        str(tiny_path), *what, "--data", str(CONVERSATIONS), "--eval-data", str(CONVERSATIONS),
+        str(fusion), *what, "--data", str(CONVERSATIONS), "--eval-data", str(CONVERSATIONS),
         "--cache", str(tmp_path / "cache"), "--steps", "3", "--rows-per-domain", "4", "--micro-rows-per-domain", "1",
         "--learning-rate", "3e-3", "--log-every", "1", "--eval-every", "3", "--precision", "float32",
     ]  # fmt: skip

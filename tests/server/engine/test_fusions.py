@@ -1,19 +1,25 @@
-"""Other fusions: closed and open gates, one specialist, unequal widths and vocabularies, bfloat16."""
+"""Other fusions: closed and open gates, one specialist, four and five, unequal widths and vocabularies, bfloat16."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.fakes import write_tiny_fusion
+from tests.server.engine.conftest import DRAFTS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import Judge
 from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 
-BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate([(13, 16, 36), (60, 5, 20), (7, 44, 44)])]
+LENGTHS = [(13, 16, 36), (60, 5, 20), (7, 44, 44)]
+BATCH = [random_prompts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+FIVE = ("text", "code", "math", "law", "art")
 MAX_TOKENS = 16
 
 
@@ -56,6 +62,37 @@ def test_a_single_specialist_equals_plain_vllm(tmp_path: Path) -> None:
     for ours, theirs in zip(outputs, expected, strict=True):
         assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
         assert ours.outputs[0].logprobs == theirs.outputs[0].logprobs
+
+
+@pytest.mark.parametrize(
+    ("count", "options"), [(4, DRAFTS), (5, {}), (5, DRAFTS)], ids=["four-drafts", "five", "five-drafts"]
+)
+def test_four_and_five_specialists_equal_the_reference(tmp_path: Path, count: int, options: dict[str, Any]) -> None:
+    path = write_tiny_fusion(
+        tmp_path,
+        names=FIVE[:count],
+        num_layers=(2, 1, 3, 1, 2)[:count],
+        hidden_sizes=(64,) * count,
+        vocab_sizes=(336, 328, 320, 344, 324)[:count],
+        templates=("chatml",) * count,
+        seed=11,
+    )
+    prompts = [random_prompts([own[0], own[1], own[2], own[1], own[0] + 9][:count], own[0]) for own in LENGTHS]
+    judge = Judge(UltraFuserForCausalLM.from_fusion(load_fusion(path)))
+    with InProcessEngine(path, **options) as engine:
+        outputs = engine.generate(
+            [Arrival(own, greedy(MAX_TOKENS, extra_args={GATE_WEIGHTS: True})) for own in prompts]
+        )
+        rounds = [own for report in engine.reports for own in report.rounds]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        judge.tokens(own, MAX_TOKENS) for own in prompts
+    ]
+    for output, own in zip(outputs, prompts, strict=True):
+        weights = judge.generation(own, MAX_TOKENS).gate_weights
+        np.testing.assert_allclose(output.outputs[0].gate_weights, weights, atol=1e-4)
+    leaders = {int(row.argmax()) for own in prompts for row in judge.generation(own, MAX_TOKENS).gate_weights}
+    assert len(leaders) > 2, "several lead, and draft"
+    assert (sum(own.num_accepted for own in rounds) > 0) == bool(options)
 
 
 @pytest.fixture(scope="module")
