@@ -124,7 +124,7 @@ def exactness(
     reference = UltraFuserForCausalLM.from_fusion(fusion)
     expected = [
         list(generation.token_ids)[: num_decided(generation.top2_gap.tolist())]
-        for generation in reference.generate(prompts, max_new_tokens=num_tokens, use_cache=True)
+        for generation in reference.respond(prompts, max_new_tokens=num_tokens, use_cache=True)
     ]
     engine = fused_engine(fusion, speculation=drafts, max_num_seqs=len(prompts))
     with drafting_twice() as are_same:

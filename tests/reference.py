@@ -48,5 +48,5 @@ def answer(
             folded, chat_template=specialist.chat_template, tokenize=False, add_generation_prompt=True
         )
         prompts.append(tokenizer.encode(text, add_special_tokens=False))
-    (generation,) = UltraFuserForCausalLM.from_fusion(fusion).generate([prompts], max_new_tokens=max_new_tokens)
+    (generation,) = UltraFuserForCausalLM.from_fusion(fusion).respond([prompts], max_new_tokens=max_new_tokens)
     return generation, prompts

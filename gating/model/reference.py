@@ -1,5 +1,8 @@
 """The reference: the fused model as a plain Transformers model. It trains, evaluates offline, and judges the engine.
 
+It reads conversations, one sequence per specialist, and answers them in lockstep (`respond`); of raw text, which is the
+same for all specialists, it is a causal language model like any other (`generate`, Auto classes, other trainers).
+
 Slow and obvious on purpose. It shares the gate's module with the engine, but neither its mixing nor its schedule, and
 it knows no chat templates: callers bring token ids, one sequence per specialist.
 
@@ -8,21 +11,32 @@ D hidden size of one specialist, V shared vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import field
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.generation import GenerationMixin
 
 from ultrafuser.gating.errors import FusionError
+from ultrafuser.gating.model.auto import AUTO_MAP, loading_options, write_source
 from ultrafuser.gating.model.decoding import DecodingRules, Generation, decode
-from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
+from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion, load_fusion, save_fusion
 from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
-from ultrafuser.gating.model.gate_file import load_gate
+from ultrafuser.gating.model.gate_file import load_gate, save_gate
 from ultrafuser.gating.model.gate_kind import PAPER, GateKind
+from ultrafuser.gating.model.materialize import materialize
+from ultrafuser.gating.model.raw_text import FusedOutput, RawText
 from ultrafuser.gating.model.responses import IGNORED_LABEL, gather_responses, last_hidden_states
 
 # Models that change the logits after the output layer: the reference would have to know each one's formula.
@@ -49,25 +63,26 @@ class UltraFuserConfig(PreTrainedConfig):
     gate_kind: str = PAPER
     """Kind of the gate."""
 
+    auto_map: dict[str, str] = field(default_factory=lambda: dict(AUTO_MAP))
+    """Where the Auto classes find the classes of a folder, in a process that has not imported them."""
 
-@dataclass
-class FusedOutput(ModelOutput):
-    """What `UltraFuserForCausalLM.forward` returns."""
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that can be predicted."""
+        return self.num_shared_ids
 
-    loss: Tensor | None = None
-    """Cross-entropy of the fused logits, mean over all labelled response tokens of the batch."""
+    def save_pretrained(self, save_directory: str | PathLike[Any], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As Transformers, with the file that `auto_map` names."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_source(save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
-    logits: Tensor | None = None
-    """float32 [B, R, V]: entry r predicts the r-th response token; rows beyond a request's last one are garbage."""
-
-    gate_weights: Tensor | None = None
-    """float32 [S, B, R], summing to one over S."""
-
-    labels: Tensor | None = None
-    """The response tokens [B, R] that the loss was taken on; -100 where there is none."""
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing: `auto_map` stands already, whereas Transformers would copy this module beside it."""
 
 
-class UltraFuserForCausalLM(PreTrainedModel):
+class UltraFuserForCausalLM(RawText, PreTrainedModel, GenerationMixin):  # which Transformers looks for by name
     """n specialists, kept whole, and a gate that mixes their logits token by token (paper: "The model")."""
 
     config_class = UltraFuserConfig
@@ -130,16 +145,67 @@ class UltraFuserForCausalLM(PreTrainedModel):
             fused = cls._from_config(config, attn_implementation=attn_implementation)
         fused.specialists = nn.ModuleList(specialists)
         fused.fusion_gate = gate
+        assert fused.generation_config is not None
+        fused.generation_config.eos_token_id = list(fusion.eos_token_ids)
+        fused.generation_config.pad_token_id = fusion.eos_token_ids[0]
         return fused.eval()
+
+    def save_as_fusion(self, folder: str | Path, like: FusionConfig) -> Path:
+        """Write what other trainers made of the model as a fusion to serve: whole specialists, gate, fusion.yaml.
+
+        Args:
+            folder: is made, or its files of these names are replaced.
+            like: the fusion that the model was loaded from; gives names, templates, tokenizers, engine.
+
+        Returns:
+            The path of fusion.yaml.
+        """
+        folder, like = Path(folder).resolve(), materialize(like)
+        specialists = []
+        for model, own in zip(self.specialists, like.specialists, strict=True):
+            target = folder / "specialists" / own.name
+            model.save_pretrained(target)
+            AutoTokenizer.from_pretrained(own.model, revision=own.revision).save_pretrained(target)
+            specialists.append(own.model_copy(update={"model": str(target), "revision": None, "quantization": None}))
+        changes: dict[str, Any] = {"specialists": tuple(specialists)}
+        if self.fusion_gate is not None:
+            save_gate(self.fusion_gate, folder / "gate.safetensors", like.specialist_names)
+            changes["gate"] = str(folder / "gate.safetensors")
+        save_fusion(like.model_copy(update=changes), folder / "fusion.yaml")
+        return folder / "fusion.yaml"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers; also of a fusion's folder without weights of its own, whose fusion.yaml says what it is.
+
+        Of the options such a folder heeds `dtype` (float32 by default), `attn_implementation`, and one `device_map`.
+
+        Raises:
+            FusionError: as `load_fusion`, `materialize` and `from_fusion`.
+            ValueError: an option that would be ignored.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        if not (folder / "fusion.yaml").is_file() or any(folder.glob("model*.safetensors*")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        device, options = loading_options(kwargs)
+        model = cls.from_fusion(materialize(load_fusion(folder / "fusion.yaml")), **options)
+        return model.to(device) if device is not None else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing, as for the configuration."""
 
     def forward(
         self,
-        input_ids: Sequence[Tensor],
-        attention_mask: Sequence[Tensor],
-        response_mask: Sequence[Tensor],
+        input_ids: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | Sequence[Tensor] | None = None,
+        response_mask: Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
+        **text: Any,
     ) -> FusedOutput:
         """Fused logits and loss at the response tokens, each specialist read at its own positions of them.
+
+        Of one tensor `input_ids` [B, T] it is raw text, the same for all specialists: see `read_text`.
 
         The r-th response token of a request is the same token in every specialist's sequence, though what surrounds
         it differs; the hidden state one position before it predicts it (paper: "Training").
@@ -151,9 +217,13 @@ class UltraFuserForCausalLM(PreTrainedModel):
             labels: [B, R], to leave tokens out of the loss (-100); by default all response tokens count.
 
         Raises:
-            ValueError: no response tokens, a response at the first position, responses that differ between
-                specialists, or a response token outside the shared vocabulary.
+            ValueError: a mask is missing, no response tokens, a response at the first position, responses that differ
+                between specialists, or a response token outside the shared vocabulary.
         """
+        if isinstance(input_ids, Tensor):
+            return self.read_text(input_ids, attention_mask, labels, **text)
+        if attention_mask is None or response_mask is None:
+            raise ValueError("attention_mask, response_mask: needed for one sequence per specialist")
         responses = [gather_responses(ids, mask) for ids, mask in zip(input_ids, response_mask, strict=True)]
         tokens_BR = responses[0].tokens_BR
         for name, other in zip(self.config.specialist_names or (), responses, strict=True):
@@ -202,7 +272,7 @@ class UltraFuserForCausalLM(PreTrainedModel):
         return self._mix(weights_SB, hidden_states), weights_SB
 
     @torch.no_grad()
-    def generate(
+    def respond(
         self,
         prompts: Sequence[Sequence[Sequence[int]]],
         *,

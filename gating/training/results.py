@@ -1,5 +1,7 @@
 """A trained fusion as a folder: fusion.yaml, gate, adapters, models or draft head, manifest; served like any other.
 
+Transformers' Auto classes load it, too: config.json and a source file say how, and the leader's tokenizer is with them.
+
 Knows fusion files and what specialists write. Does not know how anything learnt what it did.
 """
 
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from ultrafuser.gating.commands.run_folder import MANIFEST_FILE
 from ultrafuser.gating.files import replacing, write_json
@@ -17,6 +20,7 @@ from ultrafuser.gating.model.fusion import save_fusion
 from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.gate_file import GATE_FILE, save_gate
 from ultrafuser.gating.model.loading import save_adapter, save_model
+from ultrafuser.gating.model.reference import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.gating.model.schema import EngineSettings, SpecialistConfig, SpeculationSettings
 from ultrafuser.gating.training.draft_learner import DraftLearner
 from ultrafuser.gating.training.inputs import RunInputs
@@ -64,9 +68,19 @@ def save_results(
             save_gate(gate, partial, inputs.loaded.specialist_names)
         changes["gate"] = str((folder / GATE_FILE).resolve())
     write_json(folder / MANIFEST_FILE, dict(manifest))
+    _save_for_auto_classes(folder, inputs)
     with replacing(folder / "fusion.yaml") as partial:
         save_fusion(inputs.loaded.model_copy(update=changes), partial)
     return folder / "fusion.yaml"
+
+
+def _save_for_auto_classes(folder: Path, inputs: RunInputs) -> None:
+    names = list(inputs.loaded.specialist_names)
+    config = UltraFuserConfig(specialist_names=names, num_shared_ids=inputs.info.num_shared_ids)
+    config.architectures = [UltraFuserForCausalLM.__name__]
+    config.save_pretrained(folder)
+    leader = inputs.fusion.specialists[0]
+    AutoTokenizer.from_pretrained(leader.model, revision=leader.revision).save_pretrained(folder)
 
 
 def _save_draft_head(

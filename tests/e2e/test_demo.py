@@ -62,7 +62,7 @@ def test_the_text_is_the_references(server: ServerProcess, model_cache: Path) ->
     reference = UltraFuserForCausalLM.from_fusion(fusion, dtype=torch.float32)
     questions = QUESTIONS[::8]
     prompts = [prompts_of(fusion, question) for question in questions]
-    generations = reference.generate(
+    generations = reference.respond(
         prompts, max_new_tokens=MAX_TOKENS, eos_token_ids=fusion.eos_token_ids, use_cache=True
     )
     num_compared = 0

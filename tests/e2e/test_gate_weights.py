@@ -52,7 +52,7 @@ def check(weights: Any, num_tokens: int) -> None:
 
 def test_the_weights_are_the_references(server: ServerProcess, tiny_fusion: Path) -> None:
     fusion = load_fusion(tiny_fusion)
-    (wanted,) = UltraFuserForCausalLM.from_fusion(fusion).generate(
+    (wanted,) = UltraFuserForCausalLM.from_fusion(fusion).respond(
         [prompts_of(fusion, QUESTION)], max_new_tokens=12, eos_token_ids=fusion.eos_token_ids
     )
     response = ask(server, {**CHAT, "return_token_ids": True})

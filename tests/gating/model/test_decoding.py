@@ -37,7 +37,7 @@ def prompts_of(fusion_path: Path, questions: Sequence[str] = QUESTIONS) -> list[
 
 
 def test_greedy_outputs_vary_with_the_prompt_and_have_a_clear_winner_at_every_step(tiny_path, tiny_model):
-    generations = tiny_model.generate(prompts_of(tiny_path), max_new_tokens=40, use_cache=True)
+    generations = tiny_model.respond(prompts_of(tiny_path), max_new_tokens=40, use_cache=True)
     assert len({tuple(generation.token_ids[:10]) for generation in generations}) == len(QUESTIONS)
     assert all(len(set(generation.token_ids)) > 15 for generation in generations)
     assert min(float(generation.top2_gap.min()) for generation in generations) > 1e-3
@@ -48,9 +48,9 @@ def test_greedy_outputs_vary_with_the_prompt_and_have_a_clear_winner_at_every_st
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_a_batch_gives_what_each_request_gives_alone(tiny_path, tiny_model, use_cache):
     prompts = prompts_of(tiny_path)
-    batched = tiny_model.generate(prompts, max_new_tokens=24, use_cache=use_cache)
+    batched = tiny_model.respond(prompts, max_new_tokens=24, use_cache=use_cache)
     for prompt, together in zip(prompts, batched, strict=True):
-        (alone,) = tiny_model.generate([prompt], max_new_tokens=24)
+        (alone,) = tiny_model.respond([prompt], max_new_tokens=24)
         assert together.token_ids == alone.token_ids
         torch.testing.assert_close(together.logprobs, alone.logprobs, atol=LOGPROB_TOLERANCE, rtol=0)
         torch.testing.assert_close(together.gate_weights, alone.gate_weights, atol=LOGPROB_TOLERANCE, rtol=0)
@@ -58,11 +58,11 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny_path, tiny_model, use_
 
 def test_cached_and_recomputed_steps_agree_also_after_some_requests_ended(tiny_path, tiny_model):
     prompts = prompts_of(tiny_path)
-    free = tiny_model.generate(prompts, max_new_tokens=24)
+    free = tiny_model.respond(prompts, max_new_tokens=24)
     # The first request's fifth token ends whoever says it.
     ends = [free[0].token_ids[4], EOS_ID]
-    recomputed = tiny_model.generate(prompts, max_new_tokens=24, eos_token_ids=ends)
-    cached = tiny_model.generate(prompts, max_new_tokens=24, eos_token_ids=ends, use_cache=True)
+    recomputed = tiny_model.respond(prompts, max_new_tokens=24, eos_token_ids=ends)
+    cached = tiny_model.respond(prompts, max_new_tokens=24, eos_token_ids=ends, use_cache=True)
     lengths = [len(generation.token_ids) for generation in recomputed]
     assert lengths[0] <= 5 < max(lengths)
     for one, other in zip(recomputed, cached, strict=True):
@@ -72,8 +72,8 @@ def test_cached_and_recomputed_steps_agree_also_after_some_requests_ended(tiny_p
 
 def test_an_end_token_stays_in_the_output_and_ends_it(tiny_path, tiny_model):
     prompts = prompts_of(tiny_path, QUESTIONS[:1])
-    (free,) = tiny_model.generate(prompts, max_new_tokens=8)
-    (ended,) = tiny_model.generate(prompts, max_new_tokens=8, eos_token_ids=[free.token_ids[3]])
+    (free,) = tiny_model.respond(prompts, max_new_tokens=8)
+    (ended,) = tiny_model.respond(prompts, max_new_tokens=8, eos_token_ids=[free.token_ids[3]])
     first = free.token_ids.index(free.token_ids[3])
     assert ended.token_ids == free.token_ids[: first + 1]
     assert ended.logprobs.shape == (first + 1, 320)
@@ -89,7 +89,7 @@ def test_a_closed_gate_gives_what_plain_transformers_gives_for_that_specialist(t
     plain: Any = LlamaForCausalLM.from_pretrained(path.parent / name)
     unshared = list(range(320, plain.config.vocab_size)) or None
     for prompt in prompts_of(path):
-        (generation,) = model.generate([prompt], max_new_tokens=24, eos_token_ids=[EOS_ID])
+        (generation,) = model.respond([prompt], max_new_tokens=24, eos_token_ids=[EOS_ID])
         ids = torch.tensor([prompt[index]])
         output = plain.generate(
             ids,
@@ -106,7 +106,7 @@ def test_a_single_specialist_is_decoded_as_plain_transformers_does(tmp_path):
     model = UltraFuserForCausalLM.from_fusion(load_fusion(path))
     plain: Any = LlamaForCausalLM.from_pretrained(path.parent / "text")
     prompt = torch.tensor([[5, 6, 7, 8]])
-    (generation,) = model.generate([prompt.tolist()], max_new_tokens=16, eos_token_ids=[EOS_ID])
+    (generation,) = model.respond([prompt.tolist()], max_new_tokens=16, eos_token_ids=[EOS_ID])
     output = plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
     assert generation.token_ids == output[0, 4:].tolist()
     assert torch.equal(generation.gate_weights, torch.ones(len(generation.token_ids), 1))
@@ -114,8 +114,8 @@ def test_a_single_specialist_is_decoded_as_plain_transformers_does(tmp_path):
 
 def test_raw_logprobs_are_taken_before_the_penalties(tiny_path, tiny_model):
     prompts = prompts_of(tiny_path, QUESTIONS[:1])
-    (free,) = tiny_model.generate(prompts, max_new_tokens=1)
-    (pushed,) = tiny_model.generate(prompts, max_new_tokens=1, logit_bias={99: 100.0})
+    (free,) = tiny_model.respond(prompts, max_new_tokens=1)
+    (pushed,) = tiny_model.respond(prompts, max_new_tokens=1, logit_bias={99: 100.0})
     assert pushed.token_ids == [99]
     assert torch.equal(free.logprobs, pushed.logprobs)
     assert float(pushed.top2_gap[0]) > 50
@@ -123,13 +123,13 @@ def test_raw_logprobs_are_taken_before_the_penalties(tiny_path, tiny_model):
 
 def test_penalties_change_the_output_and_min_tokens_delays_its_end(tiny_path, tiny_model):
     prompts = prompts_of(tiny_path)
-    free = [generation.token_ids for generation in tiny_model.generate(prompts, max_new_tokens=16)]
+    free = [generation.token_ids for generation in tiny_model.respond(prompts, max_new_tokens=16)]
     for penalty in ({"repetition_penalty": 2.0}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
-        penalised = [g.token_ids for g in tiny_model.generate(prompts, max_new_tokens=16, **penalty)]
+        penalised = [g.token_ids for g in tiny_model.respond(prompts, max_new_tokens=16, **penalty)]
         assert penalised != free, penalty
     ends = [free[0][0]]
-    assert tiny_model.generate(prompts[:1], max_new_tokens=8, eos_token_ids=ends)[0].token_ids == ends
-    delayed = tiny_model.generate(prompts[:1], max_new_tokens=8, eos_token_ids=ends, min_tokens=4)[0].token_ids
+    assert tiny_model.respond(prompts[:1], max_new_tokens=8, eos_token_ids=ends)[0].token_ids == ends
+    delayed = tiny_model.respond(prompts[:1], max_new_tokens=8, eos_token_ids=ends, min_tokens=4)[0].token_ids
     assert len(delayed) >= 4
     assert ends[0] not in delayed[:4]
 
@@ -137,8 +137,8 @@ def test_penalties_change_the_output_and_min_tokens_delays_its_end(tiny_path, ti
 def test_the_repetition_penalty_looks_at_the_leaders_own_prompt(tiny_model):
     # The bias makes 99 the likeliest token by far; only a penalty on 99 can take that away.
     rules: dict[str, Any] = {"max_new_tokens": 1, "repetition_penalty": 50.0, "logit_bias": {99: 60.0}}
-    (of_leader,) = tiny_model.generate([[[5, 99], [6, 7], [8, 9]]], **rules)
-    (of_others,) = tiny_model.generate([[[5, 7], [6, 99], [99, 9]]], **rules)
+    (of_leader,) = tiny_model.respond([[[5, 99], [6, 7], [8, 9]]], **rules)
+    (of_others,) = tiny_model.respond([[[5, 7], [6, 99], [99, 9]]], **rules)
     assert of_leader.token_ids != [99]
     assert of_others.token_ids == [99]
 
@@ -205,9 +205,9 @@ def test_drawn_tokens_follow_the_fused_distribution(tiny_model):
     rules: dict[str, Any] = {"max_new_tokens": 1, "do_sample": True, "temperature": 4.0, "top_k": 8}
     generator = torch.Generator().manual_seed(5)
     num_draws = 4000
-    draws = tiny_model.generate(prompts * num_draws, generator=generator, use_cache=True, **rules)
+    draws = tiny_model.respond(prompts * num_draws, generator=generator, use_cache=True, **rules)
     counts = torch.bincount(torch.tensor([draw.token_ids[0] for draw in draws]), minlength=320)
-    (one,) = tiny_model.generate(prompts, max_new_tokens=1)
+    (one,) = tiny_model.respond(prompts, max_new_tokens=1)
     expected = sampling_distribution(one.logprobs[0], DecodingRules(**rules)) * num_draws
     kept = expected > 0
     assert int(counts[~kept].sum()) == 0
@@ -219,7 +219,7 @@ def test_drawn_tokens_follow_the_fused_distribution(tiny_model):
 def test_the_same_seed_draws_the_same_tokens(tiny_path, tiny_model):
     prompts = prompts_of(tiny_path)
     runs = [
-        tiny_model.generate(
+        tiny_model.respond(
             prompts, max_new_tokens=8, do_sample=True, temperature=2.0, generator=torch.Generator().manual_seed(seed)
         )
         for seed in (1, 1, 2)
@@ -242,9 +242,9 @@ def test_the_same_seed_draws_the_same_tokens(tiny_path, tiny_model):
 )
 def test_requests_that_cannot_be_decoded_are_refused(tiny_model, prompts, rules, complaint):
     with pytest.raises(ValueError, match=complaint):
-        tiny_model.generate(prompts, **{"max_new_tokens": 4, **rules})
+        tiny_model.respond(prompts, **{"max_new_tokens": 4, **rules})
 
 
 def test_an_unknown_rule_is_refused(tiny_model):
     with pytest.raises(TypeError, match="num_beams"):
-        tiny_model.generate([[[5], [6], [7]]], max_new_tokens=1, num_beams=2)
+        tiny_model.respond([[[5], [6], [7]]], max_new_tokens=1, num_beams=2)

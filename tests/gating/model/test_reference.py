@@ -258,7 +258,7 @@ def test_what_every_kind_of_gate_says_step_by_step_is_what_it_says_of_the_whole(
     path = write_tiny_fusion(tmp_path, gate=kind)
     model = UltraFuserForCausalLM.from_fusion(load_fusion(path))
     prompts = [[[5, 6, 7], [8, 9], [11, 12, 13, 14]], [[5], [6], [7]]]
-    for prompt, generation in zip(prompts, model.generate(prompts, max_new_tokens=9, use_cache=use_cache), strict=True):
+    for prompt, generation in zip(prompts, model.respond(prompts, max_new_tokens=9, use_cache=use_cache), strict=True):
         rows = [torch.tensor([own + generation.token_ids]) for own in prompt]
         is_response = [torch.arange(row.shape[1])[None] >= row.shape[1] - 9 for row in rows]
         with torch.no_grad():
@@ -313,7 +313,7 @@ def test_a_saved_model_loads_in_bfloat16_with_its_gate_in_float32(tiny_model, tm
     loaded = UltraFuserForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     dtypes = {(name.split(".")[0], tensor.dtype) for name, tensor in loaded.named_parameters()}
     assert dtypes == {("specialists", torch.bfloat16), ("fusion_gate", torch.float32)}
-    assert loaded.generate([[[5, 6]] * 3], max_new_tokens=2)[0].logprobs.dtype == torch.float32
+    assert loaded.respond([[[5, 6]] * 3], max_new_tokens=2)[0].logprobs.dtype == torch.float32
 
 
 def test_tied_output_layers_survive_saving(tmp_path):

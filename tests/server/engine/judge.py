@@ -24,7 +24,7 @@ class Judge:
         """What the fused model generates for one request; every step must have a clear winner, every router too."""
         key = repr((prompts, max_tokens, sorted(kwargs.items())))
         if key not in self._seen:
-            (self._seen[key],) = self.model.generate([prompts], max_new_tokens=max_tokens, **kwargs)
+            (self._seen[key],) = self.model.respond([prompts], max_new_tokens=max_tokens, **kwargs)
             self._check_routers(prompts, self._seen[key].token_ids)
         generation = self._seen[key]
         assert float(min(generation.top2_gap)) > MIN_GAP, "choose another seed: the reference itself is undecided"

@@ -130,7 +130,7 @@ def demo(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     assert len({len(prompt) for prompt in prompts[0]}) == 3, "specialists must differ in the step they are ready in"
     reference = UltraFuserForCausalLM.from_fusion(fusion)
     ends = fusion.eos_token_ids
-    wanted = reference.generate(prompts, max_new_tokens=MAX_TOKENS, eos_token_ids=ends, use_cache=True)
+    wanted = reference.respond(prompts, max_new_tokens=MAX_TOKENS, eos_token_ids=ends, use_cache=True)
     return Demo(path, prompts, ends, wanted)
 
 
