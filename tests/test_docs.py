@@ -22,6 +22,7 @@ from ultrafuser.gating.synthesis import command as synthesize
 from ultrafuser.gating.synthesis.stages.domain import Domain, Limits
 from ultrafuser.gating.templates import template_names
 from ultrafuser.gating.training.settings import TrainSettings, parse_settings
+from ultrafuser.server.batch import command as batch
 from ultrafuser.server.cli import parse_command
 from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.settings import PREFIX, ServerSettings
@@ -32,11 +33,12 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
-OFFLINE: dict[str, Callable[..., BaseModel]] = {
+OFFLINE: dict[str, Callable[..., object]] = {
     "train": parse_settings,
     "eval": evaluate.parse_settings,
     "analyze": analysis.parse_settings,
     "data": synthesize.parse_settings,
+    "batch": lambda words: batch.parse_settings(words, {}),
 }
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
@@ -79,7 +81,7 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
     known = {*ServerSettings.model_fields, *EngineOptions.model_fields, *TrainSettings.model_fields}
     data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
-    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, *data_settings):
+    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, batch.BatchSettings, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile", "no_playground"}
 
