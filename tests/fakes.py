@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.gate_file import save_gate
+from ultrafuser.gating.model.gate_kind import GateKind
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<s>", "<|im_end|>", "<|im_start|>")
@@ -44,7 +45,8 @@ def write_tiny_fusion(
 ) -> Path:
     """Write specialists, tokenizers, gate and fusion file below `folder`; returns the path of fusion.yaml.
 
-    `gate` is "random", "closed:NAME" (that specialist's weight is exactly one), or "none" (for one specialist).
+    `gate` is "random", "closed:NAME" (that specialist's weight is exactly one), "none" (for one specialist), or a kind
+    of gate, which is then random.
     Two calls that differ only in `gate` write the same specialists. `engine` adds to the file's engine settings;
     `markers` are tokens that all tokenizers share, in the place of the last pairs of letters.
     """
@@ -138,18 +140,23 @@ def build_specialist(
     return model
 
 
-def build_gate(kind: str, names: Sequence[str], hidden_sizes: Sequence[int], seed: int = 0) -> Gate:
+def build_gate(wanted: str, names: Sequence[str], hidden_sizes: Sequence[int], seed: int = 0) -> Gate:
     """A gate whose weights vary strongly from token to token, or one closed on a specialist."""
-    gate = Gate(hidden_sizes, width=512)
+    is_closed = wanted.startswith("closed:")
+    gate = Gate(hidden_sizes, width=512, kind=GateKind() if is_closed or wanted == "random" else GateKind.parse(wanted))
     generator = torch.Generator().manual_seed(3 + seed)
     with torch.no_grad():
         for parameter in gate.parameters():
-            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+            size = parameter.shape[-1] if parameter.dim() else 1
+            parameter.normal_(0, size**-0.5, generator=generator)
         gate.score.weight *= 3
-        if not gate.projections:
-            gate.hidden.weight[:, : len(names)] = 0  # the markers would favour one specialist at every token
-        if kind.startswith("closed:"):
-            _close(gate, list(names).index(kind.removeprefix("closed:")))
+        if not gate.projections:  # the markers would favour one specialist at every token
+            step = hidden_sizes[0] if gate.kind.joint else gate.hidden.in_features
+            for layer in (gate.hidden, *([gate.memory] if gate.kind.smoothed else [])):
+                for begin in range(0, layer.in_features, step):
+                    layer.weight[:, begin : begin + len(names)] = 0
+        if is_closed:
+            _close(gate, list(names).index(wanted.removeprefix("closed:")))
     return gate
 
 

@@ -87,7 +87,7 @@ def decode(
 ) -> list[Generation]:
     """Continue every request until it ends, all in step; see the model's `generate`."""
     _check(model, prompts, rules)
-    rows = [_Row(prompt) for prompt in prompts]
+    rows = [_Row(prompt, model.first_memories()) for prompt in prompts]
     next_token = _CachedSteps(model, rows).next_token if use_cache else partial(_next_token_anew, model)
     for _ in range(rules.max_new_tokens):
         active = [row for row in rows if not row.token_ids or row.token_ids[-1] not in rules.eos_token_ids]
@@ -140,8 +140,9 @@ def sampling_distribution(logits_V: Tensor, rules: DecodingRules) -> Tensor:
 class _Row:
     """One request while it is being continued."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], memories: Sequence[Tensor]) -> None:
         self.prompts = prompts
+        self.memories = memories
         self.token_ids: list[int] = []
         self._logprobs: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -173,7 +174,10 @@ def _next_token_anew(model: "UltraFuserForCausalLM", active: Sequence[_Row]) -> 
         left_pad([[*row.prompts[index], *row.token_ids] for row in active], model.device)
         for index in range(len(active[0].prompts))
     ]
-    logits_BV, weights_SB = model.next_token([ids for ids, _ in batches], [mask for _, mask in batches])
+    ids, masks = zip(*batches, strict=True)
+    memories = _stacked(active)
+    logits_BV, weights_SB = model.next_token(ids, masks, memories=memories)
+    _keep(active, memories)
     return logits_BV, weights_SB.T
 
 
@@ -194,9 +198,21 @@ class _CachedSteps:
             last_B1 = torch.tensor([[row.token_ids[-1]] for row in self._rows], device=self._model.device)
             self._ids = [last_B1 for _ in self._caches]
             self._masks = [torch.cat([mask, torch.ones_like(last_B1)], dim=1) for mask in self._masks]
-        logits_BV, weights_SB = self._model.next_token(self._ids, self._masks, self._caches)
+        memories = _stacked(self._rows)
+        logits_BV, weights_SB = self._model.next_token(self._ids, self._masks, self._caches, memories)
+        _keep(self._rows, memories)
         chosen = [index for index, row in enumerate(self._rows) if row in active]
         return logits_BV[chosen], weights_SB.T[chosen]
+
+
+def _stacked(rows: Sequence[_Row]) -> list[Tensor]:
+    """The rows' memories of earlier states, S tensors [B, W]; none where a gate has none."""
+    return [torch.stack(own) for own in zip(*(row.memories for row in rows), strict=True)]
+
+
+def _keep(rows: Sequence[_Row], memories: Sequence[Tensor]) -> None:
+    for row, *own in zip(rows, *memories, strict=bool(memories)):
+        row.memories = own
 
 
 def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ class Gate(nn.Module):
     def part_of(self, index: int, hidden_BD: Tensor, memory_BW: Tensor | None = None) -> Tensor:
         """One specialist's part [..., P], float32, of which `weights_of` makes weights.
 
-        `memory_BW` is what a smoothed gate has of the response's earlier states: the exponential mean of `added_by`.
+        `memory_BW` is what a smoothed gate has of the response's earlier states, as `remember` makes it; None for none.
         """
         # Autocast would quietly take the linear layers back to bfloat16.
         with torch.autocast(hidden_BD.device.type, enabled=False):
@@ -116,8 +116,15 @@ class Gate(nn.Module):
                 scores_BS = scores_BS + self.biases.float()
             return scores_BS.movedim(-1, 0).softmax(dim=0)
 
+    def remember(self, index: int, hidden_BD: Tensor, memory_BW: Tensor) -> Tensor:
+        """A smoothed gate's memory [..., W], float32, after a state: zero before the first one of a response.
+
+        It is the mean as the second layer reads it, which is the mean of what that layer reads.
+        """
+        return self.decay * memory_BW + (1 - self.decay) * self.added_by(index, hidden_BD)
+
     def added_by(self, index: int, hidden_BD: Tensor) -> Tensor:
-        """What a state adds to the mean of a smoothed gate [..., W]: m_t = decay * m_(t-1) + (1 - decay) * this."""
+        """What a smoothed gate's second layer reads [..., W] in a state."""
         with torch.autocast(hidden_BD.device.type, enabled=False):
             return self._read(index, hidden_BD, self.memory.weight, None)
 

@@ -41,8 +41,8 @@ def fuse(
     assert weights_SB.shape[0] == len(logits)
     if mixture.of_probabilities:
         return _fuse_probabilities(weights_SB, logits, num_shared_ids, mixture.scales_S)
-    if mixture.scales is not None:
-        weights_SB = weights_SB * weights_SB.new_tensor(mixture.scales_S).unsqueeze(1)
+    if mixture.scales_S is not None:
+        weights_SB = weights_SB * mixture.scales_S.unsqueeze(1)
     fused_BV = logits[0][:, :num_shared_ids].float() * weights_SB[0].unsqueeze(1)
     for weights_B, logits_BV in zip(weights_SB[1:], logits[1:], strict=True):
         fused_BV.addcmul_(weights_B.unsqueeze(1), logits_BV[:, :num_shared_ids].float())

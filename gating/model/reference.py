@@ -22,6 +22,7 @@ from ultrafuser.gating.model.decoding import DecodingRules, Generation, decode
 from ultrafuser.gating.model.fusion import FusionConfig, inspect_fusion
 from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
 from ultrafuser.gating.model.gate_file import load_gate
+from ultrafuser.gating.model.gate_kind import PAPER, GateKind
 from ultrafuser.gating.model.responses import IGNORED_LABEL, gather_responses, last_hidden_states
 
 # Models that change the logits after the output layer: the reference would have to know each one's formula.
@@ -44,6 +45,9 @@ class UltraFuserConfig(PreTrainedConfig):
 
     gate_width: int = DEFAULT_WIDTH
     """Hidden width of the gate."""
+
+    gate_kind: str = PAPER
+    """Kind of the gate."""
 
 
 @dataclass
@@ -83,7 +87,7 @@ class UltraFuserForCausalLM(PreTrainedModel):
             for own in specialist_configs
         )
         sizes = [specialist.hidden_size for specialist in specialist_configs]
-        self.fusion_gate = Gate(sizes, config.gate_width) if len(sizes) > 1 else None
+        self.fusion_gate = Gate(sizes, config.gate_width, GateKind.parse(config.gate_kind)) if len(sizes) > 1 else None
         self.post_init()
         # post_init asks direct children only; the specialists, one list deeper, may tie their output layers.
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
@@ -118,6 +122,7 @@ class UltraFuserForCausalLM(PreTrainedModel):
             specialist_configs=[model.config.to_dict() for model in specialists],
             num_shared_ids=info.num_shared_ids,
             gate_width=gate.width if gate else DEFAULT_WIDTH,
+            gate_kind=str(gate.kind) if gate else PAPER,
             dtype=dtype,
         )
         # Built without memory, then filled: a second copy of every specialist would not fit where one does.
@@ -164,21 +169,37 @@ class UltraFuserForCausalLM(PreTrainedModel):
             hidden_BTD = last_hidden_states(specialist, ids_BT, mask_BT)
             index_BRD = response.predictors_BR.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
             hidden_states.append(hidden_BTD.gather(1, index_BRD))
-        logits_BRV, weights_SBR = self._mix(hidden_states)
+        weights_SBR = self._weights(hidden_states, responses[0].turns_BR)
+        logits_BRV = self._mix(weights_SBR, hidden_states)
         loss = nn.functional.cross_entropy(logits_BRV.flatten(0, 1), labels_BR.flatten(), ignore_index=IGNORED_LABEL)
         return FusedOutput(loss=loss, logits=logits_BRV, gate_weights=weights_SBR, labels=labels_BR)
 
     def next_token(
-        self, input_ids: Sequence[Tensor], attention_mask: Sequence[Tensor], caches: Sequence[Cache] | None = None
+        self,
+        input_ids: Sequence[Tensor],
+        attention_mask: Sequence[Tensor],
+        caches: Sequence[Cache] | None = None,
+        memories: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Fused logits [B, V] and gate weights [S, B] of the token after the last position.
 
         With `caches` (one per specialist) `input_ids` are only the positions that are not cached yet, while
-        `attention_mask` covers all; the caches are extended in place.
+        `attention_mask` covers all; the caches are extended in place. `memories` are what a smoothed gate has of each
+        response's earlier states, S tensors [B, W], in whose place come those after this token; without them the token
+        is the first of its response.
         """
         caches_S: Sequence[Cache | None] = caches or [None] * len(self.specialists)
         inputs = zip(self.specialists, input_ids, attention_mask, caches_S, strict=True)
-        return self._mix([last_hidden_states(*own)[:, -1] for own in inputs])
+        hidden_states = [last_hidden_states(*own)[:, -1] for own in inputs]
+        if not memories:
+            weights_SB = self._weights(hidden_states)
+        else:
+            gate = self.fusion_gate
+            assert gate is not None
+            told = list(enumerate(zip(hidden_states, memories, strict=True)))
+            weights_SB = gate.weights_of(torch.stack([gate.part_of(index, *own) for index, own in told]))
+            memories[:] = [gate.remember(index, *own) for index, own in told]
+        return self._mix(weights_SB, hidden_states), weights_SB
 
     @torch.no_grad()
     def generate(
@@ -202,18 +223,41 @@ class UltraFuserForCausalLM(PreTrainedModel):
         """
         return decode(self, prompts, DecodingRules(**rules), generator=generator, use_cache=use_cache)
 
-    def _mix(self, hidden_states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum over specialists of weight times logits, in float32, on the shared vocabulary."""
+    def first_memories(self) -> list[Tensor]:
+        """S tensors [W]: what a smoothed gate has before a response's first token; none of a gate of another kind."""
+        gate = self.fusion_gate
+        if gate is None or not gate.kind.smoothed:
+            return []
+        return [torch.zeros(gate.width, device=self.device) for _ in self.specialists]
+
+    def _weights(self, hidden_states: Sequence[Tensor], turns_BR: Tensor | None = None) -> Tensor:
+        """Gate weights [S, ...] at hidden states [..., D]; `turns_BR` says of which response each state is."""
+        if self.fusion_gate is None:
+            return torch.ones(1, *hidden_states[0].shape[:-1], device=hidden_states[0].device)
+        if turns_BR is None:
+            return self.fusion_gate(hidden_states)
+        weights_SN = self.fusion_gate([hidden.flatten(0, 1) for hidden in hidden_states], turns_BR.flatten())
+        return weights_SN.view(-1, *turns_BR.shape)
+
+    def _mix(self, weights_S: Tensor, hidden_states: Sequence[Tensor]) -> Tensor:
+        """Fused logits in float32, on the shared vocabulary: the sum over specialists of weight times logits.
+
+        Each one's logits are divided by its temperature first, if the gate is scaled. If it mixes probabilities they
+        become the logarithm of the sum of weight times probability.
+        """
         logits_SV = torch.stack(
             [
                 _logits(specialist, hidden)[..., : self.config.num_shared_ids].float()
                 for specialist, hidden in zip(self.specialists, hidden_states, strict=True)
             ]
         )
-        weights_S = torch.ones_like(logits_SV[..., 0])
-        if self.fusion_gate is not None:
-            weights_S = self.fusion_gate([hidden.float() for hidden in hidden_states])
-        return (weights_S.unsqueeze(-1) * logits_SV).sum(dim=0), weights_S
+        gate = self.fusion_gate
+        if gate is not None and gate.kind.scaled:
+            temperatures_S = gate.log_temperatures.float().exp()
+            logits_SV = logits_SV / temperatures_S.view(-1, *[1] * (logits_SV.dim() - 1))
+        if gate is not None and gate.kind.probabilities:
+            return (weights_S.log().unsqueeze(-1) + logits_SV.log_softmax(dim=-1)).logsumexp(dim=0)
+        return (weights_S.unsqueeze(-1) * logits_SV).sum(dim=0)
 
 
 def _attention(config: PreTrainedConfig, wanted: str) -> str:

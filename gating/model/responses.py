@@ -24,6 +24,9 @@ class Responses:
     predictors_BR: Tensor
     """The positions whose hidden states predict them; 0 beyond the last one."""
 
+    turns_BR: Tensor
+    """Of which response of all, row after row, each token is; -1 beyond the last one."""
+
 
 def gather_responses(ids_BT: Tensor, response_mask_BT: Tensor) -> Responses:
     """Find the response tokens of padded conversations, all turns of a conversation in one row.
@@ -48,7 +51,21 @@ def gather_responses(ids_BT: Tensor, response_mask_BT: Tensor) -> Responses:
     return Responses(
         tokens_BR=ids_BT.gather(1, positions_BR).where(exists_BR, IGNORED_LABEL),
         predictors_BR=(positions_BR - 1).where(exists_BR, 0),
+        turns_BR=_turns(response_mask_BT).gather(1, positions_BR).where(exists_BR, -1),
     )
+
+
+def response_turns(response_mask_BT: Tensor) -> Tensor:
+    """[N]: of which response each token is, counted over the rows; one ends where another kind of token stands."""
+    response_mask_BT = response_mask_BT.bool()
+    return _turns(response_mask_BT)[response_mask_BT]
+
+
+def _turns(response_mask_BT: Tensor) -> Tensor:
+    """[B, T]: how many responses have begun, in all rows up to this position, less one."""
+    begins_BT = response_mask_BT.clone()
+    begins_BT[:, 1:] &= ~response_mask_BT[:, :-1]
+    return begins_BT.flatten().cumsum(dim=0).view_as(begins_BT) - 1
 
 
 def response_states(specialist: Any, ids_BT: Tensor, mask_BT: Tensor, response_mask_BT: Tensor) -> Tensor:

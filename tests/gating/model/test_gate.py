@@ -127,12 +127,13 @@ def test_a_saved_gate_loads_bit_identical(tmp_path: Path, sizes: tuple[int, ...]
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in gate.state_dict().items())
 
 
-def test_the_header_names_format_specialists_sizes_and_width(tmp_path: Path):
+def test_the_header_names_format_kind_specialists_sizes_and_width(tmp_path: Path):
     path = tmp_path / "gate.safetensors"
     save_gate(fresh_gate((8, 12), width=16), path, ("a", "b"))
     with safe_open(str(path), framework="pt") as file:
         assert file.metadata() == {
-            "format": "ultrafuser-gate-v1",
+            "format": "ultrafuser-gate-v2",
+            "kind": "paper",
             "specialists": json.dumps(["a", "b"]),
             "hidden_sizes": json.dumps([8, 12]),
             "width": "16",

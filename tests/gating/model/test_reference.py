@@ -1,5 +1,6 @@
 """The reference's forward pass, loss and files, held against plain Transformers models and hand computation."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,6 +197,76 @@ def test_a_closed_gate_gives_one_specialists_logits_bit_for_bit(tmp_path, closed
     assert torch.equal(weights, one_hot[:, None].expand_as(weights))
     assert torch.equal(output.gate_weights, one_hot[:, None, None].expand_as(output.gate_weights))
     torch.testing.assert_close(fused, alone.logits[:, -1, :320], atol=1e-5, rtol=0)
+
+
+def gate_by_hand(gate: Gate, states_TSD: Tensor) -> Tensor:
+    """Weights [T, S] at one response's states, in float64, one token and one specialist at a time."""
+    own = {name: tensor.double() for name, tensor in gate.state_dict().items()}
+    joint, smoothed = gate.kind.joint, gate.kind.smoothed
+    means_SD = torch.zeros_like(states_TSD[0])
+    weights = []
+    for states_SD in states_TSD:
+        inner = torch.stack([own["hidden.weight"] @ read for read in ([states_SD.flatten()] if joint else states_SD)])
+        if smoothed:
+            seen = [means_SD.flatten()] if joint else means_SD
+            inner += torch.stack([own["memory.weight"] @ read for read in seen])
+            decay = 1 / (1 + (-own["decay_logit"]).exp())
+            means_SD = decay * means_SD + (1 - decay) * states_SD
+        scores = (inner + own["hidden.bias"]).clamp(min=0) @ own["score.weight"].T + own["score.bias"]
+        weights.append((scores.flatten() + own.get("biases", 0)).softmax(dim=0))
+    return torch.stack(weights)
+
+
+KINDS = ("joint", "probabilities", "scaled", "smoothed", "joint+probabilities+scaled+smoothed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_every_kind_of_gate_is_its_formula_reset_at_each_response(tmp_path, kind):
+    path = write_tiny_fusion(tmp_path, gate=kind)
+    model = UltraFuserForCausalLM.from_fusion(load_fusion(path))
+    gate = model.fusion_gate
+    assert gate is not None
+    inputs, masks, responses = batch(path)
+    output = model(inputs, masks, responses)
+    models = [LlamaForCausalLM.from_pretrained(own.model) for own in load_fusion(path).specialists]
+    # The first conversation's rows, without their padding; its three turns of response tokens are three runs.
+    ids = [own[0][mask[0].bool()] for own, mask in zip(inputs, masks, strict=True)]
+    places = [own[0][mask[0].bool()].nonzero()[:, 0] for own, mask in zip(responses, masks, strict=True)]
+    read = [own(own_ids[None], output_hidden_states=True) for own, own_ids in zip(models, ids, strict=True)]
+    states = [own.hidden_states[-1][0, place - 1].double() for own, place in zip(read, places, strict=True)]
+    logits = [own.logits[0, place - 1, :320].double() for own, place in zip(read, places, strict=True)]
+    begins = [0, *((places[0].diff() > 1).nonzero()[:, 0] + 1).tolist(), len(places[0])]
+    turns = [torch.stack([own[a:b] for own in states], dim=1) for a, b in itertools.pairwise(begins)]
+    assert len(turns) == 3
+    weights_TS = torch.cat([gate_by_hand(gate, states_TSD) for states_TSD in turns])
+    found_TS = output.gate_weights[:, 0, : len(weights_TS)].T
+    torch.testing.assert_close(found_TS.double(), weights_TS, atol=1e-4, rtol=0)
+    temperatures = gate.log_temperatures.double().exp() if gate.kind.scaled else torch.ones(3)
+    own = torch.stack([row / temperature for row, temperature in zip(logits, temperatures, strict=True)], dim=1)
+    if gate.kind.probabilities:
+        fused = (weights_TS.unsqueeze(-1) * own.softmax(dim=-1)).sum(dim=1).log()
+    else:
+        fused = (weights_TS.unsqueeze(-1) * own).sum(dim=1)
+    found = output.logits[0, : len(fused)].double()
+    torch.testing.assert_close(found, fused, atol=5 * LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_every_kind_of_gate_says_step_by_step_is_what_it_says_of_the_whole(tmp_path, kind, use_cache):
+    path = write_tiny_fusion(tmp_path, gate=kind)
+    model = UltraFuserForCausalLM.from_fusion(load_fusion(path))
+    prompts = [[[5, 6, 7], [8, 9], [11, 12, 13, 14]], [[5], [6], [7]]]
+    for prompt, generation in zip(prompts, model.generate(prompts, max_new_tokens=9, use_cache=use_cache), strict=True):
+        rows = [torch.tensor([own + generation.token_ids]) for own in prompt]
+        is_response = [torch.arange(row.shape[1])[None] >= row.shape[1] - 9 for row in rows]
+        with torch.no_grad():
+            whole = model(rows, [torch.ones_like(row) for row in rows], is_response)
+        torch.testing.assert_close(generation.gate_weights, whole.gate_weights[:, 0].T, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            generation.logprobs, whole.logits[0].log_softmax(dim=-1), atol=LOGIT_TOLERANCE, rtol=0
+        )
 
 
 def test_the_smallest_vocabulary_decides_what_is_fused(tmp_path):
