@@ -82,6 +82,11 @@ OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
         "answer a file of requests, in OpenAI's batch format",
         "what was answered is kept; the same command with --resume goes on",
     ),
+    "chat": OfflineCommand(
+        "ultrafuser.server.terminal.command",
+        "chat in the terminal with a running server",
+        "the same command begins anew",
+    ),
 }
 
 

@@ -26,6 +26,7 @@ from ultrafuser.server.batch import command as batch
 from ultrafuser.server.cli import parse_command
 from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.settings import PREFIX, ServerSettings
+from ultrafuser.server.terminal import command as chat
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -38,6 +39,7 @@ OFFLINE: dict[str, Callable[..., object]] = {
     "eval": evaluate.parse_settings,
     "analyze": analysis.parse_settings,
     "data": synthesize.parse_settings,
+    "chat": chat.parse_settings,
     "batch": lambda words: batch.parse_settings(words, {}),
 }
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -81,7 +83,9 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
     known = {*ServerSettings.model_fields, *EngineOptions.model_fields, *TrainSettings.model_fields}
     data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
-    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, batch.BatchSettings, *data_settings):
+    for settings in (
+        evaluate.EvalSettings, analysis.AnalysisSettings, batch.BatchSettings, chat.ChatSettings, *data_settings
+    ):  # fmt: skip
         known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile", "no_playground"}
 
