@@ -23,7 +23,7 @@ from ultrafuser.server.start.signals import EXIT_INTERRUPTED
 from ultrafuser.server.terminal.chat_client import ChatClient, TurnError
 from ultrafuser.server.terminal.demo_server import demo_server
 from ultrafuser.server.terminal.dialogue import STOPPED, Answer, Dialogue
-from ultrafuser.server.terminal.pieces import Aligner, Piece
+from ultrafuser.server.terminal.pieces import Aligner, Piece, mean_weights
 from ultrafuser.server.terminal.screen import QUIET, Screen, keyboard_waits
 
 PROMPT = "> "
@@ -179,10 +179,10 @@ class Chat:
     def _show_weights(self, _: str) -> None:
         if not self._dialogue.turns:
             self._screen.say("there is no answer yet")
-        elif not self._client.specialists:
-            self._screen.say("this server tells no weights")
+        elif mean_weights(pieces := self._dialogue.turns[-1][1].pieces):
+            self._screen.weights(pieces)
         else:
-            self._screen.weights(self._dialogue.turns[-1][1].pieces)
+            self._screen.say("this server tells no weights")
 
     def _save(self, name: str) -> None:
         try:

@@ -1,6 +1,6 @@
 """What the chat shows: text in the specialists' colours, and nothing that could steer the terminal. Knows no server.
 
-Colours are the terminal's own, left out where there are none: NO_COLOR, TERM=dumb, no terminal.
+Colours are the terminal's own, left out where there are none: NO_COLOR, a dumb terminal, none.
 """
 
 import sys
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from prompt_toolkit import print_formatted_text
 from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.utils import is_dumb_terminal
 
 from ultrafuser.server.terminal.pieces import Piece, leader_of, mean_weights
 
@@ -42,10 +43,12 @@ class Screen:
 
     def write(self, text: str, style: str = "") -> None:
         """Show a text, where it is."""
-        if self._is_terminal:
+        if not text:
+            return
+        if self._is_terminal and not is_dumb_terminal():
             print_formatted_text(FormattedText([(style, visible(text))]), end="", flush=True)
         else:
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text) if self._is_terminal else text)
             sys.stdout.flush()
 
     def say(self, text: str) -> None:
@@ -63,8 +66,7 @@ class Screen:
         """The specialists' names in their colours."""
         for index, name in enumerate(self._specialists):
             self.write(name, self._colour(index))
-            self.write(" ")
-        self.write("\n")
+            self.write("\n" if name == self._specialists[-1] else " ")
 
     def weights(self, pieces: Sequence[Piece]) -> None:
         """How much each specialist counted for an answer: its mean weight, and the tokens that it leads."""

@@ -73,6 +73,15 @@ class Terminal:
 
         return wait_for(end, f"{text!r} in the terminal", seconds)
 
+    def wait_for_prompt(self, prompt: str, after: int = 0, seconds: float = 120) -> None:
+        """Wait until the last thing shown, behind this place, is a line with a prompt alone."""
+
+        def is_there() -> bool:
+            assert self._reader.is_alive(), self.shown[after:]
+            return self.shown[after:].rstrip(" ").endswith(f"\n{prompt}")
+
+        wait_for(is_there, "a prompt in the terminal", seconds)
+
     def wait_until_it_ends(self) -> int:
         """The exit status."""
         _, status = os.waitpid(self.pid, 0)
@@ -89,4 +98,4 @@ class Terminal:
 
 def plain(text: str) -> str:
     """A text without what steers the terminal."""
-    return _CONTROLS.sub("", text).replace("\r", "")
+    return _CONTROLS.sub("", text).translate(dict.fromkeys(map(ord, "\r\b")))

@@ -16,7 +16,7 @@ from tests.e2e.process import ServerProcess, clean_environment, wait_for
 from tests.e2e.terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, UP, Terminal, pasted, plain
 
 COMMAND = (sys.executable, "-m", "ultrafuser.server", "chat")
-PROMPT = "> "
+PROMPT = ">"
 COLOURS = ("36", "33", "35")
 """SGR codes of the three specialists."""
 
@@ -25,7 +25,7 @@ def chat(server: ServerProcess, **environ: str) -> Terminal:
     """A chat with a server, the prompt is there; the key is that of the wide one."""
     keys = {"OPENAI_API_KEY": WIDE_KEY}
     terminal = Terminal([*COMMAND, "--base-url", f"{server.url}/v1"], keys | environ)
-    terminal.wait_for(PROMPT)
+    terminal.wait_for_prompt(PROMPT)
     return terminal
 
 
@@ -33,7 +33,7 @@ def ask(terminal: Terminal, keys: str) -> str:
     """Type keys and Enter; what is shown up to the next prompt."""
     begin = len(terminal.shown)
     terminal.type(keys + ENTER)
-    terminal.wait_for(f"\n{PROMPT}", begin)
+    terminal.wait_for_prompt(PROMPT, begin)
     return terminal.shown[begin:]
 
 
@@ -104,12 +104,16 @@ def test_each_token_has_the_colour_of_the_specialist_that_leads(wide_server: Ser
         assert f"leads {leaders.count(index)} of {len(tokens)}" in row
 
 
-@pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_where_there_is_no_colour_nothing_is_coloured(wide_server: ServerProcess, environ: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("environ", "unwanted"), [({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*[349][0-9]m"), ({"TERM": "dumb"}, r"\x1b")]
+)
+def test_where_there_is_no_colour_nothing_is_coloured(
+    wide_server: ServerProcess, environ: dict[str, str], unwanted: str
+) -> None:
     with chat(wide_server, **environ) as terminal:
         shown = ask(terminal, "hello there")
         assert answer_of(wide_server, [{"role": "user", "content": "hello there"}])["message"]["content"] in shown
-        assert re.search(r"\x1b\[[0-9;]*[349][0-9]m", terminal.raw) is None
+        assert re.search(unwanted, terminal.raw) is None
         terminal.type(CTRL_D)
         assert terminal.wait_until_it_ends() == 0
 
@@ -146,7 +150,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(server: ServerProcess, tmp_path
         terminal.type("/quit" + ENTER + "more" + ENTER)
         terminal.type(CTRL_C)
         terminal.wait_for("[stopped]", begin)
-        terminal.wait_for(f"\n{PROMPT}", begin)
+        terminal.wait_for_prompt(PROMPT, begin)
         wait_for(lambda: not num_running(server), "the server has ended the request")
         told = saved(terminal, tmp_path / "chat.json")
         assert [message["role"] for message in told["messages"]] == ["user", "assistant"]
@@ -167,10 +171,15 @@ def test_a_turn_that_fails_leaves_nothing_behind(server: ServerProcess, tmp_path
         assert line.endswith("; the message is not kept in the conversation")
         assert ask(terminal, "/weights").count("there is no answer yet") == 1
         begin = len(terminal.shown)
+        terminal.type(UP + UP)  # the text is there for another try
+        terminal.wait_for("too long too long", begin)
+        terminal.type(CTRL_C)
+        terminal.wait_for_prompt(PROMPT, begin)
+        begin = len(terminal.shown)
         terminal.type("short" + ENTER)
         wait_for(lambda: len(terminal.shown) > begin + 30, "an answer")
         terminal.type(CTRL_C)
-        terminal.wait_for(f"\n{PROMPT}", begin)
+        terminal.wait_for_prompt(PROMPT, begin)
         told = saved(terminal, tmp_path / "chat.json")
     assert [message["role"] for message in told["messages"]] == ["user", "assistant"]
     assert told["messages"][0]["content"] == "short"
@@ -239,14 +248,14 @@ def test_the_demo_is_started_for_a_chat_and_ended_with_it(model_cache: Path) -> 
     """A server's own settings in the environment are not the demo's: with its key the chat would be refused."""
     environ = {"ULTRAFUSER_CACHE": str(model_cache), "ULTRAFUSER_API_KEY": "secret", "ULTRAFUSER_MAX_MODEL_LEN": "8"}
     with Terminal([*COMMAND, "--demo"], environ) as terminal:
-        terminal.wait_for(f"\n{PROMPT}", seconds=280)
+        terminal.wait_for_prompt(PROMPT, seconds=280)
         begin = len(terminal.shown)
         terminal.type("What is 2 + 3?" + ENTER)
         wait_for(lambda: len(terminal.shown) > begin + 20, "an answer")
         processes = family_of(terminal.pid)
         assert len(processes) > 3
         terminal.type(CTRL_C)
-        terminal.wait_for(f"\n{PROMPT}", begin)
+        terminal.wait_for_prompt(PROMPT, begin)
         assert "=" in ask(terminal, "/help") or "/save" in terminal.shown
         terminal.type("/quit" + ENTER)
         assert terminal.wait_until_it_ends() == 0

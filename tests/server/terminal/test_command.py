@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def script() -> Iterator[Script]:
     with Script() as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.shutdown()
@@ -111,9 +111,12 @@ def test_of_a_turn_that_fails_nothing_is_sent_with_the_next_one(
 def test_a_server_of_another_kind_is_asked_for_no_marks(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     """OpenAI's own would refuse fields that it does not know."""
     script.answers = [GOOD]
-    chat_with(script).ask("hello")
+    chat = chat_with(script)
+    chat.ask("hello")
     assert script.asked[0].keys() == {"model", "messages", "stream"}
-    assert capsys.readouterr().out == "Yes, it is.\n"
+    chat._take("/weights")
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("Yes, it is.\n", "this server tells no weights\n")
 
 
 def test_a_thought_is_no_part_of_the_answer(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
