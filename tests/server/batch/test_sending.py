@@ -23,7 +23,7 @@ from ultrafuser.server.settings import EngineStartError, ServerSettings
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
 
 MESSAGES = [{"role": "user", "content": "Is it?"}]
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES},
     "/v1/completions": {"prompt": "Is it?", "max_tokens": 50},
     "/v1/responses": {"input": "Is it?"},
@@ -70,7 +70,10 @@ async def test_all_routes_answer_as_over_http(app: Any, client: Any) -> None:
 
 
 async def test_a_refused_body_has_its_status_and_the_servers_error(app: Any, client: Any) -> None:
-    wrong = [("/v1/chat/completions", {"messages": MESSAGES, "temperature": 9}), ("/v1/messages", {"messages": []})]
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 9}),
+        ("/v1/messages", {"messages": []}),
+    ]
     lines = await send(app, requests(*wrong))
     for index, (url, body) in enumerate(wrong):
         response = await client.post(url, json=body)
