@@ -71,7 +71,8 @@ def test_a_conversation_is_that_of_the_api(wide_server: ServerProcess, tmp_path:
         choice = answer_of(wide_server, [*messages, question])
         text = "".join(token["text"] for token in own["tokens"])
         assert text == choice["message"]["content"] != ""
-        assert [token["gate_weights"] for token in own["tokens"]] == choice["gate_weights"]["content"]
+        for token, weights in zip(own["tokens"], choice["gate_weights"]["content"], strict=True):
+            assert token["gate_weights"] == pytest.approx(weights, abs=1e-4)  # another batch adds up in another order
         assert own["mean_weights"] == pytest.approx(choice["gate_weights"]["mean"], abs=1e-4)
         assert own["finish_reason"] == choice["finish_reason"]
     assert turns[1]["content"].strip() in first
@@ -105,7 +106,7 @@ def test_each_token_has_the_colour_of_the_specialist_that_leads(wide_server: Ser
 
 
 @pytest.mark.parametrize(
-    ("environ", "unwanted"), [({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*[349][0-9]m"), ({"TERM": "dumb"}, r"\x1b")]
+    ("environ", "unwanted"), [({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*[349][0-9]m"), ({"TERM": "dumb"}, r"\x1b\[[0-9;]*m")]
 )
 def test_where_there_is_no_colour_nothing_is_coloured(
     wide_server: ServerProcess, environ: dict[str, str], unwanted: str
