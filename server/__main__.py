@@ -1,19 +1,16 @@
 """The `ultrafuser` command."""
 
-import atexit
-import gc
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from importlib import import_module
 
 from ultrafuser.server.start.signals import (
     EXIT_INTERRUPTED,
     LAST_LINE,
-    STOP_SIGNALS,
     Interrupted,
+    at_stop_signals,
     ending_at_once,
     interrupt,
 )
@@ -28,10 +25,10 @@ with ending_at_once():  # they take a second
     from ultrafuser.server.settings import (
         EngineStartError,
         ServerSettings,
-        SettingsError,
         read_environment,
         vllm_environment,
     )
+    from ultrafuser.server.start.importing import import_part
     from ultrafuser.server.start.listener import listen_on, meeting_points
     from ultrafuser.server.start.progress import StartupProgress
 
@@ -57,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(arguments: Sequence[str]) -> int:
     """What is cheap to check comes first: the fusion file and the port, then seconds of imports, weights last."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, interrupt)
+    at_stop_signals(interrupt)
     command = parse_command(arguments, os.environ)
     settings = with_all_keys(command.settings)
     # One process serves; of a left-over folder it would show old series.
@@ -73,7 +69,7 @@ def _serve(arguments: Sequence[str]) -> int:
     if settings.node_rank:
         _introduce(fusion, progress)
         with progress.step("import vLLM"), ending_at_once():
-            follow = _import("following", "follow")
+            follow = import_part("ultrafuser.server.start.following", "follow")
         return follow(settings, command.engine_options, fusion, progress)
     with (
         closing(listen_on(settings.host, settings.port)) as listener,
@@ -81,7 +77,7 @@ def _serve(arguments: Sequence[str]) -> int:
     ):
         _introduce(fusion, progress)
         with progress.step("import vLLM"), ending_at_once():
-            serve = _import("launch", "serve")
+            serve = import_part("ultrafuser.server.start.launch", "serve")
         return serve(settings, command.engine_options, fusion, listener, progress, points)
 
 
@@ -94,23 +90,8 @@ def _introduce(fusion: FusionConfig, progress: StartupProgress) -> None:
     progress.say(f"ultrafuser {__version__}: {fusion.name}, fused from {', '.join(fusion.specialist_names)}")
 
 
-def _import(module: str, name: str) -> Callable[..., int]:
-    """The part that needs vLLM, which has to be installed, in the version that the engine works with."""
-    try:
-        # At its end Python looks for cycles among all objects: with vLLM's ten seconds, for memory that is freed.
-        atexit.register(gc.freeze)
-        found: Callable[..., int] = getattr(import_module(f"ultrafuser.server.start.{module}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
-        raise SettingsError("vLLM is not installed; install ultrafuser[cuda], or ultrafuser[cpu]") from error
-    except RuntimeError as error:  # the engine package's refusal of another version, by name
-        raise SettingsError(str(error)) from error
-    return found
-
-
 def _offline(command: str, arguments: Sequence[str]) -> int:
-    """The commands of `gating` have settings of their own; of the server's they share the cache folder."""
+    """The other commands have settings of their own; of the server's all share the cache folder."""
     cache = read_environment(os.environ, OPTION_NAMES).get("cache")
     with ending_at_once():
         module = import_module(OFFLINE_COMMANDS[command].module)

@@ -7,9 +7,11 @@ that `--help` answers at once. Does not start anything.
 import argparse
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from pydantic.fields import FieldInfo
 
 from ultrafuser import __version__
 from ultrafuser.gating.commands.flags import Parser, add_flags, flag_of, resolve
@@ -42,7 +44,7 @@ OPTION_NAMES = frozenset(ServerSettings.model_fields) | frozenset(EngineOptions.
 
 @dataclass(frozen=True)
 class OfflineCommand:
-    """A command that runs without the server."""
+    """A command beside `ultrafuser serve`."""
 
     module: str
     """Its `run(argv, cache)` is the command."""
@@ -80,6 +82,16 @@ OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
         "show what a gate does, and training curves",
         "the same command uses what is in the cache",
     ),
+    "batch": OfflineCommand(
+        "ultrafuser.server.batch.command",
+        "answer a file of requests, in OpenAI's batch format",
+        "what was answered is kept; the same command with --resume goes on",
+    ),
+    "chat": OfflineCommand(
+        "ultrafuser.server.terminal.command",
+        "chat in the terminal with a running server",
+        "the same command begins anew",
+    ),
 }
 
 
@@ -98,14 +110,35 @@ def parse_command(argv: Sequence[str], environ: Mapping[str, str]) -> ServeComma
     Raises:
         SettingsError: an unknown flag or variable, or a value that does not fit.
     """
-    arguments, rest = build_parser().parse_known_args([_dashed(argument) for argument in argv])
-    flags = vars(arguments)
-    if rest:
-        _refuse(rest[0])
+    flags = read_flags(build_parser(), argv, OPTION_NAMES, "name one fusion file, see `ultrafuser serve --help`")
     environment = read_environment(environ, OPTION_NAMES)
     settings = resolve_settings(flags, environment)
     engine = resolve(EngineOptions, flags, environment, PREFIX)
     return ServeCommand(settings, engine.model_dump(exclude_unset=True))
+
+
+def read_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str], known: Collection[str], way_out: str
+) -> dict[str, Any]:
+    """What a command line with the engine's options says, by name. `known` are names that may have been meant,
+    `way_out` is told where an argument is too many.
+
+    Raises:
+        SettingsError: an unknown flag, or one whose value is missing.
+    """
+    arguments, rest = parser.parse_known_args([_dashed(argument) for argument in argv])
+    if rest:
+        _refuse(rest[0], known, way_out)
+    return vars(arguments)
+
+
+def engine_sections() -> dict[str, dict[str, FieldInfo]]:
+    """The engine's options, by the title of their section."""
+    engine, own = EngineSettings.model_fields, EngineOptions.model_fields
+    return {
+        "The engine (each overrides the fusion file's `engine` section)": engine,
+        "The engine's requests and metrics": {name: own[name] for name in own if name not in engine},
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -124,11 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, command in OFFLINE_COMMANDS.items():
         commands.add_parser(name, help=f"{command.summary} (`ultrafuser {name} --help`)")
-    engine, own = EngineSettings.model_fields, EngineOptions.model_fields
-    sections = {str(section.__doc__): section.model_fields for section in SECTIONS} | {
-        "The engine (each overrides the fusion file's `engine` section)": engine,
-        "The engine's requests and metrics": {name: own[name] for name in own if name not in engine},
-    }
+    sections = {str(section.__doc__): section.model_fields for section in SECTIONS} | engine_sections()
     for title, fields in sections.items():
         add_flags(serve, fields, title, positional="fusion", overrides=True)
     return parser
@@ -140,15 +169,17 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-def _refuse(argument: str) -> NoReturn:
+def _refuse(argument: str, known: Collection[str], way_out: str) -> NoReturn:
     """Say what is wrong with an argument that no flag took."""
     flag = argument.partition("=")[0]
     if not flag.startswith("--"):
-        raise SettingsError(f"{argument}: unexpected argument; name one fusion file, see `ultrafuser serve --help`")
+        raise SettingsError(f"{argument}: unexpected argument; {way_out}")
     name = flag.removeprefix("--").replace("-", "_")
     if name in REFUSED_OPTIONS:
         reason = REFUSED_OPTIONS[name]
-    elif near := difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.75):
+    elif name in OPTION_NAMES - set(known):
+        reason = "only `ultrafuser serve` has this option; leave it out"
+    elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         reason = f"there is no such option; did you mean {flag_of(near[0])}?"
     else:  # only now, on the way out, is it worth the seconds that importing vLLM takes
         from ultrafuser.server.engine.shared.options import refusal

@@ -29,7 +29,7 @@ SettingsError = CommandError
 
 
 class EngineStartError(RuntimeError):
-    """The engine's processes ended before they could serve; what they said about it is in the log."""
+    """The engine's processes ended before they had answered; what they said about it is in the log."""
 
 
 class _Section(BaseModel):

@@ -23,9 +23,11 @@ from ultrafuser.gating.synthesis.stages.domain import Domain, Limits
 from ultrafuser.gating.templates import template_names
 from ultrafuser.gating.training import removal
 from ultrafuser.gating.training.settings import TrainSettings, parse_settings
+from ultrafuser.server.batch import command as batch
 from ultrafuser.server.cli import parse_command
 from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.settings import PREFIX, ServerSettings
+from ultrafuser.server.terminal import command as chat
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -33,12 +35,14 @@ README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
-OFFLINE: dict[str, Callable[..., BaseModel]] = {
+OFFLINE: dict[str, Callable[..., object]] = {
     "train": parse_settings,
     "remove": removal.parse_settings,
     "eval": evaluate.parse_settings,
     "analyze": analysis.parse_settings,
     "data": synthesize.parse_settings,
+    "chat": chat.parse_settings,
+    "batch": lambda words: batch.parse_settings(words, {}),
 }
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
@@ -81,7 +85,9 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
     known = {*ServerSettings.model_fields, *EngineOptions.model_fields, *TrainSettings.model_fields}
     data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
-    for settings in (evaluate.EvalSettings, analysis.AnalysisSettings, *data_settings):
+    for settings in (
+        evaluate.EvalSettings, analysis.AnalysisSettings, batch.BatchSettings, chat.ChatSettings, *data_settings
+    ):  # fmt: skip
         known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile", "no_playground"}
 

@@ -22,7 +22,7 @@ ORPHAN_SECONDS = 3.0
 
 # What a child runs before anything else: it is told of the parent's end, leaves the terminal's group, and only then may
 # kill its own. PR_SET_PDEATHSIG is 1 in Linux' prctl.h.
-_END_WITH_THE_PARENT = f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})\n"
+END_WITH_THE_PARENT = f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})\n"
 _LEAVE_THE_TERMINALS_GROUP = "import os; os.setpgrp()\n"
 # At its end Python looks for cycles among all objects: with vLLM's ten seconds, for memory that is freed anyway.
 _END_QUICKLY = "import atexit, gc; atexit.register(gc.freeze)\n"
@@ -54,7 +54,7 @@ def tied_children() -> Iterator[None]:
     prologue = _LEAVE_THE_TERMINALS_GROUP + _END_QUICKLY
     if sys.platform == "linux":
         kill = _KILL_WHAT_OUTLIVES_THE_PARENT.format(parent=os.getpid(), seconds=KILL_SECONDS)
-        prologue = _END_WITH_THE_PARENT + prologue + kill
+        prologue = END_WITH_THE_PARENT + prologue + kill
     spawn.get_command_line = make_tied_command
     try:
         yield

@@ -7,9 +7,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import uvicorn
@@ -35,10 +34,10 @@ from ultrafuser.server.settings import EngineStartError, ServerSettings
 from ultrafuser.server.start.children import tied_children
 from ultrafuser.server.start.leading import Followers, gather
 from ultrafuser.server.start.listener import MeetingPoints, base_url
-from ultrafuser.server.start.preparing import prepare
+from ultrafuser.server.start.preparing import Prepared, prepare
 from ultrafuser.server.start.progress import StartupProgress
 from ultrafuser.server.start.ray_meeting import meet_ray
-from ultrafuser.server.start.signals import STOP_SIGNALS
+from ultrafuser.server.start.signals import at_stop_signals
 
 FIRST_STEP_STALLS = 10
 """How many times longer than a later one the first step may take: it may have to compile, or to read weights."""
@@ -80,27 +79,47 @@ def serve(
         Whatever the caller's signal handlers raise before the server listens; the engine's processes have ended then.
     """
     prepared = prepare(settings, engine_options, fusion, progress)
-    fusion = prepared.fusion
     with gather(settings.node_timeout, prepared, points, progress) if points else nullcontext() as followers:
-        ray = meet_ray(settings, prepared, progress) if check_ray(prepared.written) else None
-        # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
-        with progress.step("load all specialists into one engine"), tied_children():
-            engine = _start_engine(fusion, engine_options, prepared.node or ray)
-        try:
-            adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
-            engine.steps.listen(StepMetrics(fusion.specialist_names).record)
-            serving = build_serving(engine, fusion, prepared.info, settings)
-            name = serving.models.model_name()
-            describe_build(name, len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
+        with loaded(settings, engine_options, prepared, progress) as serving:
             # Ranks of other processes, or machines, wait for one that hangs for good.
-            can_hang = followers is not None or ray is not None or fusion.engine.placement == "split"
+            is_split = prepared.fusion.engine.placement == "split"
+            can_hang = followers is not None or check_ray(prepared.written) or is_split
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 status = runner.run(_Service(serving, settings, listener, progress, followers, can_hang).run())
-        finally:
-            engine.shutdown(timeout=ENGINE_STOP_SECONDS)
         if followers is not None and status == 0:
             followers.dismiss()
         return status
+
+
+@contextmanager
+def loaded(
+    settings: ServerSettings, engine_options: Mapping[str, Any], prepared: Prepared, progress: StartupProgress
+) -> Iterator[Serving]:
+    """The serving classes over an engine of their own, which ends with the context.
+
+    Raises:
+        EngineOptionError, EngineStartError: as `serve`.
+    """
+    fusion = prepared.fusion
+    ray = meet_ray(settings, prepared, progress) if check_ray(prepared.written) else None
+    # Before there is an event loop: while one runs, Ctrl-C would only be noticed after the weights are loaded.
+    with progress.step("load all specialists into one engine"), tied_children():
+        engine = _start_engine(fusion, engine_options, prepared.node or ray)
+    try:
+        adopt_vllm_logging()  # not before: the engine's start configures vLLM's loggers anew
+        engine.steps.listen(StepMetrics(fusion.specialist_names).record)
+        serving = build_serving(engine, fusion, prepared.info, settings)
+        describe_build(serving.models.model_name(), len(fusion.specialists), VLLM_VERSION, gate_digest(fusion.gate))
+        yield serving
+    finally:
+        engine.shutdown(timeout=ENGINE_STOP_SECONDS)
+
+
+def most_requests(serving: Serving) -> int:
+    """Unfinished requests that the engine takes at a time."""
+    scheduling = serving.engine.vllm_config.scheduler_config
+    limit = scheduling.max_num_queued_reqs
+    return default_max_requests(scheduling.max_num_seqs) if limit is None else limit
 
 
 def _start_engine(
@@ -143,9 +162,7 @@ class _Service:
         self._readiness = Readiness()
         self._ends_at_a_stall = ends_at_a_stall
         self._engine_failed = self._is_asked = False
-        scheduling = engine.vllm_config.scheduler_config
-        limit = scheduling.max_num_queued_reqs
-        self._admission = Admission(default_max_requests(scheduling.max_num_seqs) if limit is None else limit)
+        self._admission = Admission(most_requests(serving))
         self._heartbeat = Heartbeat()
         engine.steps.listen(self._heartbeat.beat)
         self._stall_watch = StallWatch(engine, self._heartbeat, self._readiness, settings.stall_timeout)
@@ -157,14 +174,14 @@ class _Service:
         """Serve until asked to end; the exit status."""
         loop = asyncio.get_running_loop()
         # Not the loop's own handlers: it would give the signals back to Python when it closes, with the engine to end.
-        _at_stop_signals(lambda *_: loop.call_soon_threadsafe(self._stop))
+        at_stop_signals(lambda *_: loop.call_soon_threadsafe(self._stop))
         if self._followers is not None:
             self._followers.at_wish(lambda: loop.call_soon_threadsafe(self._end_in_order))
         self._accompany(self._watch_engine(), self._become_ready(), self._stall_watch.run())
         try:
             await self._server.serve(sockets=[self._listener])
         finally:
-            _at_stop_signals(signal.SIG_IGN)
+            at_stop_signals(signal.SIG_IGN)
             for task in self._companions:
                 task.cancel()
             self._accompany(self._serving.grammars.close())
@@ -240,11 +257,6 @@ class _Service:
 
     def _accompany(self, *tasks: Coroutine[Any, Any, None]) -> None:
         self._companions += [asyncio.create_task(task) for task in tasks]
-
-
-def _at_stop_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, handler)
 
 
 class _Server(uvicorn.Server):

@@ -6,9 +6,10 @@ be lost, with a traceback, where Python cannot raise one (in the callbacks that 
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, an orchestrator's wish, a closed terminal."""
@@ -34,10 +35,15 @@ def ending_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def at_stop_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    """Let one handler see to all of them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
     """A handler that raises; a second signal does not wait for what is being undone."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _end)
+    at_stop_signals(_end)
     raise Interrupted
 
 

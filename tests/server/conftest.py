@@ -1,8 +1,11 @@
 """A tiny fusion's configuration, and the real app over an engine whose every token is written down beforehand."""
 
+import logging
 import os
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
+from unittest import mock
 
 # Before vLLM is imported, which remembers what it has read: engine core and worker live in the test's process, where
 # they can be looked at; several ranks share what cores there are.
@@ -20,6 +23,7 @@ from ultrafuser.gating.model.fusion import FusedModelInfo, FusionConfig, inspect
 from ultrafuser.server.app import create_app
 from ultrafuser.server.engine.shared.options import engine_arguments
 from ultrafuser.server.health import Readiness
+from ultrafuser.server.log import CONFIGURED_LOGGERS
 from ultrafuser.server.serving.rendering import FusedRenderer
 from ultrafuser.server.serving.serving import build_serving
 from ultrafuser.server.settings import ServerSettings
@@ -80,3 +84,16 @@ async def client(
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+
+
+@pytest.fixture
+def process_as_before() -> Iterator[None]:
+    """The command sets variables for vLLM, signal and log handlers; other tests are not to notice."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with mock.patch.dict(os.environ):
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name in CONFIGURED_LOGGERS:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True

@@ -1,13 +1,9 @@
 """The command line: every option is there, help comes at once, and what is wrong is said in one line."""
 
-import logging
-import os
-import signal
 import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,27 +15,15 @@ from ultrafuser.server.__main__ import main
 from ultrafuser.server.cli import build_parser, parse_command
 from ultrafuser.server.engine.shared.options import ALLOWED_ENGINE_OPTIONS
 from ultrafuser.server.engine_options import EngineOptions
-from ultrafuser.server.log import CONFIGURED_LOGGERS
 from ultrafuser.server.settings import ServerSettings, SettingsError
 from ultrafuser.server.start.preparing import _check_tool_parser
+
+pytestmark = pytest.mark.usefixtures("process_as_before")
 
 NOT_FLAGS = {
     "shutdown_timeout",  # the server has its own: it waits for requests before it ends the engine
     "tokenizer_mode",  # the renderer reads Hugging Face tokenizers only
 }
-
-
-@pytest.fixture(autouse=True)
-def process_as_before() -> Iterator[None]:
-    """The command sets variables for vLLM, signal and log handlers; other tests are not to notice."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with mock.patch.dict(os.environ):
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name in CONFIGURED_LOGGERS:
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
 
 
 def help_text(*argv: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -187,7 +171,7 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(capsys: pytest.Capture
 def test_a_missing_or_wrong_vllm_is_one_line_and_status_2(
     failure: Exception, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with mock.patch("ultrafuser.server.__main__.import_module", side_effect=failure):
+    with mock.patch("ultrafuser.server.start.importing.import_module", side_effect=failure):
         assert main(["serve", "--port", "0"]) == 2
     *steps, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"ultrafuser: {message}")
