@@ -54,17 +54,17 @@ def _check_outputs(settings: EvalSettings) -> None:
 
 
 def _measure(settings: EvalSettings, on_progress: "Report") -> "LossTable":
-    from ultrafuser.gating.data.conversations import DataFile
+    from ultrafuser.gating.data.hub import open_data
     from ultrafuser.gating.evaluation.held_out import ReadingOptions, prepare_task
     from ultrafuser.gating.evaluation.loss import check_rows, measure
     from ultrafuser.gating.model.fusion import load_fusion
 
     chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
     options = ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
-    files = [DataFile.parse(file) for file in settings.data]
     names = [name for name in (settings.fusion, settings.baseline) if name is not None]
     for name in names:
         check_rows(load_fusion(name).specialist_names)
+    files = open_data(settings.data, options.cache_dir, settings.limit, on_progress)
     tables = []
     for name in names:
         task = prepare_task(name, files, options, on_progress)
