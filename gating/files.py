@@ -6,6 +6,7 @@ and row. Knows nothing of what is in them.
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -65,6 +66,18 @@ def write_json(path: Path, content: object) -> None:
 def write_json_lines(path: Path, rows: Iterable[object]) -> None:
     """Write a file of one JSON value a line as `write_file` does."""
     write_file(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode())
+
+
+@contextmanager
+def new_lines(path: Path) -> Iterator[io.BufferedIOBase]:
+    """A file that is there whole or not at all, to be written line by line; gzipped if its name ends in `.gz`, without
+    name and time in it: equal lines are equal bytes."""
+    with replacing(path) as partial, partial.open("wb") as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
+                yield file
+        else:
+            yield raw
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes, float]]:

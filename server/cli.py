@@ -74,7 +74,7 @@ OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
     ),
     "data": OfflineCommand(
         "ultrafuser.gating.synthesis.command",
-        "make instruction data for new domains",
+        "make instruction data for new domains, or clean what there is",
         "the same command goes on from what is there",
     ),
     "analyze": OfflineCommand(

@@ -84,10 +84,14 @@ def test_every_makefile_target_is_explained_and_phony() -> None:
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     names = {flag.removeprefix("--").replace("-", "_") for flag in re.findall(r"`(--[a-z][a-z-]*)", page.read_text())}
     known = {*ServerSettings.model_fields, *EngineOptions.model_fields, *TrainSettings.model_fields}
-    data_settings = (synthesize.MakeSettings, synthesize.ExportSettings, synthesize.MapSettings)
-    for settings in (
-        evaluate.EvalSettings, analysis.AnalysisSettings, batch.BatchSettings, chat.ChatSettings, *data_settings
-    ):  # fmt: skip
+    data_settings = (
+        synthesize.MakeSettings,
+        synthesize.ExportSettings,
+        synthesize.MapSettings,
+        synthesize.CleanSettings,
+    )
+    others = (evaluate.EvalSettings, analysis.AnalysisSettings, batch.BatchSettings, chat.ChatSettings)
+    for settings in (*others, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile", "no_playground"}
 

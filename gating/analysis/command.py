@@ -33,7 +33,8 @@ class AnalysisSettings(CommandSettings):
     """Fusion file, folder or preset whose gate is shown on --data."""
 
     data: tuple[str, ...] = ()
-    """Conversations: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
+    """Conversations: JSON lines, also gzipped, FILE or DOMAIN=FILE, or a data set of the hub, hub:ORG/NAME@REVISION.
+    Several may follow."""
 
     run: tuple[str, ...] = ()
     """Output folders of `ultrafuser train` whose curves are drawn over each other: FOLDER, or LABEL=FOLDER; runs with
@@ -156,17 +157,17 @@ def _prepare(settings: AnalysisSettings, fusion: str, on_progress: "Report") -> 
     Raises:
         CommandError: a fusion without a gate.
     """
-    from ultrafuser.gating.data.conversations import DataFile
+    from ultrafuser.gating.data.hub import open_data
     from ultrafuser.gating.evaluation.held_out import ReadingOptions, prepare_task
     from ultrafuser.gating.model.fusion import load_fusion
 
-    files = [DataFile.parse(file) for file in settings.data]
     loaded = load_fusion(fusion)
     if loaded.gate is None or len(loaded.specialists) < 2:
         raise CommandError(f"{fusion}: has no gate to analyze; name a fusion of two or more specialists with a gate")
     options = ReadingOptions(
         cache_folder(settings.cache), settings.limit, settings.seed, settings.max_length, settings.precision
     )
+    files = open_data(settings.data, options.cache_dir, settings.limit, on_progress)
     return prepare_task(fusion, files, options, on_progress)
 
 

@@ -30,6 +30,14 @@ class DataFile:
     domain: str | None = None
     """Domain of every row; null takes each row's own `domain`."""
 
+    origin: str | None = None
+    """What its rows were copied from, as `--data` would name it: a data set of the hub at a commit."""
+
+    @property
+    def name(self) -> str:
+        """What messages and reports call it."""
+        return self.origin or self.path.name
+
     @classmethod
     def parse(cls, argument: str) -> "DataFile":
         """`FILE`, or `DOMAIN=FILE`.
@@ -79,7 +87,22 @@ def read_conversations(file: DataFile) -> Iterator[tuple[int, Conversation | Bad
         DataError: the file cannot be read, or is not whole gzip although its name says so.
     """
     for line, text, share in read_lines(file.path):
-        yield line, _parse(file, line, text), share
+        yield line, parse_row(file, line, text), share
+
+
+def parse_row(file: DataFile, line: int, text: bytes) -> Conversation | BadRow:
+    """What a line of a file holds."""
+    domain = file.domain
+    try:
+        row = parse_json(text)
+        if domain is None and isinstance(row, dict) and isinstance(row.get("domain"), str):
+            domain = row["domain"]
+        messages = check_row(row)
+        if domain is None:
+            raise DataError("domain: missing; add it, or name it for the whole file: DOMAIN=FILE")
+        return Conversation(domain, messages)
+    except (JsonError, DataError) as error:
+        return BadRow(file.name, line, domain, str(error))
 
 
 def check_domain(domain: object) -> str:
@@ -138,17 +161,3 @@ def _check_turns(roles: Sequence[str]) -> None:
     for index, (before, role) in enumerate(zip(["", *roles], roles, strict=False)):
         if role == "assistant" and before != "user":
             raise DataError(f"messages.{index}: an assistant message must follow a user message")
-
-
-def _parse(file: DataFile, line: int, text: bytes) -> Conversation | BadRow:
-    domain = file.domain
-    try:
-        row = parse_json(text)
-        if domain is None and isinstance(row, dict) and isinstance(row.get("domain"), str):
-            domain = row["domain"]
-        messages = check_row(row)
-        if domain is None:
-            raise DataError("domain: missing; add it, or name it for the whole file: DOMAIN=FILE")
-        return Conversation(domain, messages)
-    except (JsonError, DataError) as error:
-        return BadRow(file.path.name, line, domain, str(error))

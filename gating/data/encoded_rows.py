@@ -89,12 +89,12 @@ def load_rows(
         DataError: a domain without a usable row, or no usable row at all.
     """
     found = [file_digest(file.path) for file in files]
-    names = Counter(file.path.name for file in files)
+    names = Counter(file.name for file in files)
     digests = {
-        file.path.name if names[file.path.name] == 1 else f"{file.path.name} ({digest[:8]})": digest
+        file.name if names[file.name] == 1 else f"{file.name} ({digest[:8]})": digest
         for file, digest in zip(files, found, strict=True)
     }
-    sources = [[file.path.name, file.domain, digest] for file, digest in zip(files, found, strict=True)]
+    sources = [[file.name, file.domain, digest] for file, digest in zip(files, found, strict=True)]
     artifact = Artifact(
         name="rows",
         label="encoding conversations",
@@ -149,7 +149,7 @@ def _encode(file: DataFile, line: int, row: Conversation, encoder: ConversationE
     try:
         return {"domain": row.domain, **asdict(encoder.encode(row.messages))}
     except EncodingError as error:
-        return BadRow(file.path.name, line, row.domain, str(error))
+        return BadRow(file.name, line, row.domain, str(error))
 
 
 def _read(folder: Path, digests: Mapping[str, str]) -> Rows:

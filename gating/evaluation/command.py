@@ -56,7 +56,7 @@ def _check_outputs(settings: EvalSettings) -> None:
 
 def _measure(settings: EvalSettings, on_progress: "Report") -> "tuple[LossTable, LossTable | None]":
     """The losses by domain, and of joined turns where they are asked for."""
-    from ultrafuser.gating.data.conversations import DataFile
+    from ultrafuser.gating.data.hub import open_data
     from ultrafuser.gating.evaluation.held_out import ReadingOptions, find_gates, prepare_task
     from ultrafuser.gating.evaluation.loss import check_rows, measure
     from ultrafuser.gating.evaluation.mixed_turns import join_turns, measure_turns
@@ -64,12 +64,14 @@ def _measure(settings: EvalSettings, on_progress: "Report") -> "tuple[LossTable,
 
     chosen = settings.model_dump(include=set(ReadingOptions.__dataclass_fields__))
     options = ReadingOptions(cache_dir=cache_folder(settings.cache), **chosen)
-    files = [DataFile.parse(file) for file in settings.data]
     gates = find_gates(settings.gates)
     names = [name for name in (settings.fusion, settings.baseline) if name is not None]
     specialists = [load_fusion(name).specialist_names for name in names]
     for own in specialists:
         check_rows(own)
+    # Joined turns are drawn from all rows.
+    limit = settings.limit if settings.mixed_turns is None else None
+    files = open_data(settings.data, options.cache_dir, limit, on_progress)
     joined = None
     if settings.mixed_turns is not None:
         joined = join_turns(files, specialists[0], settings.mixed_turns, options, on_progress)

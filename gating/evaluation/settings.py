@@ -33,7 +33,8 @@ class EvalSettings(CommandSettings):
     """Take the loss on conversations, per domain, of the fused model and all that it is held against."""
 
     data: tuple[str, ...] = ()
-    """Conversations for --loss: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
+    """Conversations for --loss: JSON lines, also gzipped, FILE or DOMAIN=FILE, or a data set of the hub,
+    hub:ORG/NAME@REVISION. Several may follow."""
 
     gates: tuple[str, ...] = ()
     """Other gates of the fusion's specialists whose rows are added and held against its own: a gate's file, or the

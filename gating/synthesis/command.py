@@ -1,4 +1,4 @@
-"""Makes instruction data: `ultrafuser data make`, `export` and `map`. See docs/data.md.
+"""Makes instruction data: `ultrafuser data make`, `export`, `map`. Cleans any data: `clean`. See docs/data.md.
 
 Puts the parts of `gating/synthesis/` together.
 """
@@ -6,6 +6,7 @@ Puts the parts of `gating/synthesis/` together.
 import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from pydantic import BaseModel
 
 from ultrafuser.gating.commands.flags import parse_command, require
 from ultrafuser.gating.errors import CommandError
-from ultrafuser.gating.synthesis.settings import ExportSettings, MakeSettings, MapSettings
+from ultrafuser.gating.model.cache import cache_folder
+from ultrafuser.gating.progress_bar import StepProgress
+from ultrafuser.gating.synthesis.settings import CleanSettings, ExportSettings, MakeSettings, MapSettings
 
 if TYPE_CHECKING:
     from ultrafuser.gating.synthesis.make import Ending
@@ -22,11 +25,12 @@ if TYPE_CHECKING:
 _USAGE = """\
 usage: ultrafuser data COMMAND FOLDER [options]
 
-Make instruction data for the domains of a fusion by calls to a model behind an OpenAI API.
+Make instruction data for the domains of a fusion by calls to a model behind an OpenAI API, or clean what there is.
 
   make     make topics, instructions and responses into a folder; the same command goes on where it was stopped
   export   write what was made as a data set: the training format, with statistics and a data card
   map      draw the data set as a specialist sees it
+  clean    copy files of conversations without duplicates and without what evaluation asks
 
 `ultrafuser data COMMAND --help` lists the options.
 """
@@ -107,6 +111,27 @@ def _map(settings: MapSettings) -> int:
     return 0
 
 
+def _clean(settings: CleanSettings) -> int:
+    require("datasketch", "data")
+    from ultrafuser.gating.data.cleaning import check_new, clean
+    from ultrafuser.gating.data.hub import open_data
+
+    output = Path(settings.output).expanduser()
+    check_new(output)
+    with closing(StepProgress()) as progress:
+        removed = clean(
+            open_data(settings.data, cache_folder(settings.cache), on_progress=progress),
+            settings.against,
+            threshold=settings.duplicate_threshold,
+            output=output,
+            settings=settings.model_dump(mode="json"),
+            on_progress=progress,
+        )
+    lines = [f"{name}: {own}" for name, own in removed.items()]
+    print("\n".join([*lines, f"written: {output}"]), file=sys.stderr, flush=True)
+    return 0
+
+
 def _describe(ending: "Ending") -> str:
     lines = []
     for stage, counts in ending.report["stages"].items():
@@ -125,4 +150,5 @@ _COMMANDS: Mapping[str, tuple[type[BaseModel], Callable[[Any], int], str]] = {
     "make": (MakeSettings, _make, "Make instruction data by calls to a model."),
     "export": (ExportSettings, _export, "Write what was made as a data set."),
     "map": (MapSettings, _map, "Draw a data set as a specialist sees it."),
+    "clean": (CleanSettings, _clean, "Copy conversations without duplicates and without what evaluation asks."),
 }

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from ultrafuser.gating.commands.endpoint import ENDPOINT_FIELDS, Endpoint
 from ultrafuser.gating.commands.run_folder import keep_settings, sole_run
+from ultrafuser.gating.data.duplicates import find_duplicates
 from ultrafuser.gating.files import write_json
 from ultrafuser.gating.progress_bar import counting_bar
 from ultrafuser.gating.synthesis.calls.asking import Asker
 from ultrafuser.gating.synthesis.calls.budget import Account
 from ultrafuser.gating.synthesis.calls.runner import Runner
-from ultrafuser.gating.synthesis.dataset.duplicates import find_duplicates
 from ultrafuser.gating.synthesis.settings import MakeSettings
 from ultrafuser.gating.synthesis.stages.store import Store
 from ultrafuser.gating.synthesis.stages.structure import COMPLICATIONS, RELATED, Structure

@@ -1,4 +1,4 @@
-"""The settings of `ultrafuser data make`, `export` and `map`."""
+"""The settings of `ultrafuser data make`, `export`, `map` and `clean`."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -195,5 +195,25 @@ class MapSettings(CommandSettings):
 
     seed: Seed = 0
     """Draws conversations, and begins the map."""
+
+    cache: CacheFolder = None
+
+
+class CleanSettings(CommandSettings):
+    """One clean copy of conversations."""
+
+    output: Annotated[str, Field(min_length=1)]
+    """New folder for the files, which keep their names."""
+
+    data: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Conversations: JSON lines, also gzipped, FILE or DOMAIN=FILE, or a data set of the hub, hub:ORG/NAME@REVISION.
+    Several may follow; of conversations alike the first one stays."""
+
+    against: tuple[str, ...] = ()
+    """What is evaluated on, whose texts must not be in the data: JSON lines with any fields, FILE or NAME=FILE. Several
+    may follow."""
+
+    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Similarity from which on what two users say counts as one: Jaccard, of five characters in a row."""
 
     cache: CacheFolder = None

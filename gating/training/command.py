@@ -54,7 +54,8 @@ def train(settings: TrainSettings) -> Path | None:
         for folder in (settings.output_folder, settings.output_folder / RUN_FOLDER):
             check_folder(folder, "--output")
         checkpoint = _checkpoint(settings, settings.output_folder / RUN_FOLDER)
-        origins = describe_origins(settings)
+        with closing(StepProgress(is_shown=state.is_main_process)) as progress:
+            origins = describe_origins(settings, progress)
         if checkpoint is not None:
             check_resumed(read_json(checkpoint / PROVENANCE_FILE, "name another --output"), settings, origins)
     with closing(StepProgress(is_shown=state.is_main_process)) as progress:

@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.gating.data.conversations import DataFile
 from ultrafuser.gating.data.encoded_rows import Rows, load_rows, select
 from ultrafuser.gating.data.encoding import make_encoder, resolve_max_length
+from ultrafuser.gating.data.hub import open_data
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.model.cache import Report, cache_folder
 from ultrafuser.gating.model.gate_file import gate_kind
@@ -100,9 +100,10 @@ def gather_inputs(settings: TrainSettings, on_progress: Report | None = None) ->
         FusionError, CommandError: what is wrong with fusion, data or settings.
     """
     cache_dir = cache_folder(settings.cache)
-    files, eval_files = [[DataFile.parse(file) for file in own] for own in (settings.data, settings.eval_data)]
     loaded = starting_fusion(settings)
     chosen = choose(loaded, settings)
+    files = open_data(settings.data, cache_dir, settings.limit, on_progress)
+    eval_files = open_data(settings.eval_data, cache_dir, settings.eval_limit, on_progress)
     with naming_the_newcomer(settings, chosen):
         fusion = prepare(chosen, cache_dir, keep_adapters=settings.uses_adapters, on_progress=on_progress)
         info = inspect_fusion(fusion)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.gating.data.conversations import DataFile
+from ultrafuser.gating.data.hub import open_data
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.files import content_digest, file_digest
+from ultrafuser.gating.model.cache import Report, cache_folder
 from ultrafuser.gating.model.schema import PACKAGE_SCHEME, SpecialistConfig
 from ultrafuser.gating.training.inputs import choose
 from ultrafuser.gating.training.newcomer import starting_fusion
@@ -24,7 +26,7 @@ _BY_CONTENT = frozenset({"data", "eval_data", "fusion", "add"})
 _WAY_OUT = "put back what it had, or name another --output"
 
 
-def describe_origins(settings: TrainSettings) -> dict[str, Any]:
+def describe_origins(settings: TrainSettings, on_progress: Report | None = None) -> dict[str, Any]:
     """What a run begins with, as JSON values.
 
     Raises:
@@ -32,9 +34,12 @@ def describe_origins(settings: TrainSettings) -> dict[str, Any]:
     """
     loaded = starting_fusion(settings)
     fusion = choose(loaded, settings)
+    cache_dir = cache_folder(settings.cache)
+    data = open_data(settings.data, cache_dir, settings.limit, on_progress)
+    eval_data = open_data(settings.eval_data, cache_dir, settings.eval_limit, on_progress)
     return {
-        "data": [_data_file(argument) for argument in settings.data],
-        "eval_data": [_data_file(argument) for argument in settings.eval_data],
+        "data": [_data_file(file) for file in data],
+        "eval_data": [_data_file(file) for file in eval_data],
         "specialists": {item.name: _specialist(item) for item in fusion.specialists},
         "gate": _gate(fusion.gate if settings.add is None else loaded.gate),
         "eos_token_ids": list(fusion.eos_token_ids),
@@ -124,9 +129,8 @@ def _changed_file(before: Any, now: Any) -> str:
     return f" ({next(file for file in sorted(before.keys() | now.keys()) if before.get(file) != now.get(file))})"
 
 
-def _data_file(argument: str) -> dict[str, Any]:
-    file = DataFile.parse(argument)
-    return {"file": file.path.name, "domain": file.domain, "sha256": file_digest(file.path)}
+def _data_file(file: DataFile) -> dict[str, Any]:
+    return {"file": file.name, "domain": file.domain, "sha256": file_digest(file.path)}
 
 
 def _specialist(own: SpecialistConfig) -> dict[str, Any]:

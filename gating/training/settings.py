@@ -56,7 +56,8 @@ class TrainSettings(CommandSettings):
     """Fusion file, or the name of a preset, to start from."""
 
     data: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Conversations to train on: JSON lines, also gzipped; FILE, or DOMAIN=FILE. Several may follow."""
+    """Conversations to train on: JSON lines, also gzipped, FILE or DOMAIN=FILE, or a data set of the hub,
+    hub:ORG/NAME@REVISION. Several may follow."""
 
     output: Annotated[str, Field(min_length=1)]
     """Folder for the trained fusion, its checkpoints and its TensorBoard log."""

@@ -19,6 +19,8 @@ COMMANDS = {
     "eval, of a benchmark": ["eval", "--benchmark", "gsm8k=FILE", "--output", "FOLDER"],
     "analyze": ["analyze", "FUSION", "--data", "FILE"],
     "data export": ["data", "export", "FOLDER", "--test-set", "FILE"],
+    "data clean": ["data", "clean", "NEW", "--data", "text=FILE"],
+    "data clean, against": ["data", "clean", "NEW", "--data", "GOOD", "--against", "FILE"],
     "data map": ["data", "map", "FOLDER", "--fusion", "FUSION"],
 }
 
@@ -43,7 +45,7 @@ def argv(request: pytest.FixtureRequest, file: Path, tiny_path: Path, tmp_path: 
     (folder / "settings.json").write_text("{}")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     good.write_text(json.dumps({"domain": "text", "messages": messages}))
-    places = {"FUSION": tiny_path, "FILE": file, "GOOD": good, "FOLDER": folder}
+    places = {"FUSION": tiny_path, "FILE": file, "GOOD": good, "FOLDER": folder, "NEW": tmp_path / "new"}
     argv = COMMANDS[request.param]
     for name, path in places.items():
         argv = [argument.replace(name, str(path)) for argument in argv]

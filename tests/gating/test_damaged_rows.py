@@ -16,6 +16,7 @@ from tests.gating.evaluation.examples import ROWS
 from ultrafuser.gating.analysis.runs import read_runs
 from ultrafuser.gating.commands.run_folder import keep_settings
 from ultrafuser.gating.data.conversations import BadRow, DataFile, read_conversations
+from ultrafuser.gating.data.decontamination import Index, TestSet
 from ultrafuser.gating.data.encoded_rows import load_rows
 from ultrafuser.gating.data.encoding import make_encoder
 from ultrafuser.gating.errors import UserError
@@ -25,7 +26,6 @@ from ultrafuser.gating.evaluation.benchmarks.items import Answer, Item
 from ultrafuser.gating.evaluation.benchmarks.scoring import judge_all
 from ultrafuser.gating.evaluation.benchmarks.sources import load_items
 from ultrafuser.gating.model.fusion import inspect_fusion, load_fusion
-from ultrafuser.gating.synthesis.dataset.decontamination import Index, TestSet
 from ultrafuser.gating.synthesis.dataset.training_rows import conversations
 from ultrafuser.gating.synthesis.stages.store import Store
 

@@ -4,11 +4,9 @@ The folder is one that Hugging Face `datasets` loads as it is, and its files are
 conversations; asks nobody.
 """
 
-import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from pydantic import BaseModel, ValidationError
 from ultrafuser.gating.commands.places import output_folder
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE, collect_provenance
 from ultrafuser.gating.commands.run_folder import SETTINGS_FILE, sole_run
+from ultrafuser.gating.data.decontamination import RUN, Hit, Index, TestSet, parse_test_sets
+from ultrafuser.gating.data.duplicates import find_duplicates
 from ultrafuser.gating.errors import CommandError
-from ultrafuser.gating.files import file_digest, read_json, replacing, write_file, write_json
+from ultrafuser.gating.files import file_digest, new_lines, read_json, write_file, write_json
 from ultrafuser.gating.progress_bar import counting_bar
 from ultrafuser.gating.synthesis.dataset.card import render_card
-from ultrafuser.gating.synthesis.dataset.decontamination import Hit, Index, TestSet
-from ultrafuser.gating.synthesis.dataset.duplicates import find_duplicates
 from ultrafuser.gating.synthesis.dataset.statistics import Statistics, load_counter
 from ultrafuser.gating.synthesis.dataset.training_rows import Row, conversations
 from ultrafuser.gating.synthesis.settings import ExportSettings, Turns
@@ -82,7 +80,7 @@ def export(settings: ExportSettings) -> Path:
     statistics = {split: Statistics(count) for split in paths}
     with sole_run(folder), Store(folder) as store, ExitStack() as stack:
         duplicates = _duplicates(store, structure["turns"], settings.duplicate_threshold)
-        files = {split: stack.enter_context(_split_file(path)) for split, path in paths.items()}
+        files = {split: stack.enter_context(new_lines(path)) for split, path in paths.items()}
         total = len(store.ids("responses"))
         bar = stack.enter_context(counting_bar("export", total, "conversation"))
         for row in conversations(store, structure["turns"]):
@@ -104,17 +102,6 @@ def export(settings: ExportSettings) -> Path:
     return target
 
 
-@contextmanager
-def _split_file(path: Path) -> Iterator[gzip.GzipFile]:
-    """A gzipped file without name and time in it: equal rows are equal bytes."""
-    with (
-        replacing(path) as partial,
-        partial.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file,
-    ):
-        yield file
-
-
 def _structure(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -124,12 +111,7 @@ def _structure(folder: Path) -> dict[str, Any]:
 
 def _test_sets(settings: ExportSettings) -> list[TestSet]:
     """Reports have a key for each, beside those of the data set's own files."""
-    test_sets = [TestSet.parse(text) for text in settings.test_set]
-    names = [own.name for own in test_sets] + [f"{split}.jsonl.gz" for split in (TRAIN, VALIDATION)]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise CommandError(f"--test-set: {twice[0]!r} is the name of two files; give each its own, NAME=FILE")
-    return test_sets
+    return parse_test_sets(settings.test_set, [f"{split}.jsonl.gz" for split in (TRAIN, VALIDATION)])
 
 
 def _check_structure(folder: Path, structure: dict[str, Any]) -> None:
@@ -167,7 +149,7 @@ def _write_reports(
     dropped = {domain: dict(reasons) for domain, reasons in sorted(left.dropped.items())}
     write_json(
         target / DECONTAMINATION_FILE,
-        {"run_words": 13, "test_sets_sha256": digests, "num_dropped": len(left.hits), "dropped": left.hits},
+        {"run_words": RUN, "test_sets_sha256": digests, "num_dropped": len(left.hits), "dropped": left.hits},
     )
     provenance = collect_provenance(settings.model_dump(mode="json"), {**digests, **files}, None)
     write_json(target / PROVENANCE_FILE, {**provenance, "structure": structure})

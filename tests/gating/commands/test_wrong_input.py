@@ -150,6 +150,7 @@ OUTPUTS = {
     "eval, of a benchmark": "eval --benchmark gsm8k=none --output PLACE",
     "eval, its cache": "eval FUSION --loss --data none --cache PLACE",
     "analyze": "analyze FUSION --data none --output PLACE",
+    "data clean": "data clean PLACE --data none",
     "data make": "data make PLACE --domain text --base-url http://127.0.0.1:9/v1",
 }
 
@@ -205,8 +206,8 @@ def test_a_folder_in_the_place_of_a_file_is_not_replaced_by_it(
 @pytest.mark.parametrize("name", ["x" * 5000, ".", "none.jsonl", "~nobody-here/rows.jsonl", "a\x00b"])
 def test_a_name_that_is_no_file_is_one_line_wherever_a_file_is_named(name: str) -> None:
     from ultrafuser.gating.data.conversations import DataFile
+    from ultrafuser.gating.data.decontamination import TestSet
     from ultrafuser.gating.evaluation.benchmarks.benchmarks import BenchmarkFile
-    from ultrafuser.gating.synthesis.dataset.decontamination import TestSet
     from ultrafuser.gating.synthesis.stages.domain import load_domain
 
     for read in (DataFile.parse, lambda name: BenchmarkFile.parse(f"gsm8k={name}"), TestSet.parse):

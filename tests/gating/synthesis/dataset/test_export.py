@@ -11,8 +11,8 @@ from tests.gating.evaluation.endpoint import Reply
 from tests.gating.synthesis.model import answer, schema_of, serving_model
 from tests.gating.synthesis.runs import run, settings_of
 from ultrafuser.gating.data.conversations import Conversation, DataFile, read_conversations
+from ultrafuser.gating.data.decontamination import Hit, Index, TestSet
 from ultrafuser.gating.errors import DataError
-from ultrafuser.gating.synthesis.dataset.decontamination import Hit, Index, TestSet
 from ultrafuser.gating.synthesis.dataset.export import export
 from ultrafuser.gating.synthesis.settings import ExportSettings
 from ultrafuser.gating.training.command import train
@@ -169,7 +169,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["export", str(tmp_path)], "no folder of `ultrafuser data make`"),
         (["export", str(tmp_path), "--test-set", "none"], "no folder of"),
         (["map", str(tmp_path), "--fusion", "demo"], "no data set; run `ultrafuser data export"),
-        (["draw"], "draw: no such command; one of make, export, map"),
+        (["draw"], "draw: no such command; one of make, export, map, clean"),
     ]:
         assert main(["data", *argv]) == EXIT_WRONG_INPUT
         (line,) = capsys.readouterr().err.strip().splitlines()

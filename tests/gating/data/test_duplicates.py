@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.gating.synthesis.model import WORDS
-from ultrafuser.gating.synthesis.dataset.duplicates import EXACT, NEAR, find_duplicates
+from ultrafuser.gating.data.duplicates import EXACT, NEAR, Duplicates, Repeat, find_duplicates
 
 
 def drop(*texts: str, threshold: float = 0.7) -> dict[str, str]:
@@ -43,3 +43,10 @@ def test_among_many_different_texts_every_planted_one_is_found_and_no_other():
     planted = {f"{place} planted": f"{texts[place]} once" for place in range(0, 1500, 10)}
     pairs = [*((str(place), text) for place, text in enumerate(texts)), *planted.items()]
     assert find_duplicates(pairs, 0.7, lambda: None) == dict.fromkeys(planted, NEAR)
+
+
+def test_a_repeat_names_the_text_that_stays_also_if_it_repeats_one_that_was_dropped():
+    text = "Write a Python function that returns the largest even number in a list of integers."
+    duplicates = Duplicates(0.7)
+    found = [duplicates.find(str(place), own) for place, own in enumerate((text, f"{text} Now.", f"{text} Now!", text))]
+    assert found == [None, Repeat(NEAR, "0"), Repeat(EXACT, "0"), Repeat(EXACT, "0")]
