@@ -16,7 +16,7 @@ from ultrafuser.server.__main__ import main
 
 DOCS = Path(__file__).parents[3] / "docs"
 NAMES = ("text", "code", "math", "law")
-SECTION = (DOCS / "training.md").read_text().split("\n## 7. ")[1]
+SECTION = (DOCS / "training.md").read_text().split("\n## 9. ")[1].split("\n## ")[0]
 
 # What makes the example small, added to its commands.
 FEW = {
