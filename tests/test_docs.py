@@ -140,6 +140,8 @@ def test_python_examples_are_python_and_import_what_exists(page: Path) -> None:
         imports = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
         assert imports
         for node in imports:
+            if node.module == "trl" and find_spec("trl") is None:
+                continue  # of an example with somebody else's trainer, which is no dependency
             exec(compile(ast.Module([node], []), page.name, "exec"), {})
 
 
