@@ -13,9 +13,10 @@ from torch import nn
 from ultrafuser.gating.data.hidden_states import resolve_dtype
 from ultrafuser.gating.model.draft_head import DraftHead
 from ultrafuser.gating.model.gate import DEFAULT_WIDTH, Gate
+from ultrafuser.gating.model.gate_file import check_gate
 from ultrafuser.gating.model.inspection import FusedModelInfo
 from ultrafuser.gating.model.loading import add_adapter, empty_model
-from ultrafuser.gating.model.schema import FusionConfig
+from ultrafuser.gating.model.schema import FRESH_GATE, FusionConfig
 from ultrafuser.gating.training.draft_learner import draft_head_config
 from ultrafuser.gating.training.inputs import RunInputs
 from ultrafuser.gating.training.newcomer import empty_gate_for_newcomer, what_learns
@@ -211,8 +212,14 @@ def _disk(settings: TrainSettings, info: FusedModelInfo, dtype: torch.dtype, res
 
 def _num_gate(inputs: RunInputs) -> int:
     with torch.device("meta"):
-        gate = Gate(inputs.info.hidden_sizes, DEFAULT_WIDTH, inputs.gate_kind)
-        return sum(parameter.numel() for parameter in gate.parameters())
+        return _num_learning(_gate(inputs))
+
+
+def _gate(inputs: RunInputs) -> Gate:
+    gate, sizes = inputs.fusion.gate, inputs.info.hidden_sizes
+    if gate is None or gate == FRESH_GATE:
+        return Gate(sizes, DEFAULT_WIDTH, inputs.gate_kind)
+    return check_gate(gate, inputs.fusion.specialist_names, sizes).empty_gate()
 
 
 def _draft_head(inputs: RunInputs) -> DraftHead:

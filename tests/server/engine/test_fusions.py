@@ -9,11 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.fakes import write_tiny_fusion
+from tests.fakes import build_gate, write_tiny_fusion
 from tests.server.engine.conftest import DRAFTS
 from tests.server.engine.harness import Arrival, InProcessEngine, Prompts, greedy, random_prompts
 from tests.server.engine.judge import Judge
 from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.gate import Gate
+from ultrafuser.gating.model.gate_file import save_gate
+from ultrafuser.gating.model.gate_seats import widened
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.server.engine.shared.extra_args import GATE_WEIGHTS
 
@@ -64,6 +67,15 @@ def test_a_single_specialist_equals_plain_vllm(tmp_path: Path) -> None:
         assert ours.outputs[0].logprobs == theirs.outputs[0].logprobs
 
 
+def gate_joined_by_a_wider_one() -> Gate:
+    """A random gate of three, with a seat for a fourth whose states are projected to the size of theirs."""
+    gate = widened(build_gate("random", FIVE[:3], (64, 64, 64)), 96)
+    with torch.no_grad():
+        own = dict(gate.named_parameters())["projections.3.weight"]
+        own.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    return gate
+
+
 @pytest.mark.parametrize(
     ("count", "options"), [(4, DRAFTS), (5, {}), (5, DRAFTS)], ids=["four-drafts", "five", "five-drafts"]
 )
@@ -72,11 +84,13 @@ def test_four_and_five_specialists_equal_the_reference(tmp_path: Path, count: in
         tmp_path,
         names=FIVE[:count],
         num_layers=(2, 1, 3, 1, 2)[:count],
-        hidden_sizes=(64,) * count,
+        hidden_sizes=(64, 64, 64, 96 if count == 4 else 64, 64)[:count],
         vocab_sizes=(336, 328, 320, 344, 324)[:count],
         templates=("chatml",) * count,
         seed=11,
     )
+    if count == 4:
+        save_gate(gate_joined_by_a_wider_one(), tmp_path / "gate.safetensors", FIVE[:4])
     prompts = [random_prompts([own[0], own[1], own[2], own[1], own[0] + 9][:count], own[0]) for own in LENGTHS]
     judge = Judge(UltraFuserForCausalLM.from_fusion(load_fusion(path)))
     with InProcessEngine(path, **options) as engine:
