@@ -88,23 +88,25 @@ def judge_of(path_of: Callable[[str], Path]) -> Judges:
 
 @pytest.fixture(scope="module")
 def engine_of_kind(path_of: Callable[[str], Path], shared_groups: None) -> Iterator[Engines]:
-    """Its engine in a configuration of the table above; one at a time."""
+    """Its engine in a configuration of the table above; one at a time but for those that several tests ask for."""
     running: dict[tuple[str, str], InProcessEngine] = {}
 
     def get(kind: str, name: str) -> InProcessEngine:
         if (kind, name) not in running:
-            stack.close()
-            running.clear()
+            own = shared if name == "drafts-pressure" else alone
+            alone.close()
+            for place in [place for place in running if place[1] != "drafts-pressure"]:
+                del running[place]
             options = CONFIGURATIONS[name]
             if name == "head":
                 folder = path_of(kind).parent / "head"
                 head = folder if folder.exists() else write_random_head(path_of(kind), folder)
                 speculation = {"drafter": "head", "path": str(head), "min_tokens": 4, "max_tokens": 4}
                 options = {**options, "speculation": speculation}
-            running[kind, name] = stack.enter_context(InProcessEngine(path_of(kind), **options))
+            running[kind, name] = own.enter_context(InProcessEngine(path_of(kind), **options))
         return running[kind, name]
 
-    with ExitStack() as stack:
+    with ExitStack() as shared, ExitStack() as alone:
         yield get
 
 
