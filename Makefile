@@ -18,7 +18,7 @@ HOST =
 PORT =
 FUSION =
 ARGS =
-BENCHMARKS = decode_step metrics_cost prefill speculation placement serve_overhead fleet peers batch_invariance data_throughput report
+BENCHMARKS = decode_step metrics_cost gate_kinds prefill speculation placement serve_overhead fleet peers batch_invariance data_throughput report
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -20,6 +20,7 @@ from benchmarks.soak import describe as describe_soak
 NAMES = (
     "decode_step",
     "metrics_cost",
+    "gate_kinds",
     "prefill",
     "speculation",
     "placement",

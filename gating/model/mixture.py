@@ -23,6 +23,9 @@ class Mixture(NamedTuple):
 
 PAPERS_MIXTURE = Mixture()
 
+_TINY = 1e-30
+"""Probabilities below lose digits in float32, and are zero below 1e-45."""
+
 
 def fuse(
     weights_SB: Tensor, logits: Sequence[Tensor], num_shared_ids: int, mixture: Mixture = PAPERS_MIXTURE
@@ -52,15 +55,37 @@ def fuse(
 def _fuse_probabilities(
     weights_SB: Tensor, logits: Sequence[Tensor], num_shared_ids: int, scales_S: Tensor | None
 ) -> Tensor:
-    """In logarithms throughout: a token that every specialist thinks impossible keeps its rank among such tokens."""
-    fused_BV: Tensor | None = None
+    """By probabilities, with one exponential a logit; rows in which one is next to nothing by their logarithms.
+
+    A logit of minus infinity is no error to a distribution. It is one of a model: it makes its row NaN.
+    """
+    mixed_BV: Tensor | None = None
+    for index, (weights_B, logits_BV) in enumerate(zip(weights_SB, logits, strict=True)):
+        own_BV = _scaled(logits_BV[:, :num_shared_ids], index, scales_S)
+        shares_B1 = (weights_B + 0 * own_BV.detach().amin(dim=-1)).unsqueeze(1)
+        own_BV = own_BV.softmax(dim=-1)
+        mixed_BV = own_BV * shares_B1 if mixed_BV is None else mixed_BV.addcmul_(own_BV, shares_B1)
+    assert mixed_BV is not None
+    is_tiny_B = mixed_BV.amin(dim=-1) < _TINY
+    if not is_tiny_B.any():
+        return mixed_BV.log_()
+    mixed_BV[is_tiny_B] = 1  # no logarithm, and no gradient, of zero
+    mixed_BV = mixed_BV.log()
+    tiny = [logits_BV[is_tiny_B, :num_shared_ids] for logits_BV in logits]
+    mixed_BV[is_tiny_B] = _by_logarithms(weights_SB[:, is_tiny_B], tiny, scales_S)
+    return mixed_BV
+
+
+def _by_logarithms(weights_SB: Tensor, logits_SBV: Sequence[Tensor], scales_S: Tensor | None) -> Tensor:
+    """A token that every specialist thinks impossible keeps its rank among such tokens: nothing becomes zero."""
     # A weight that is zero in float32 is taken for the smallest number, so that no logarithm is minus infinity.
     log_weights_SB = weights_SB.clamp(min=torch.finfo(torch.float32).tiny).log()
-    for index, (log_weight_B, logits_BV) in enumerate(zip(log_weights_SB, logits, strict=True)):
-        own_BV = logits_BV[:, :num_shared_ids].float()
-        if scales_S is not None:
-            own_BV = own_BV * scales_S[index]
-        own_BV = own_BV.log_softmax(dim=-1) + log_weight_B.unsqueeze(1)
-        fused_BV = own_BV if fused_BV is None else torch.logaddexp(fused_BV, own_BV)
-    assert fused_BV is not None
-    return fused_BV
+    parts = [
+        _scaled(logits_BV, index, scales_S).log_softmax(dim=-1) + log_weights_SB[index].unsqueeze(1)
+        for index, logits_BV in enumerate(logits_SBV)
+    ]
+    return torch.stack(parts).logsumexp(dim=0)
+
+
+def _scaled(logits_BV: Tensor, index: int, scales_S: Tensor | None) -> Tensor:
+    return logits_BV.float() if scales_S is None else logits_BV.float() * scales_S[index]

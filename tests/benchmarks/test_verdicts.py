@@ -5,6 +5,7 @@ import pytest
 from benchmarks import (
     batch_invariance,
     decode_step,
+    gate_kinds,
     metrics_cost,
     peers_servers,
     peers_transformers,
@@ -31,6 +32,11 @@ def test_a_fused_step_of_three_single_steps_has_ratio_one() -> None:
 def test_metrics_may_cost_two_hundredths() -> None:
     assert metrics_cost.compare(8, [Round([0.0509], [0.05])] * 3).is_met
     assert metrics_cost.compare(8, [Round([0.0515], [0.05])] * 3).is_met is False
+
+
+def test_a_kind_of_gate_may_cost_two_hundredths() -> None:
+    assert gate_kinds.compare("joint", 8, [Round([0.0509], [0.05])] * 3).is_met
+    assert gate_kinds.compare("joint", 8, [Round([0.0515], [0.05])] * 3).is_met is False
 
 
 def test_a_decode_step_that_fuses_dearly_misses_its_bar() -> None:

@@ -5,8 +5,8 @@ has a module of its own. A vLLM worker holds the object here as its `model_runne
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 from vllm.config import set_current_vllm_config
@@ -27,7 +27,19 @@ from ultrafuser.server.engine.worker.verifying import verify_in
 from ultrafuser.server.engine.worker.view import SpecialistView, scheduled_requests
 from ultrafuser.server.engine.worker.warming import largest_step
 
-M = TypeVar("M", bound=Scorer)
+
+class StepMixer(Scorer, Protocol):
+    """Mixes a step's rows, or gives them to who does."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory beside the gate."""
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """Drop what the gate remembers of requests that have ended."""
+
+
+M = TypeVar("M", bound=StepMixer)
 
 
 class HalfStep(Generic[M]):
@@ -54,10 +66,16 @@ class HalfStep(Generic[M]):
         self._mixer = self._load_mixer()
         self._prompt_logprobs = PromptLogprobs(self.runners, self._mixer)
 
+    @property
+    def model_memory_usage(self) -> int:
+        """Bytes of weights, and of what is allocated with them: what vLLM's memory profiling does not see itself."""
+        return self.specialists.model_memory_usage + self._mixer.num_bytes
+
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None
     ) -> ModelRunnerOutput | None:
         """Returns vLLM's empty output if nothing is scheduled, or else None."""
+        self._mixer.forget(scheduler_output.finished_req_ids)
         # One by one: a plan is made while the device runs the specialist before.
         plans = (view.translate(scheduler_output) for view in self._views)
         idle = self.specialists.forward(plans, self._clock)
@@ -83,9 +101,8 @@ class FusedModelRunner(HalfStep[Mixer]):
 
     @property
     def model_memory_usage(self) -> int:
-        """Bytes of weights, and of what is allocated with them: what vLLM's memory profiling does not see itself."""
-        drafting = 0 if self.speculation is None else self.speculation.num_bytes
-        return self.specialists.model_memory_usage + self._mixer.num_bytes + drafting
+        """As `HalfStep`; a trained head's, too."""
+        return super().model_memory_usage + (0 if self.speculation is None else self.speculation.num_bytes)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Give every specialist its cache; vLLM may make the batches anew for it."""
@@ -98,6 +115,7 @@ class FusedModelRunner(HalfStep[Mixer]):
         with set_current_vllm_config(self.leader.vllm_config):
             rows = largest_step(self.runners)
             mixed = self._mixer.fuse_into_leader(rows, rows[0].rows, StepClock(self.leader.device))
+            self._mixer.forget({row.request for row in rows[0].rows})
             if self.speculation is not None and self.speculation.head is not None:
                 self.speculation.head.rehearse(mixed.hidden_SBD)
             self.leader._dummy_sampler_run(rows[0].hidden_RD[: self.leader.max_num_reqs])

@@ -1,7 +1,8 @@
 """Mixing and its marks on a GPU, in two kernels: the logits are read once, whatever is asked of them.
 
 Gives what `fuse` (`gating/model/mixture.py`), `observe` and `neutralize` (`server/engine/worker/observing.py`) give,
-for which torch starts some eighty kernels. Knows tensors on one device, nothing else.
+for which torch starts some eighty kernels. Where probabilities are mixed torch reads the logits once more before, for
+what each specialist's sum to. Knows tensors on one device, nothing else.
 
 Shapes: S specialists, B rows that end in a token, D hidden size, V vocabulary, W width of the result, C blocks of ids,
 X = S + 3 marks of a row.
@@ -14,12 +15,19 @@ import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 
+from ultrafuser.gating.model.mixture import PAPERS_MIXTURE, Mixture
+
 _BLOCK = 2048
 """Ids that one program reads."""
 
 
 def mix_and_mark(
-    weights_SB: Tensor, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor], num_shared_ids: int, width: int
+    weights_SB: Tensor,
+    hidden_SBD: Sequence[Tensor],
+    logits_SBV: Sequence[Tensor],
+    num_shared_ids: int,
+    width: int,
+    mixture: Mixture = PAPERS_MIXTURE,
 ) -> tuple[Tensor, Tensor]:
     """Fused logits [B, W], float32, -inf from `num_shared_ids` on, and marks [X, B] as `observe` describes them.
 
@@ -36,11 +44,13 @@ def mix_and_mark(
     ids_SBC, is_bad_SBC = (torch.empty_like(best_SBC, dtype=torch.int32) for _ in range(2))
     best_mixed_BC = torch.empty(num_rows, num_blocks, dtype=torch.float32, **own)
     weights_SB = weights_SB.contiguous()
+    factors_SB, shifts_SB = _factors_and_shifts(weights_SB, logits_SBV, num_shared_ids, mixture)
     found = (best_SBC, ids_SBC, is_bad_SBC, best_mixed_BC)
     sizes = (num_rows, width, num_blocks)
     _mix[(num_rows, num_blocks)](
-        tuple(logits_SBV), tuple(rows.stride(0) for rows in logits_SBV), weights_SB, mixed_BW, *found, *sizes,
-        NUM_SHARED=num_shared_ids, S=num_specialists, BLOCK=_BLOCK,
+        tuple(logits_SBV), tuple(rows.stride(0) for rows in logits_SBV), factors_SB, shifts_SB, mixed_BW,
+        *found, *sizes,
+        NUM_SHARED=num_shared_ids, S=num_specialists, BLOCK=_BLOCK, OF_PROBABILITIES=mixture.of_probabilities,
     )  # fmt: skip
     _mark[(num_rows,)](
         tuple(hidden_SBD), tuple(rows.stride(0) for rows in hidden_SBD), tuple(rows.shape[1] for rows in hidden_SBD),
@@ -51,19 +61,45 @@ def mix_and_mark(
     return mixed_BW, marks_XB
 
 
+def _factors_and_shifts(
+    weights_SB: Tensor, logits_SBV: Sequence[Tensor], num_shared_ids: int, mixture: Mixture
+) -> tuple[Tensor, Tensor]:
+    """By what logits are multiplied before they are added up; or by what, and what is added to them then, to have the
+    logarithms of what is added up."""
+    if not mixture.of_probabilities:
+        return (weights_SB if mixture.scales_S is None else weights_SB * mixture.scales_S[:, None]), weights_SB
+    scales_S = torch.ones_like(weights_SB[:, 0]) if mixture.scales_S is None else mixture.scales_S
+    sums = [
+        (logits_BV[:, :num_shared_ids].float() * scale).logsumexp(dim=-1)
+        for scale, logits_BV in zip(scales_S, logits_SBV, strict=True)
+    ]
+    smallest = torch.finfo(torch.float32).tiny  # as in `fuse`
+    factors_SB = scales_S[:, None].expand_as(weights_SB).contiguous()
+    return factors_SB, weights_SB.clamp(min=smallest).log() - torch.stack(sums)
+
+
 @triton.jit(do_not_specialize=["num_rows", "strides_S"])
 def _mix(  # type: ignore[no-untyped-def]
-    logits_SBV, strides_S, weights_SB, mixed_BW, best_SBC, ids_SBC, is_bad_SBC, best_mixed_BC,
-    num_rows, width, num_blocks, NUM_SHARED: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    logits_SBV, strides_S, factors_SB, shifts_SB, mixed_BW, best_SBC, ids_SBC, is_bad_SBC, best_mixed_BC,
+    num_rows, width, num_blocks,
+    NUM_SHARED: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, OF_PROBABILITIES: tl.constexpr,
 ):  # fmt: skip
     """One block of ids of one row: the fused logits, and of each specialist and of the mixture what is largest."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     is_shared = ids < NUM_SHARED
     mixed = tl.zeros([BLOCK], tl.float32)
+    if OF_PROBABILITIES:
+        mixed -= float("inf")
     for s in tl.static_range(S):
         logits = tl.load(logits_SBV[s] + row * strides_S[s] + ids, mask=is_shared, other=0.0).to(tl.float32)
-        mixed += tl.load(weights_SB + s * num_rows + row) * logits
+        own = tl.load(factors_SB + s * num_rows + row) * logits
+        if OF_PROBABILITIES:
+            own += tl.load(shifts_SB + s * num_rows + row)
+            larger = tl.maximum(mixed, own)
+            mixed = larger + tl.log(tl.exp(mixed - larger) + tl.exp(own - larger))
+        else:
+            mixed += own
         best, index = tl.max(tl.where(is_shared, logits, -float("inf")), axis=0, return_indices=True)
         place = (s * num_rows + row) * num_blocks + block
         tl.store(best_SBC + place, best)

@@ -8,7 +8,7 @@ Shapes: S specialists, B rows that end in a token, R rows of a runner's logits, 
 X marks of a row (`server/engine/worker/observing.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
-from ultrafuser.gating.model.gate import Gate
-from ultrafuser.gating.model.mixture import fuse
+from ultrafuser.gating.model.mixture import PAPERS_MIXTURE, fuse
 from ultrafuser.server.engine.shared.row import Row
+from ultrafuser.server.engine.worker.gate_parts import GateParts
 from ultrafuser.server.engine.worker.observing import neutralize, observe
 from ultrafuser.server.engine.worker.timing import StepClock
 from ultrafuser.server.engine.worker.transfer import to_device
@@ -53,15 +53,25 @@ class Mixed(NamedTuple):
 
 
 class Mixer:
-    """The paper's gate and sum: fused logits = sum_s softmax_s(g(h_s)) * o_s, in float32 (paper, The model)."""
+    """The gate and what it weighs: fused logits = sum_s softmax_s(g(h_s)) * o_s, in float32 (paper, The model), or
+    what another kind of gate makes of them."""
 
-    num_bytes: int = 0
-    """Of memory beside the gate."""
-
-    def __init__(self, gate: Gate | None, num_shared_ids: int) -> None:
-        """`gate` is None for a single specialist, whose weight is 1."""
-        self._gate = gate
+    @torch.no_grad()
+    def __init__(self, parts: GateParts | None, num_shared_ids: int) -> None:
+        """`parts` are those of all specialists here; None for a single one, whose weight is 1."""
+        self._parts = parts
         self._num_shared_ids = num_shared_ids
+        self._mixture = PAPERS_MIXTURE if parts is None else parts.gate.mixture
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory beside the gate."""
+        return 0 if self._parts is None else self._parts.num_bytes
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """Drop what the gate remembers of requests that have ended."""
+        if self._parts is not None:
+            self._parts.forget(requests)
 
     def fuse_into_leader(self, specialists: Sequence[Rows], ending: Sequence[Row], clock: StepClock) -> Mixed:
         """The leader's logits with the fused logits in the rows that end in a token; marks.
@@ -75,7 +85,7 @@ class Mixer:
         pairs = list(zip(specialists, indices_SB, strict=True))
         hidden_SBD = [take(own.hidden_RD, indices_B) for own, indices_B in pairs]
         with clock.measure("gate"):
-            weights_SB = self._weights(hidden_SBD)
+            weights_SB = self._weights(hidden_SBD, ending)
         with clock.measure("mix"):
             logits_SBV = [take(own.logits_RV, indices_B)[:, : self._num_shared_ids] for own, indices_B in pairs]
             fused = self._fuse(weights_SB, hidden_SBD, logits_SBV, specialists[0].logits_RV, indices_SB[0])
@@ -100,8 +110,9 @@ class Mixer:
         if leader_RV.device.type == "cuda":
             from ultrafuser.server.engine.worker.mix_kernel import mix_and_mark
 
-            return mix_and_mark(weights_SB, hidden_SBD, logits_SBV, self._num_shared_ids, leader_RV.shape[1])
-        mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids)
+            sizes = (self._num_shared_ids, leader_RV.shape[1])
+            return mix_and_mark(weights_SB, hidden_SBD, logits_SBV, *sizes, self._mixture)
+        mixed_BV = fuse(weights_SB, logits_SBV, self._num_shared_ids, self._mixture)
         marks_XB, is_nonfinite_B = observe(weights_SB, hidden_SBD, logits_SBV, mixed_BV)
         neutralize(mixed_BV, is_nonfinite_B)
         return self._widen(mixed_BV, leader_RV), marks_XB
@@ -110,15 +121,18 @@ class Mixer:
         return nn.functional.pad(mixed_BV, (0, leader_RV.shape[1] - self._num_shared_ids), value=float("-inf"))
 
     def mix(self, hidden_SBD: Sequence[Tensor], logits_SBV: Sequence[Tensor]) -> Tensor:
-        """Fused logits [B, V] of rows that all specialists have in the same order; V and -inf as above."""
-        mixed_BV = fuse(self._weights(hidden_SBD), logits_SBV, self._num_shared_ids)
+        """Fused logits [B, V] of rows that all specialists have in the same order; V and -inf as above.
+
+        Each position is taken for the first of a response: a smoothed gate looks back at none.
+        """
+        mixed_BV = fuse(self._weights(hidden_SBD), logits_SBV, self._num_shared_ids, self._mixture)
         return self._widen(mixed_BV, logits_SBV[0])
 
-    def _weights(self, hidden_SBD: Sequence[Tensor]) -> Tensor:
+    def _weights(self, hidden_SBD: Sequence[Tensor], ending: Sequence[Row] | None = None) -> Tensor:
         """Weights [S, B], the same on every tensor-parallel rank: a drift of one ulp could sample two tokens."""
-        if self._gate is None:
+        if self._parts is None:
             return torch.ones(1, hidden_SBD[0].shape[0], device=hidden_SBD[0].device)
-        return self._agree(self._gate(hidden_SBD))
+        return self._agree(self._parts.gate.weights_of(self._parts.of(hidden_SBD, ending)))
 
     def _agree(self, weights_SB: Tensor) -> Tensor:
         group = get_tp_group()

@@ -79,6 +79,7 @@ class SplitFollower(HalfStep[SendingMixer]):
         self.specialists.profile_run(*args, **kwargs)
         (own,) = largest_step(self.runners)
         self._mixer.send(own, own.rows, StepClock(self._runner.device))
+        self._mixer.forget({row.request for row in own.rows})
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: None = None

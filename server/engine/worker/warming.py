@@ -27,7 +27,8 @@ def largest_step(runners: Sequence[GPUModelRunner]) -> list[Rows]:
             torch.rand(num_rows, width, dtype=model.dtype, device=runner.device)
             for width in (model.get_hidden_size(), model.get_vocab_size())
         )
-        each_R = [Row(str(slot), position=0, is_draft=False, slot=slot) for slot in range(num_rows)]
+        places = [divmod(number, 1 + runner.num_spec_tokens) for number in range(num_rows)]
+        each_R = [Row(str(slot), position, is_draft=position > 0, slot=slot) for slot, position in places]
         rows.append(Rows(each_R, hidden_RD, logits_RV))
     return rows
 

@@ -20,13 +20,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.gate_file import load_gate
 from ultrafuser.server.engine.shared.spec import EngineSpec, SpecialistSpec
 from ultrafuser.server.engine.worker.drafting import Drafter, LeadingDrafter
 from ultrafuser.server.engine.worker.exchange import Exchange
 from ultrafuser.server.engine.worker.experience import DraftCost
 from ultrafuser.server.engine.worker.fused_step import FusedModelRunner
+from ultrafuser.server.engine.worker.gate_parts import GateParts
 from ultrafuser.server.engine.worker.groups import make_own_ranks_the_world
 from ultrafuser.server.engine.worker.mixing import Mixer
 from ultrafuser.server.engine.worker.output_heads import introduce, meet
@@ -66,7 +66,11 @@ class FusedWorkerMixin(Worker):
             runners.append(self._runner_of(follower_config(self.vllm_config, specialist)))
         specialists = Specialists(runners, dict(enumerate(spec.names)))
         speculation = self._speculation(runners[0], partial(LeadingDrafter, runners, spec.num_shared_ids))
-        self.model_runner = FusedModelRunner(specialists, lambda: Mixer(self._gate(), spec.num_shared_ids), speculation)
+
+        def mixing() -> Mixer:
+            return Mixer(self._gate_parts(specialists) if spec.gate else None, spec.num_shared_ids)
+
+        self.model_runner = FusedModelRunner(specialists, mixing, speculation)
 
     def _speculation(self, leader: GPUModelRunner, leading: Callable[[DraftCost], Drafter]) -> Speculation | None:
         """Guessing ahead, if that is asked for, where `leading` makes the drafter by which specialists go on."""
@@ -128,15 +132,12 @@ class FusedWorkerMixin(Worker):
         kinds: Kinds = ("logits", "hidden") if what == "logits" and drafter == "head" else (what,)
 
         def gathering() -> GatheringMixer:
-            gate = self._gate()
-            assert gate is not None
-            return GatheringMixer(gate, num_shared_ids, spec.names, kinds, exchange, meet(exchange))
+            parts = self._gate_parts(specialists)
+            return GatheringMixer(parts, num_shared_ids, spec.names, kinds, exchange, meet(exchange))
 
         def sending() -> SendingMixer:
-            gate = self._gate()
-            assert gate is not None
             introduce(runner, spec.names[index], what, num_shared_ids, exchange)
-            return SendingMixer(gate, index, num_shared_ids, kinds, exchange)
+            return SendingMixer(self._gate_parts(specialists), num_shared_ids, kinds, exchange)
 
         if index:
             asked = AskedDrafter(runner, index, num_shared_ids, exchange) if drafter == "leading" else None
@@ -144,9 +145,12 @@ class FusedWorkerMixin(Worker):
         speculation = self._speculation(runner, partial(AskingDrafter, runner, num_shared_ids, exchange))
         return SplitLeader(specialists, gathering, exchange, speculation)
 
-    def _gate(self) -> Gate | None:
-        spec = self._spec
-        return load_gate(spec.gate, spec.names, spec.hidden_sizes).to(self.device).eval() if spec.gate else None
+    def _gate_parts(self, specialists: Specialists) -> GateParts:
+        """The gate, for the specialists that this rank has."""
+        spec, leader = self._spec, specialists.leader
+        assert spec.gate is not None
+        gate = load_gate(spec.gate, spec.names, spec.hidden_sizes).to(self.device).eval()
+        return GateParts(gate, specialists.indices, leader.scheduler_config.max_num_seqs, 1 + leader.num_spec_tokens)
 
 
 class FusedGPUWorker(FusedWorkerMixin, Worker):

@@ -57,7 +57,9 @@ def told(outputs: Sequence[RequestOutput]) -> list[tuple[list[int], Any]]:
 
 def served(engine: InProcessEngine, name: str) -> list[tuple[list[int], Any]]:
     """What the fused engine tells, with a gate that gives one specialist all the weight, exactly."""
-    engine.runner._mixer._gate = build_gate(f"closed:{name}", NAMES, (64,) * 3)
+    parts = engine.runner._mixer._parts
+    assert parts is not None
+    parts.gate = build_gate(f"closed:{name}", NAMES, (64,) * 3)
     return told(engine.generate([Arrival([prompt] * 3, PARAMS) for prompt in PROMPTS]))
 
 

@@ -164,18 +164,20 @@ def test_a_gate_that_yields_nan_is_blamed_itself(
 ) -> None:
     engine = engine_of(configuration)
     blamed(engine)
-    gate: Any = engine.runner._mixer._gate
-    forward = gate.forward
+    parts = engine.runner._mixer._parts
+    assert parts is not None
+    gate: Any = parts.gate
+    weights_of = gate.weights_of
     calls: list[None] = []
 
-    def broken(hidden_SBD: Any) -> torch.Tensor:
-        weights_SB: torch.Tensor = forward(hidden_SBD)
+    def broken(parts_SBP: torch.Tensor) -> torch.Tensor:
+        weights_SB: torch.Tensor = weights_of(parts_SBP)
         calls.append(None)
         if len(calls) == 4:
             weights_SB[1, 0] = math.nan
         return weights_SB
 
-    monkeypatch.setattr(gate, "forward", broken)
+    monkeypatch.setattr(gate, "weights_of", broken)
     sick, *outputs = engine.generate([Arrival(random_prompts((9, 8, 7), 42), greedy(20)), *healthy_arrivals()])
     assert (sick.outputs[0].finish_reason, len(sick.outputs[0].token_ids)) == ("error", 3)
     assert_exact(outputs, judge)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultrafuser.gating.model.mixture import fuse
+from ultrafuser.gating.model.mixture import PAPERS_MIXTURE, Mixture, fuse
 from ultrafuser.server.engine.worker.observing import neutralize, observe
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -30,12 +30,15 @@ CASES = [
 
 
 def compare(device: str) -> None:
-    """Every case, with values that are finite and with some that are not."""
+    """Every case in every mixture, with values that are finite and with some that are not."""
     from ultrafuser.server.engine.worker.mix_kernel import mix_and_mark
 
     for seed, case in enumerate(CASES):
-        for poison in (None, _poison):
-            _compare(mix_and_mark, device, seed, *case, poison)
+        scales_S = torch.tensor([1.5, 0.6, 1.0])[: len(case[0])]
+        mixtures = [PAPERS_MIXTURE, Mixture(scales_S), Mixture(None, True), Mixture(scales_S, True)]
+        for mixture in mixtures:
+            for poison in (None, _poison):
+                _compare(mix_and_mark, device, seed, *case, poison, mixture)
 
 
 def _compare(
@@ -48,6 +51,7 @@ def _compare(
     num_rows: int,
     dtype: torch.dtype,
     poison: Callable[[Tensor, list[Tensor], list[Tensor], int], None] | None,
+    mixture: Mixture,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     hidden = [torch.randn(num_rows, size, generator=generator).to(dtype) for size in hidden_sizes]
@@ -59,17 +63,24 @@ def _compare(
     if poison is not None and num_rows > 4:
         poison(weights, hidden, logits, num_shared)
     shared = [own[:, :num_shared] for own in logits]
-    wanted = fuse(weights, shared, num_shared)
+    wanted = fuse(weights, shared, num_shared, mixture)
     marks, is_nonfinite = observe(weights, hidden, shared, wanted)
     neutralize(wanted, is_nonfinite)
 
     on_device = [own.to(device)[:, :num_shared] for own in logits]
+    scales = None if mixture.scales_S is None else mixture.scales_S.to(device)
     mixed, found = mix_and_mark(
-        weights.to(device), [own.to(device) for own in hidden], on_device, num_shared, vocab_sizes[0]
+        weights.to(device),
+        [own.to(device) for own in hidden],
+        on_device,
+        num_shared,
+        vocab_sizes[0],
+        mixture._replace(scales_S=scales),
     )
     mixed, found = mixed.cpu(), found.cpu()
     assert mixed.shape == (num_rows, vocab_sizes[0])
-    torch.testing.assert_close(mixed[:, :num_shared], wanted, rtol=1e-6, atol=1e-6)
+    tolerance = 1e-5 if mixture.of_probabilities else 1e-6  # exponentials of two programs
+    torch.testing.assert_close(mixed[:, :num_shared], wanted, rtol=1e-6, atol=tolerance)
     assert mixed[:, num_shared:].isneginf().all()
     assert torch.equal(found[-1], marks[-1])
     is_finite = marks[-1] == 0
@@ -81,7 +92,7 @@ def _poison(weights: Tensor, hidden: list[Tensor], logits: list[Tensor], num_sha
     logits[-1][0, num_shared - 1] = NAN
     hidden[0][1, -1] = INFINITY
     weights[0, 2] = NAN
-    logits[0][3, :num_shared] = -INFINITY
+    logits[0][3, :num_shared:2] = -INFINITY
     if logits[0].shape[1] > num_shared:
         logits[0][4, num_shared] = NAN
 
@@ -95,13 +106,15 @@ def test_on_a_gpu_they_give_what_torch_gives() -> None:
 @pytest.mark.requires_cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_gpu_is_never_waited_for() -> None:
+@pytest.mark.parametrize("of_probabilities", [False, True])
+def test_a_gpu_is_never_waited_for(of_probabilities: bool) -> None:
     from ultrafuser.server.engine.worker.mix_kernel import mix_and_mark
 
     weights, hidden, logits = (torch.rand(2, 3, size, device="cuda") for size in (1, 64, 320))
+    mixture = Mixture(torch.ones(2, device="cuda"), of_probabilities)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mix_and_mark(weights[:, :, 0], list(hidden), list(logits), 300, 320)
+        mix_and_mark(weights[:, :, 0], list(hidden), list(logits), 300, 320, mixture)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

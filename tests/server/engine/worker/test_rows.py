@@ -12,6 +12,8 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
+from ultrafuser.gating.model.gate import fresh_gate
+from ultrafuser.gating.model.gate_kind import CHANGES, PAPER, GateKind
 from ultrafuser.gating.model.mixture import fuse
 from ultrafuser.server.engine.client.mark_stream import History, Takeover
 from ultrafuser.server.engine.client.step_feed import StepFeed
@@ -22,6 +24,7 @@ from ultrafuser.server.engine.shared.round import Decision, Round, Undrafted
 from ultrafuser.server.engine.shared.row import Row
 from ultrafuser.server.engine.shared.step import Span, StepRecord
 from ultrafuser.server.engine.worker.forcing import Forcing, given_tokens
+from ultrafuser.server.engine.worker.gate_parts import GateParts
 from ultrafuser.server.engine.worker.mixing import Mixer, Rows
 from ultrafuser.server.engine.worker.output import StepOnTheWay
 from ultrafuser.server.engine.worker.sampling import in_order_of
@@ -44,12 +47,7 @@ MARKS_BX = np.arange(21, dtype=np.float32).reshape(3, 7)
 MARKS_BX[:, -1] = 0
 
 
-class FixedGate(torch.nn.Module):
-    """A gate that scores each specialist by the first of its hidden values."""
-
-    def forward(self, hidden_SBD: list[Tensor]) -> Tensor:
-        """Weights [S, B]."""
-        return torch.stack([hidden_BD[:, 0] for hidden_BD in hidden_SBD]).softmax(dim=0)
+GATE = fresh_gate((4, 4, 4), width=8).requires_grad_(False)
 
 
 def forward_passes(orders: list[list[Row]]) -> tuple[list[Rows], dict[tuple[str, int], list[tuple[Tensor, Tensor]]]]:
@@ -72,13 +70,13 @@ def test_rows_are_mixed_with_the_same_position_of_the_other_specialists(
 ) -> None:
     monkeypatch.setattr("ultrafuser.server.engine.worker.mixing.get_tp_group", lambda: SimpleNamespace(world_size=1))
     passes, found = forward_passes([[*LEADER, *others], [*others, *FOLLOWER], [*LEADER, *others]])
-    mixer = Mixer(FixedGate(), NUM_SHARED)  # type: ignore[arg-type]
+    mixer = Mixer(GateParts(GATE, range(3), 2, 2), NUM_SHARED)
     fused_RV, marks_XB, hidden_SBD = mixer.fuse_into_leader(passes, LEADER, StepClock(torch.device("cpu")))
     assert fused_RV.shape == passes[0].logits_RV.shape
     for index, row in enumerate(LEADER):
         hidden_SD, logits_SV = zip(*found[row.request, row.position], strict=True)
         assert all(torch.equal(own_BD[index], own_D) for own_BD, own_D in zip(hidden_SBD, hidden_SD, strict=True))
-        weights_SB = FixedGate()([hidden_D[None] for hidden_D in hidden_SD])
+        weights_SB = GATE([hidden_D[None] for hidden_D in hidden_SD])
         wanted_BV = fuse(weights_SB, [logits_V[None, :NUM_SHARED] for logits_V in logits_SV], NUM_SHARED)
         torch.testing.assert_close(fused_RV[index, :NUM_SHARED], wanted_BV[0])
         torch.testing.assert_close(marks_XB[:3, index], weights_SB[:, 0])
@@ -88,17 +86,23 @@ def test_rows_are_mixed_with_the_same_position_of_the_other_specialists(
 @pytest.mark.requires_cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_rows_in_another_order_never_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [PAPER, "+".join(CHANGES)])
+def test_rows_in_another_order_never_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The index of each was made on the device, for which the host waited until all specialists were done."""
     monkeypatch.setattr("ultrafuser.server.engine.worker.mixing.get_tp_group", lambda: SimpleNamespace(world_size=1))
-    passes, _ = forward_passes([[*LEADER, UNFINISHED], [UNFINISHED, *FOLLOWER], [*LEADER, UNFINISHED]])
+    leader, follower = (
+        [row._replace(position=int(row.is_draft)) for row in rows]  # as of new responses, of which nothing is kept
+        for rows in (LEADER, FOLLOWER)
+    )
+    passes, _ = forward_passes([[*leader, UNFINISHED], [UNFINISHED, *follower], [*leader, UNFINISHED]])
     passes = [Rows(own.rows, own.hidden_RD.cuda(), own.logits_RV.cuda()) for own in passes]
     token_ids_RK = torch.tensor([[5, -1], [8, 9]], device="cuda")
     forcing = Forcing(sampler := SimpleNamespace(sample=lambda: (token_ids_RK[:, 0], None)))
-    mixer, clock = Mixer(FixedGate(), NUM_SHARED), StepClock(token_ids_RK.device)  # type: ignore[arg-type]
+    gate = fresh_gate((4, 4, 4), width=8, kind=GateKind.parse(kind)).cuda()
+    mixer, clock = Mixer(GateParts(gate, range(3), 2, 2), NUM_SHARED), StepClock(token_ids_RK.device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mixer.fuse_into_leader(passes, LEADER, clock)
+        mixer.fuse_into_leader(passes, leader, clock)
         in_order_of(FOLLOWER, token_ids_RK, LEADER)
         forcing.set({1: 13})
         sampler.sample()
