@@ -160,9 +160,10 @@ def test_a_fusions_folder_is_loaded_as_it_lies(tmp_path: Path) -> None:
 def test_a_fusion_made_of_a_changed_model_is_checked_and_loaded_without_the_draft_head_before(tmp_path: Path) -> None:
     """It kept the draft head of the fusion it came from, which is of another gate: nothing could load it."""
     path = write_tiny_fusion(tmp_path / "fusion", gate="joint+scaled+smoothed")
-    speculation = {"drafter": "head", "path": str(write_random_head(path, tmp_path / "head")), "max_tokens": 3}
+    head = str(write_random_head(path, tmp_path / "head"))
     like = load_fusion(path)
-    like = like.model_copy(update={"engine": EngineSettings(speculation=SpeculationSettings(**speculation))})
+    speculation = SpeculationSettings(drafter="head", path=head, max_tokens=3)
+    like = like.model_copy(update={"engine": EngineSettings(speculation=speculation)})
     model: Any = UltraFuserForCausalLM.from_fusion(like)
     with torch.no_grad():
         for parameter in model.parameters():
