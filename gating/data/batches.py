@@ -39,10 +39,12 @@ def response_ids(row: Mapping[str, Any]) -> list[int]:
 
 def collate_hidden_states(rows: Sequence[tuple[list[Tensor], Tensor, Tensor]]) -> dict[str, Any]:
     """Cached rows (`gating/data/hidden_states.py`) as a batch for `CachedLearner`: `hidden_states` S x [N, D_s],
-    `labels` [N] and `responses` [N], which of the rows' responses each label is of."""
+    `labels` [N] and `responses` [N], which of the batch's responses each label is of."""
     num_specialists = len(rows[0][0])
+    # A row may follow itself, where a domain begins anew: its numbers are then those of two responses.
+    responses = [len(rows) * responses_R + place for place, (*_, responses_R) in enumerate(rows)]
     return {
         "hidden_states": [torch.cat([states[index] for states, *_ in rows]) for index in range(num_specialists)],
         "labels": torch.cat([labels for _, labels, _ in rows]),
-        "responses": torch.cat([responses for *_, responses in rows]),
+        "responses": torch.cat(responses),
     }

@@ -124,10 +124,17 @@ def cache_hidden_states(
         folder = build_once(artifact, cache_dir, on_progress or (lambda label, share: None))
         states.append(_map(folder / "states.bin", (offsets[-1], source.hidden_size), source.dtype))
         output_weights.append(load_file(folder / "output_layer.safetensors")["weight"])
-    labels_N = torch.tensor([token for row in rows for token in response_ids(row)])
-    # No row begins with a response, so that laid end to end they keep theirs apart. Not in the cache: the rows say it.
-    masks_1T = torch.tensor([flag for row in rows for flag in row["response_mask"][0]])[None]
-    return CachedHiddenStates(states, offsets, labels_N, response_turns(masks_1T)), output_weights
+    return CachedHiddenStates(states, offsets, *_labels_and_responses(rows)), output_weights
+
+
+def _labels_and_responses(rows: "datasets.Dataset") -> tuple[Tensor, Tensor]:
+    """Of all rows [N]: the response tokens, and of which response each is. Not in the cache, as the rows say it."""
+    labels, responses, num_responses = [], [], 0
+    for row in rows:  # one by one: a list of all tokens would be many times as large as what is kept
+        labels.append(torch.tensor(response_ids(row)))
+        responses.append(num_responses + response_turns(torch.tensor([row["response_mask"][0]])))
+        num_responses = int(responses[-1][-1]) + 1
+    return torch.cat(labels), torch.cat(responses)
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ from ultrafuser.gating.model.schema import FRESH_GATE
 
 GATE_FORMAT = "ultrafuser-gate-v2"
 _FIRST_FORMAT = "ultrafuser-gate-v1"
+_LARGEST_SIZE = 2**24
+"""Of hidden states and of the gate: what is larger is no size but a damaged file, and torch cannot count with it."""
 
 GATE_FILE = "gate.safetensors"
 """Beside a trained fusion's file."""
@@ -140,14 +142,23 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> GateHeader
         )
     try:
         specialists = tuple(str(name) for name in parse_json(metadata["specialists"]))
-        hidden_sizes = tuple(int(size) for size in parse_json(metadata["hidden_sizes"]))
+        hidden_sizes = tuple(_size(size) for size in parse_json(metadata["hidden_sizes"]))
+        if len(specialists) != len(hidden_sizes):
+            raise ValueError(f"{len(specialists)} specialists, {len(hidden_sizes)} hidden sizes")
         kind = PAPER if metadata["format"] == _FIRST_FORMAT else metadata["kind"]
-        projected_size = int(metadata["projected_size"]) if "projected_size" in metadata else None
-        return GateHeader(specialists, hidden_sizes, int(metadata["width"]), GateKind.parse(kind), projected_size)
+        projected_size = _size(metadata["projected_size"]) if "projected_size" in metadata else None
+        return GateHeader(specialists, hidden_sizes, _size(metadata["width"]), GateKind.parse(kind), projected_size)
     except GateError as error:
         raise GateError(f"{path}: kind: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise GateError(f"{path}: metadata: cannot be read ({error!r}); save the gate again with save_gate") from error
+
+
+def _size(text: str | int) -> int:
+    size = int(text)
+    if not 1 <= size <= _LARGEST_SIZE:
+        raise ValueError(f"{size} is no size")
+    return size
 
 
 def _compare(path: str | Path, key: str, found: Sequence[object], wanted: Sequence[object]) -> None:

@@ -161,12 +161,13 @@ class UltraFuserForCausalLM(RawText, PreTrainedModel, GenerationMixin):  # which
 
         Args:
             folder: is made, or its files of these names are replaced.
-            like: the fusion that the model was loaded from; gives names, templates, tokenizers, engine.
+            like: the fusion that the model was loaded from; gives names, templates, tokenizers, and the engine but for
+                a draft head, which is of no use to changed models.
 
         Returns:
             The path of fusion.yaml.
         """
-        folder, like = Path(folder).resolve(), materialize(like)
+        folder, like = Path(folder).resolve(), materialize(like.without_draft_head())
         specialists = []
         for model, own in zip(self.specialists, like.specialists, strict=True):
             target = folder / "specialists" / own.name

@@ -68,7 +68,7 @@ def remove(settings: RemovalSettings) -> Path:
     """
     from ultrafuser.gating.commands.provenance import collect_provenance
     from ultrafuser.gating.model.fusion import load_fusion
-    from ultrafuser.gating.model.gate_file import read_gate
+    from ultrafuser.gating.model.gate_file import GATE_FILE, read_gate
     from ultrafuser.gating.model.gate_seats import without
     from ultrafuser.gating.model.loading import identify
     from ultrafuser.gating.model.schema import FRESH_GATE
@@ -82,9 +82,10 @@ def remove(settings: RemovalSettings) -> Path:
         raise TrainError(f"--specialist: {names[0]!r} is the only one of {loaded.name}; a fusion has at least one")
     index = names.index(settings.specialist)
     check_folder(settings.output_folder, "--output")
-    source = Path(os.path.expanduser(settings.fusion))
-    if source.exists() and settings.output_folder.resolve() == (source if source.is_dir() else source.parent).resolve():
-        raise TrainError("--output: is the folder of the fusion itself; name another")
+    for name in ("fusion.yaml", GATE_FILE):
+        # Perhaps of the fusion itself: one that a draft head was trained for has its gate in another's folder.
+        if (settings.output_folder / name).exists():
+            raise TrainError(f"--output: {settings.output_folder} has a {name}, which would be replaced; name another")
     gate = None if loaded.gate == FRESH_GATE else without(read_gate(str(loaded.gate), names), index)
     rest = tuple(item for item in loaded.specialists if item.name != settings.specialist)
     plain = loaded.without_draft_head()

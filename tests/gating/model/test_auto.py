@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from tests.draft_heads import write_random_head
 from tests.fakes import write_tiny_fusion
 from ultrafuser.gating.model.fusion import load_fusion
 from ultrafuser.gating.model.raw_text import FusedCache
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
+from ultrafuser.gating.model.schema import EngineSettings, SpeculationSettings
 
 KINDS = ("random", "smoothed", "joint+probabilities+scaled+smoothed")
 ROWS = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10], [21, 22, 23, 24, 25, 26, 27, 28]])
@@ -153,6 +155,23 @@ def test_a_fusions_folder_is_loaded_as_it_lies(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             UltraFuserForCausalLM.from_pretrained(path.parent, **options)
+
+
+def test_a_fusion_made_of_a_changed_model_is_checked_and_loaded_without_the_draft_head_before(tmp_path: Path) -> None:
+    """It kept the draft head of the fusion it came from, which is of another gate: nothing could load it."""
+    path = write_tiny_fusion(tmp_path / "fusion", gate="joint+scaled+smoothed")
+    head = str(write_random_head(path, tmp_path / "head"))
+    like = load_fusion(path)
+    speculation = SpeculationSettings(drafter="head", path=head, max_tokens=3)
+    like = like.model_copy(update={"engine": EngineSettings(speculation=speculation)})
+    model: Any = UltraFuserForCausalLM.from_fusion(like)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.001)
+    made = load_fusion(model.save_as_fusion(tmp_path / "made", like=like))
+    assert made.engine.speculation == SpeculationSettings(max_tokens=3)
+    after = UltraFuserForCausalLM.from_fusion(made).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ultrafuser.gating.errors import GateError
 from ultrafuser.gating.model.gate import Gate, fresh_gate, means_before
-from ultrafuser.gating.model.gate_file import gate_kind, load_gate, save_gate
+from ultrafuser.gating.model.gate_file import gate_kind, load_gate, read_gate, save_gate
 from ultrafuser.gating.model.gate_kind import CHANGES, PAPER, GateKind
 
 NAMES = ("text", "code", "math")
@@ -257,4 +257,25 @@ def test_a_file_with_the_tensors_of_another_kind_is_refused(tmp_path: Path, kind
     save_file(load_file(path), path, metadata)
     with pytest.raises(GateError, match=r"shape is .*, need .*; save the gate again") as caught:
         load_gate(path, NAMES, (8, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("width", "-5"),
+        ("width", str(10**30)),
+        ("hidden_sizes", "[8, -8, 8]"),
+        ("hidden_sizes", "[8, 8]"),
+        ("projected_size", "0"),
+        ("projected_size", "-5"),
+        ("projected_size", str(10**30)),
+    ],
+)
+def test_a_file_whose_sizes_are_none_is_one_line_that_names_it(tmp_path: Path, key, value):
+    """Torch's own errors came through, of pages; and of a width the file was not named."""
+    path = tmp_path / "gate.safetensors"
+    save_file(random_gate("paper").state_dict(), path, {**FIRST_METADATA, key: value})
+    with pytest.raises(GateError, match=r"gate\.safetensors: metadata: cannot be read \(ValueError") as caught:
+        read_gate(path, NAMES)
     assert "\n" not in str(caught.value)

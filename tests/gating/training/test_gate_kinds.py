@@ -37,15 +37,16 @@ def with_gate(path: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_of_every_kind_is_the_references_on_rows_of_several_turns(tiny_copy, settings_of, kind):
-    """Whole and cached, also where a row's turns are cut by the padding of others."""
+    """Whole and cached, also where a row's turns are cut by the padding of others, and where a row follows itself, as
+    at the end of an epoch: the cached one was read as one response of two."""
     fusion = with_gate(tiny_copy, kind)
     found = []
     for is_cached in (False, True):
         inputs = gather_inputs(settings_of(fusion=fusion, stage=1, cache_states=is_cached))
         trainer = build(inputs, torch.device("cpu"), lambda label, share: None, provenance={})
         rows = inputs.rows.dataset
-        chosen = [index for index in range(len(rows)) if num_turns(rows[index]) > 1] + [0, 11]
-        assert len(chosen) == 5
+        chosen = [index for index in range(len(rows)) if num_turns(rows[index]) > 1] + [0, 11, 11]
+        assert len(chosen) == 6
         with torch.no_grad():
             if is_cached:
                 cached: Any = trainer.train_dataset

@@ -107,7 +107,9 @@ def test_a_draft_head_is_left_out_by_name(with_head: Path, tmp_path: Path, capsy
         (["FUSION"], "the following arguments are required: --specialist, --output"),
         (["FUSION", "--specialist", "law", "--output", "o"], "--specialist: 'law' is not in the fusion; it has text"),
         (["none", "--specialist", "law", "--output", "o"], "none: no such fusion file"),
-        (["FUSION", "--specialist", "code", "--output", "FOLDER"], "--output: is the folder of the fusion itself"),
+        (["FUSION", "--specialist", "code", "--output", "FOLDER"], "has a fusion.yaml, which would be replaced; name"),
+        (["ELSEWHERE", "--specialist", "code", "--output", "FOLDER"], "has a fusion.yaml, which would be replaced"),
+        (["ELSEWHERE", "--specialist", "code", "--output", "GATE"], "has a gate.safetensors, which would be replaced"),
         (["FUSION", "--specialist", "code", "--output", "FUSION"], "cannot be a folder (Not a directory)"),
         (["OTHER", "--specialist", "code", "--output", "o"], "the gate was made for ['text', 'code', 'math'], the"),
         (["ALONE", "--specialist", "code", "--output", "o"], "--specialist: 'code' is the only one of tiny"),
@@ -130,7 +132,10 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
         "ALONE": {"specialists": [second], "gate": None},
         "LOST": {"gate": "lost.safetensors"},
     }
-    places = {"FUSION": str(tiny_copy), "FOLDER": str(tiny_copy.parent)}
+    places = {"FUSION": str(tiny_copy), "FOLDER": str(tiny_copy.parent), "GATE": str(tmp_path / "gate")}
+    (tmp_path / "gate").mkdir()
+    shutil.copy(tiny_copy.parent / "gate.safetensors", tmp_path / "gate")
+    changes["ELSEWHERE"] = {"gate": str(tmp_path / "gate" / "gate.safetensors")}
     for name, change in changes.items():
         places[name] = str(tiny_copy.with_name(f"{name}.yaml"))
         Path(places[name]).write_text(yaml.safe_dump({**content, **change}))
