@@ -80,6 +80,9 @@ def write_fusion(folder: Path, fusion: FusionConfig, gate: Gate | None, manifest
     write_json(folder / MANIFEST_FILE, dict(manifest))
     config = UltraFuserConfig(specialist_names=list(fusion.specialist_names))
     config.architectures = [UltraFuserForCausalLM.__name__]
+    if gate is not None:
+        config.gate_width, config.gate_kind = gate.width, str(gate.kind)
+        config.gate_projected_size = gate.projected_size
     config.save_pretrained(folder)
     with replacing(folder / "fusion.yaml") as partial:
         save_fusion(fusion.model_copy(update=changes), partial)
