@@ -184,7 +184,7 @@ def gib(size: float) -> str:
 
 
 def _dtypes(fusion: FusionConfig, shapes: Sequence[ModelShape], memory: float, on_gpu: bool) -> list[str]:
-    wanted = fusion.engine.dtype or "auto"
+    wanted: str = fusion.engine.dtype or "auto"
     if wanted == "fastest":
         wanted = "auto" if on_gpu else _fastest(fusion, shapes, memory)
     return [_dtype(item, shape, wanted) for item, shape in zip(fusion.specialists, shapes, strict=True)]
