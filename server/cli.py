@@ -92,6 +92,11 @@ OFFLINE_COMMANDS: Mapping[str, OfflineCommand] = {
         "chat in the terminal with a running server",
         "the same command begins anew",
     ),
+    "doctor": OfflineCommand(
+        "ultrafuser.server.doctor.command",
+        "say what this machine is, and what a fused model lacks here",
+        "the same command looks anew",
+    ),
 }
 
 

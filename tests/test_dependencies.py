@@ -84,6 +84,7 @@ def undeclared(files: Iterator[Path], known: set[str]) -> dict[str, str]:
         ("ultrafuser.server.terminal.command", ()),
         ("ultrafuser.server.batch.command", ("cpu", "cuda", "ray")),
         ("ultrafuser.server.batch.in_process", ("cpu", "cuda", "ray")),
+        ("ultrafuser.server.doctor.command", ("cpu", "cuda", "ray")),
         ("ultrafuser.gating.training.command", ("train",)),
         ("ultrafuser.gating.evaluation.command", ("eval",)),
         ("ultrafuser.gating.analysis.command", ("eval",)),

@@ -25,6 +25,7 @@ from ultrafuser.gating.training import removal
 from ultrafuser.gating.training.settings import TrainSettings, parse_settings
 from ultrafuser.server.batch import command as batch
 from ultrafuser.server.cli import parse_command
+from ultrafuser.server.doctor import command as doctor
 from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.settings import PREFIX, ServerSettings
 from ultrafuser.server.terminal import command as chat
@@ -43,6 +44,7 @@ OFFLINE: dict[str, Callable[..., object]] = {
     "data": synthesize.parse_settings,
     "chat": chat.parse_settings,
     "batch": lambda words: batch.parse_settings(words, {}),
+    "doctor": doctor.parse_settings,
 }
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
@@ -90,7 +92,13 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
         synthesize.MapSettings,
         synthesize.CleanSettings,
     )
-    others = (evaluate.EvalSettings, analysis.AnalysisSettings, batch.BatchSettings, chat.ChatSettings)
+    others = (
+        evaluate.EvalSettings,
+        analysis.AnalysisSettings,
+        batch.BatchSettings,
+        chat.ChatSettings,
+        doctor.DoctorSettings,
+    )
     for settings in (*others, *data_settings):
         known |= {field.alias or name for name, field in settings.model_fields.items()}
     assert names <= {*known, "help", "version", "no_compile", "no_playground"}

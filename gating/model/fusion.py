@@ -32,6 +32,7 @@ __all__ = [
     "FusionError",
     "SamplingDefaults",
     "SpecialistConfig",
+    "find_fusion",
     "inspect_fusion",
     "load_fusion",
     "preset_names",
@@ -57,7 +58,7 @@ def load_fusion(path_or_preset: str | Path) -> FusionConfig:
         FusionError: no such file, not YAML, a key that is there twice, unknown or unfit, a missing template. One line
             that names the key.
     """
-    path = _find(path_or_preset)
+    path = find_fusion(path_or_preset)
     try:
         content = parse_yaml(path.read_bytes())
     except YamlError as error:
@@ -98,7 +99,12 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _find(path_or_preset: str | Path) -> Path:
+def find_fusion(path_or_preset: str | Path) -> Path:
+    """The file that `load_fusion` reads.
+
+    Raises:
+        FusionError: no such file.
+    """
     path = Path(os.path.expanduser(path_or_preset))
     if os.path.isdir(path):  # unlike pathlib's, an answer for names that are too long, too
         path = path / "fusion.yaml"

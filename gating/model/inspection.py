@@ -101,9 +101,9 @@ def _read_config(specialist: SpecialistConfig, key: str) -> "PreTrainedConfig":
         raise FusionError(f"{key}.model: {specialist.model!r} is not a folder yet; materialize the fusion first")
     folder = Path(specialist.model)
     if folder.is_absolute() or folder.is_dir():
-        _check_folder(folder, f"{key}.model", "config.json")
+        check_model_folder(folder, f"{key}.model", "config.json")
     if specialist.adapter is not None and Path(specialist.adapter).is_absolute():
-        _check_folder(Path(specialist.adapter), f"{key}.adapter", "adapter_config.json")
+        check_model_folder(Path(specialist.adapter), f"{key}.adapter", "adapter_config.json")
     try:
         return AutoConfig.from_pretrained(specialist.model, revision=specialist.revision)
     except (OSError, ValueError, KeyError) as error:
@@ -113,7 +113,12 @@ def _read_config(specialist: SpecialistConfig, key: str) -> "PreTrainedConfig":
         ) from error
 
 
-def _check_folder(folder: Path, key: str, config_name: str) -> None:
+def check_model_folder(folder: Path, key: str, config_name: str) -> None:
+    """See that a folder of a model, or of an adapter, is whole; `key` is of the fusion file.
+
+    Raises:
+        FusionError: it is not there, or lacks its configuration or weights; a file is cut off.
+    """
     if not folder.is_dir():
         raise FusionError(f"{key}: no such folder {folder}; correct the path")
     if not (folder / config_name).is_file():

@@ -39,21 +39,31 @@ def materialize(config: FusionConfig, cache_dir: Path | None = None, on_progress
             cannot be written.
     """
     cache_dir = cache_folder(cache_dir)
-    recipes = [_recipe(item, f"specialists.{index}", cache_dir) for index, item in enumerate(config.specialists)]
+    recipes = [recipe_of(item, f"specialists.{index}", cache_dir) for index, item in enumerate(config.specialists)]
     _build_missing([artifact for recipe in recipes for artifact in recipe], cache_dir, on_progress)
     specialists = [
-        item.model_copy(update=_prepared(recipe[-1].folder(cache_dir))) if recipe else item
-        for item, recipe in zip(config.specialists, recipes, strict=True)
+        as_prepared(item, recipe, cache_dir) for item, recipe in zip(config.specialists, recipes, strict=True)
     ]
     return config.model_copy(update={"specialists": tuple(specialists)})
+
+
+def as_prepared(specialist: SpecialistConfig, recipe: Sequence[Artifact], cache_dir: Path) -> SpecialistConfig:
+    """The specialist once its recipe is built."""
+    return specialist.model_copy(update=_prepared(recipe[-1].folder(cache_dir))) if recipe else specialist
 
 
 def _prepared(folder: Path) -> dict[str, str | None]:
     return {"model": str(folder), "revision": None, "adapter": None}
 
 
-def _recipe(specialist: SpecialistConfig, key: str, cache_dir: Path) -> list[Artifact]:
-    """What has to be built for one specialist, in order; the last one is what it becomes. Nothing for a plain model."""
+def recipe_of(specialist: SpecialistConfig, key: str, cache_dir: Path) -> list[Artifact]:
+    """What has to be built for one specialist, in order; the last one is what it becomes. Nothing for a plain model.
+
+    `key` is of the fusion file.
+
+    Raises:
+        FusionError: a package or an adapter that is missing, a model that no adapter can be merged into.
+    """
     recipe = []
     if specialist.model.startswith(PACKAGE_SCHEME):
         try:

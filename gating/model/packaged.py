@@ -37,7 +37,7 @@ def packaged_model(package: str) -> Artifact:
     """
     if package != PACKAGE:
         raise PackagedModelError(f"package {package!r} carries no known model; the one that does is {PACKAGE!r}")
-    gguf_file = _find_gguf()
+    gguf_file = find_gguf()
     model_name = gguf_file.stem.split(".")[0]
     return Artifact(
         name=model_name.lower(),
@@ -47,7 +47,12 @@ def packaged_model(package: str) -> Artifact:
     )
 
 
-def _find_gguf() -> Path:
+def find_gguf() -> Path:
+    """The package's one file.
+
+    Raises:
+        PackagedModelError: it is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     files = [path for folder in folders for path in Path(folder).glob("*.gguf")]

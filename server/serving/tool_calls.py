@@ -22,15 +22,6 @@ from vllm.parser import Parser
 from ultrafuser.server.serving.constraints import demands_call
 from ultrafuser.server.serving.told import Told, joined
 
-_NAMES = """
-    apertus deepseek_v32 deepseek_v4 deepseek_v41 dots ernie45 functiongemma gemma4 gigachat3 glm45 glm47 granite
-    granite-20b-fc granite4 hermes hunyuan_a13b inkling internlm k2_horizon kimi_k2 kimi_k3 ling3 llama4_pythonic
-    longcat mimo minicpm5 minimax_m2 minimax_m3 muse_glimmer olmo3 phi4_mini_json plamo3 poolside_v1 pythonic
-    qwen3_coder qwen3_json qwen3_xml seed_oss step3 step3p5 xlam
-"""
-TOOL_PARSERS = tuple(_NAMES.split())
-"""vLLM's parsers whose answers are shown to be equal; the rest ask more of a tokenizer than the tests' has."""
-
 MAX_READ_ALIKE = 8192
 """Characters of an answer beyond which its parser reads it in its own two ways: parsers look through all of the text
 for each piece, and a whole answer is read in the event loop, where everybody waits."""

@@ -19,8 +19,7 @@ from ultrafuser.server.engine.shared.options import check_devices, check_engine_
 from ultrafuser.server.engine.shared.ray_cluster import check_ray
 from ultrafuser.server.serving.installation import VLLM_VERSION, allow_many_connections, device_name, tool_parsers
 from ultrafuser.server.serving.thinking import check_parser
-from ultrafuser.server.serving.tool_calls import TOOL_PARSERS
-from ultrafuser.server.settings import ServerSettings, SettingsError
+from ultrafuser.server.settings import TOOL_PARSERS, ServerSettings, SettingsError
 from ultrafuser.server.start.progress import StartupProgress
 
 logger = logging.getLogger(__name__)

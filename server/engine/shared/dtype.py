@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info
 
+from ultrafuser.gating.model.fastest import fastest_on_a_cpu
 from ultrafuser.gating.model.loading import empty_model
 from ultrafuser.gating.model.schema import FusionConfig
 from ultrafuser.server.engine.shared.quantization import computes_in_float32
@@ -38,13 +39,7 @@ def dtypes_of(fusion: FusionConfig) -> list[str]:
 def _fastest(fusion: FusionConfig) -> tuple[str, str]:
     if not current_platform.is_cpu():
         return "auto", "that of each model's own configuration, on a device that is no CPU"
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16", "this CPU has AVX-512, or instructions for it"
-    needed, memory = _float32_bytes(fusion), _memory_bytes(fusion)
-    sizes = f"{needed / 2**30:.1f} GiB of weights and cache in float32, {memory / 2**30:.1f} GiB of memory"
-    if needed > memory:
-        return "bfloat16", f"this CPU emulates it, but float32 does not fit ({sizes})"
-    return "float32", f"this CPU would emulate bfloat16 ({sizes})"
+    return fastest_on_a_cpu(lambda: _float32_bytes(fusion), _memory_bytes(fusion))
 
 
 def _float32_bytes(fusion: FusionConfig) -> int:

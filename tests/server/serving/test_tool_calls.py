@@ -14,8 +14,8 @@ from vllm.parser import Parser, ParserManager
 from tests.fakes import build_tokenizer
 from tests.server.scripted import ScriptedEngine
 from ultrafuser.server.serving.installation import tool_parsers
-from ultrafuser.server.serving.tool_calls import MAX_READ_ALIKE, TOOL_PARSERS, Spellings, read_alike
-from ultrafuser.server.settings import ServerSettings
+from ultrafuser.server.serving.tool_calls import MAX_READ_ALIKE, Spellings, read_alike
+from ultrafuser.server.settings import TOOL_PARSERS, ServerSettings
 
 # vLLM's own request model marks OpenAI's older spelling as deprecated and then reads it itself.
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
