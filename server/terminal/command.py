@@ -79,10 +79,19 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
         if sys.stdin.isatty() and sys.stdout.isatty():
             chat.talk()
             return 0
-        if not (text := sys.stdin.read().strip("\n")):
+        if not (text := _piped().strip("\n")):
             raise CommandError("no message: standard input is empty; write one into it, or chat in a terminal")
         finish_reason = chat.ask(text)
         return EXIT_INTERRUPTED if finish_reason == STOPPED else int(finish_reason is None)
+
+
+def _piped() -> str:
+    """All of standard input, UTF-8 whatever the locale, with or without a byte order mark."""
+    try:
+        with open(sys.stdin.fileno(), encoding="utf-8-sig", closefd=False) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"no message: standard input is not UTF-8 (byte {error.start + 1}); convert it") from error
 
 
 def _key_of(environ: Mapping[str, str]) -> str | None:
