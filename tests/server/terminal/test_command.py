@@ -195,9 +195,10 @@ def test_nothing_of_an_answer_steers_the_terminal() -> None:
     assert visible("a\x1b[2Jb\x07\r\x9b\u202ec\td\n") == "a␛[2Jb␇␍\ufffd\ufffdc\td\n"
 
 
-def test_what_is_saved_is_a_row_of_training_data(tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.jsonl.gz"])
+def test_what_is_saved_is_a_row_of_training_data(name: str, tmp_path: Path) -> None:
     dialogue = Dialogue("Be brief.", [("hello", Answer([Piece("Hi", (0.5, 0.5)), Piece("", None)], "stop"))])
-    path = tmp_path / "chat.jsonl"
+    path = tmp_path / name
     write_json_lines(path, [dialogue.as_json("tiny", ["text", "code"])])
     ((_, row, _),) = read_conversations(DataFile(path, "chat"))
     assert isinstance(row, Conversation)
