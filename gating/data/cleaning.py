@@ -165,7 +165,7 @@ def _clean_file(file: DataFile, cleaner: Cleaner, target: Path, on_progress: Rep
 
 
 def _texts(row: Conversation) -> Iterator[str]:
-    """All that is learnt from: an assistant's thought, too."""
+    """All that a specialist reads in training: what was thought before a response, too."""
     for message in row.messages:
         yield message["content"]
         if "reasoning" in message:

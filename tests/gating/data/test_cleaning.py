@@ -86,7 +86,7 @@ def test_rows_alike_in_any_file_contaminated_and_unusable_rows_go_and_the_report
 
 
 def test_a_thought_that_a_test_set_has_is_found(bench, tmp_path):
-    """Training learns it with the answer."""
+    """It is read before the response, as the question is."""
     thoughtful = row("What is under the hood?", "A motor.")
     thoughtful["messages"][1]["reasoning"] = f"They ask: {RUN}."
     report = clean(
