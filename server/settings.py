@@ -40,7 +40,8 @@ class Model(_Section):
     """What is served"""
 
     fusion: str = "demo"
-    """The fusion file (YAML), a folder with a fusion.yaml, or a preset: demo, ultrafuser-13b, qwen2.5-7b."""
+    """The fusion file (YAML), a folder with a fusion.yaml, or a preset: demo, ultrafuser-13b, qwen2.5-7b,
+    qwen3-30b-a3b."""
 
     served_model_name: tuple[str, ...] = ()
     """Name that clients send as `model` instead of the fusion file's; repeat for aliases, the first is reported."""
