@@ -148,6 +148,8 @@ class Chat:
         answer = Answer(pieces, finish_reason)
         if answer.text:
             self._dialogue.turns.append((question, answer))
+        else:
+            self._screen.say("the answer is empty; the message is not kept in the conversation")
         return finish_reason
 
     def _stream(self, question: str, pieces: list[Piece]) -> str:

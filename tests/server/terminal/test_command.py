@@ -163,6 +163,18 @@ def test_a_pipe_is_utf_8_whatever_the_locale(
         assert told == "ultrafuser: no message: standard input is not UTF-8 (byte 4); convert it\n"
 
 
+def test_an_empty_answer_is_told_of_and_leaves_nothing_behind(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There was an empty line, and the message was gone without a word."""
+    script.answers = [(200, event(finish_reason="stop") + DONE), GOOD]
+    chat = chat_with(script)
+    chat.ask("first")
+    assert capsys.readouterr().err == "the answer is empty; the message is not kept in the conversation\n"
+    chat.ask("second")
+    assert [message["content"] for message in script.asked[-1]["messages"]] == ["second"]
+
+
 def test_a_server_of_another_kind_is_asked_for_no_marks(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     """OpenAI's own would refuse fields that it does not know."""
     script.answers = [GOOD]
