@@ -205,6 +205,13 @@ def test_an_empty_folder_that_is_where_one_stands_is_refused(code, tmp_path, mon
     assert capsys.readouterr().err == "ultrafuser: output: . is no name that can be given; name a new folder\n"
 
 
+def test_a_test_set_that_is_not_there_is_told_before_rows_are_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ultrafuser.gating.data.hub.open_data", lambda *_, **__: pytest.fail("rows were fetched"))
+    arguments = [str(tmp_path / "clean"), "--data", "math=hub:org/sums", "--against", str(tmp_path / "none.jsonl")]
+    assert main(["data", "clean", *arguments]) == EXIT_WRONG_INPUT
+    assert "none.jsonl: no such file; give JSON lines, FILE or NAME=FILE" in capsys.readouterr().err
+
+
 def test_a_run_that_is_stopped_leaves_nothing_and_the_next_one_is_whole(code, tmp_path, monkeypatch):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
