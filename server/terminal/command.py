@@ -81,7 +81,11 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
             return 0
         if not (text := _piped().strip("\n")):
             raise CommandError("no message: standard input is empty; write one into it, or chat in a terminal")
-        finish_reason = chat.ask(text)
+        try:
+            finish_reason = chat.ask(text)
+        except BrokenPipeError:  # whoever reads the answer has enough: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+            return 1
         return EXIT_INTERRUPTED if finish_reason == STOPPED else int(finish_reason is None)
 
 
@@ -202,6 +206,8 @@ class Chat:
             path = output_file(name, "/save")
             if path.exists():
                 raise CommandError(f"/save: {path} is there already; name another file")
+            if not self._dialogue.turns:
+                raise CommandError("/save: there is no answer yet")
             write_json_lines(path, [self._dialogue.as_json(self._client.model, self._client.specialists)])
             self._screen.say(f"written: {path}")
         except (CommandError, OSError) as error:

@@ -1,6 +1,7 @@
 """A chat with a server that fails in every way: what is shown, and what the next message is sent with."""
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -161,6 +162,32 @@ def test_a_pipe_is_utf_8_whatever_the_locale(
     if asked is None:
         told = capsys.readouterr().err
         assert told == "ultrafuser: no message: standard input is not UTF-8 (byte 4); convert it\n"
+
+
+def test_a_reader_who_has_enough_ends_the_answer(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ultrafuser chat < question | head -1` ended in a traceback."""
+    script.answers = [GOOD]
+    (tmp_path / "message").write_text("hello")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (
+        (tmp_path / "message").open() as own,
+        os.fdopen(writer, "w") as pipe,
+        mock.patch.multiple(sys, stdin=own, stdout=pipe),
+    ):
+        assert main(["chat", "--base-url", script.url]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_before_there_is_an_answer_nothing_is_saved(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be a row without messages, which training refuses."""
+    chat_with(script)._take(f"/save {tmp_path / 'chat.jsonl'}")
+    assert capsys.readouterr().err == "/save: there is no answer yet\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_answer_is_told_of_and_leaves_nothing_behind(
