@@ -64,8 +64,9 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[object]) -> None:
-    """Write a file of one JSON value a line as `write_file` does."""
-    write_file(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode())
+    """Write a file of one JSON value a line as `write_file` does; gzipped if its name ends in `.gz`, as it is read."""
+    content = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+    write_file(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from typing import Protocol
 MAX_CHECK_SECONDS = 1.0
 """Longest time between two looks at the engine."""
 
+FIRST_STEP_STALLS = 10
+"""How many times longer than a later one the first step may take: it may have to compile, or to read weights."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -80,6 +83,12 @@ class StallWatch:
         self._heartbeat = heartbeat
         self._readiness = readiness
         self._stall_seconds = stall_seconds
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the engine hangs for good, if its ranks can: see `can_hang` in `server/start/launch.py`."""
+        allowed = self._stall_seconds * FIRST_STEP_STALLS
+        return self._readiness.is_stalled and (self._readiness.is_warm or self._heartbeat.age_seconds > allowed)
 
     async def run(self) -> None:
         """Watch for as long as the engine lives."""

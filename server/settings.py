@@ -49,7 +49,8 @@ class Model(_Section):
     """What is served"""
 
     fusion: str = "demo"
-    """The fusion file (YAML), a folder with a fusion.yaml, or a preset: demo, ultrafuser-13b, qwen2.5-7b."""
+    """The fusion file (YAML), a folder with a fusion.yaml, or a preset: demo, ultrafuser-13b, qwen2.5-7b,
+    qwen3-30b-a3b."""
 
     served_model_name: tuple[str, ...] = ()
     """Name that clients send as `model` instead of the fusion file's; repeat for aliases, the first is reported."""
@@ -158,8 +159,8 @@ class Load(_Section):
     """Seconds after which a request is ended with an error, whether it runs or waits; default: no limit."""
 
     stall_timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds without a step of a busy engine after which /ready says 503, and after which the server ends if its ranks
-    wait for each other (`placement: split`, several nodes). More than the longest prefill step."""
+    """Seconds without a step of a busy engine after which it is stalled: /ready says 503, and what waits for it ends if
+    its ranks wait for each other (`placement: split`, several nodes). More than the longest prefill step."""
 
 
 class Limits(_Section):

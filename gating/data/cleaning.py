@@ -5,7 +5,7 @@ Kept rows are the lines of the files, unchanged. Knows files of conversations; d
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Cleaner:
         removed.rows += 1
         if isinstance(row, BadRow):
             removed.add(line, "unusable", why=row.reason)
-        elif hit := next(filter(None, (self._index.find(message["content"]) for message in row.messages)), None):
+        elif hit := next(filter(None, map(self._index.find, _texts(row))), None):
             place = f"{hit.test_set}:{hit.line}"
             removed.add(line, f"contaminated by {hit.test_set}", found_in=place, run=hit.run)
         elif repeat := self._duplicates.find(f"{file.name}:{line}", _asked(row)):
@@ -146,6 +146,8 @@ def check_new(output: Path) -> None:
         CommandError: it cannot be, or has.
     """
     check_folder(output, "output")
+    if not output.name:
+        raise CommandError(f"output: {output} is no name that can be given; name a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CommandError(f"output: {output} is there and not empty; name a new folder")
 
@@ -160,6 +162,14 @@ def _clean_file(file: DataFile, cleaner: Cleaner, target: Path, on_progress: Rep
     if not removed.kept:
         raise DataError(f"{file.name}: no row would be left ({removed.first_of(file)}); leave it out, or correct it")
     return removed
+
+
+def _texts(row: Conversation) -> Iterator[str]:
+    """All that a specialist reads in training: what was thought before a response, too."""
+    for message in row.messages:
+        yield message["content"]
+        if "reasoning" in message:
+            yield message["reasoning"]
 
 
 def _asked(row: Conversation) -> str:

@@ -114,10 +114,12 @@ def _map(settings: MapSettings) -> int:
 def _clean(settings: CleanSettings) -> int:
     require("datasketch", "data")
     from ultrafuser.gating.data.cleaning import check_new, clean
+    from ultrafuser.gating.data.decontamination import parse_test_sets
     from ultrafuser.gating.data.hub import open_data
 
     output = Path(settings.output).expanduser()
     check_new(output)
+    parse_test_sets(settings.against)  # before rows are fetched, which can take hours
     with closing(StepProgress()) as progress:
         removed = clean(
             open_data(settings.data, cache_folder(settings.cache), on_progress=progress),

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from ultrafuser import __version__
 from ultrafuser.gating.commands.flags import Parser, add_flags, resolve
@@ -24,6 +22,7 @@ from ultrafuser.server.log import configure_logging
 from ultrafuser.server.settings import (
     PREFIX,
     Limits,
+    Load,
     LogLevel,
     Model,
     ServerSettings,
@@ -38,7 +37,7 @@ NUM_STEPS = 3
 """Of the start; nodes of a Ray cluster have to meet, too."""
 
 
-class BatchSettings(Model, Limits):
+class BatchSettings(Model, Load, Limits):
     """The batch"""
 
     input: str
@@ -49,9 +48,6 @@ class BatchSettings(Model, Limits):
 
     resume: bool = False
     """Go on with an output that is there: what was answered stays, what failed is tried again."""
-
-    request_timeout: Annotated[float, Field(gt=0)] | None = None
-    """Seconds after which a request is ended with an error, whether it runs or waits; default: no limit."""
 
     log_level: LogLevel = "warning"
     """Least important lines to show; info has one for each request."""

@@ -8,6 +8,7 @@ A line that is no request never reaches the routes: its `response` is null, and 
 """
 
 import fcntl
+import io
 import json
 import os
 import uuid
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from ultrafuser.gating.commands.run_folder import append_line
 from ultrafuser.gating.errors import CommandError, DataError
@@ -135,29 +136,45 @@ def sole_output(path: Path, known: Collection[str], *, resumes: bool) -> Iterato
     Lines that failed are taken out when a run goes on: they are tried again. `known` are the input's ids.
 
     Raises:
-        CommandError: the file is there and this run does not go on, is another batch's, or another run writes to it.
+        CommandError: the file is there and this run does not go on, is another batch's, or cannot be written; or
+            another run writes to it.
     """
-    try:
-        file = path.open("ab", buffering=0)
-    except OSError as error:
-        raise CommandError(f"output: {path}: cannot be written ({error.strerror}); name another file") from error
-    with file:
+    if path.suffix == ".gz":
+        raise CommandError(f"output: {path}: answers are written as plain lines; name a file without .gz")
+    with _opened(path, "ab", path) as file:
         _lock(file, path)
         if not path.stat().st_size:
             yield Output(path, file), frozenset()
             return
         if not resumes:
             raise CommandError(f"output: {path} is there already; add --resume to go on, or name another file")
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb", buffering=0) as kept:
+        place = path.resolve()  # a link stays one
+        partial = place.with_name(f"{place.name}.partial")
+        with _opened(partial, "wb", path) as kept:
             try:
                 _lock(kept, path)
                 done = _keep_answers(path, kept, known)
                 os.fsync(kept.fileno())
-                put_in_place(partial, path)
+                put_in_place(partial, place)
+            except OSError as error:
+                raise _unwritten(path, error) from error
             finally:
                 partial.unlink(missing_ok=True)
             yield Output(path, kept), done
+
+
+def _opened(path: Path, mode: Literal["ab", "wb"], output: Path) -> io.FileIO:
+    try:
+        return path.open(mode, buffering=0)
+    except OSError as error:
+        beside = "" if path == output else f", as {path.name} beside it cannot"
+        raise CommandError(
+            f"output: {output}: cannot be written{beside} ({error.strerror}); name another file"
+        ) from error
+
+
+def _unwritten(path: Path, error: OSError) -> CommandError:
+    return CommandError(f"output: {path}: cannot be written ({error.strerror}); make room, then --resume goes on")
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
@@ -177,9 +194,10 @@ def _keep_answers(path: Path, kept: BinaryIO, known: Collection[str]) -> frozens
             try:
                 line = json.loads(text)
                 name, is_good = line["custom_id"], is_success(line["response"], line["error"])
+                is_known = name is None or name in known
             except (ValueError, LookupError, TypeError) as error:
                 raise CommandError(f"output: {path}:{number}: not of a batch's output; name another file") from error
-            if name is not None and name not in known:
+            if not is_known:
                 raise CommandError(
                     f"output: {path}:{number}: {name!r:.100} is not in the input; name this input's output"
                 )
@@ -204,6 +222,4 @@ class Output:
         try:
             append_line(self._file.fileno(), json.dumps(line, ensure_ascii=False))
         except OSError as error:
-            raise CommandError(
-                f"output: {self._path}: cannot be written ({error.strerror}); make room, then --resume goes on"
-            ) from error
+            raise _unwritten(self._path, error) from error

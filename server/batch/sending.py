@@ -4,6 +4,7 @@ Ids are the application's own: two batches with equal `custom_id`s never meet. K
 """
 
 import asyncio
+import random
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
@@ -16,7 +17,10 @@ from ultrafuser.server.batch.lines import BatchRequest, answered, not_sent
 from ultrafuser.server.settings import EngineStartError
 
 ROOM_SECONDS = 0.2
-"""After which a request that found the engine full is sent again."""
+"""After which a request that found the engine full is sent again, on the mean."""
+
+MOST_REFUSALS = 3
+"""After which a request that no other is in the way of counts as one that never fits."""
 
 _HEADERS = {"Content-Type": "application/json"}
 
@@ -35,7 +39,7 @@ class Sending:
         self._requests = requests
         self._write = write
         self._has_engine_failed = has_engine_failed
-        self._num_sent = 0
+        self._num_sent = self._num_taken = 0
 
     async def run(self, most_at_once: int) -> None:
         """Send all of them.
@@ -61,14 +65,23 @@ class Sending:
             self._write(answered(request, response.status_code, response.headers["x-request-id"], response.json()))
 
     async def _ask(self, client: httpx.AsyncClient, request: BatchRequest) -> httpx.Response:
-        """The response; one that there is no room for waits until others have ended, unless it is alone."""
+        """The response; one that there is no room for waits until others have ended.
+
+        It is refused for good when it was so `MOST_REFUSALS` times while no other had the room: none is in hand, and
+        none has got in meanwhile. Once may be chance: two that are refused can have been in each other's way.
+        """
+        num_refused = 0
         while True:
-            is_alone = not self._num_sent
+            num_before = self._num_taken
             self._num_sent += 1
             try:
                 response = await client.post(request.url, content=request.body, headers=_HEADERS)
             finally:
                 self._num_sent -= 1
-            if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE or is_alone:
+            if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                self._num_taken += 1
                 return response
-            await asyncio.sleep(ROOM_SECONDS)
+            num_refused += not self._num_sent and self._num_taken == num_before
+            if num_refused == MOST_REFUSALS:
+                return response
+            await asyncio.sleep(ROOM_SECONDS * random.uniform(0.5, 1.5))  # those that were refused together part

@@ -39,9 +39,6 @@ from ultrafuser.server.start.progress import StartupProgress
 from ultrafuser.server.start.ray_meeting import meet_ray
 from ultrafuser.server.start.signals import at_stop_signals
 
-FIRST_STEP_STALLS = 10
-"""How many times longer than a later one the first step may take: it may have to compile, or to read weights."""
-
 ENGINE_CHECK_SECONDS = 1.0
 """How often it is looked whether the engine still lives."""
 
@@ -81,11 +78,9 @@ def serve(
     prepared = prepare(settings, engine_options, fusion, progress)
     with gather(settings.node_timeout, prepared, points, progress) if points else nullcontext() as followers:
         with loaded(settings, engine_options, prepared, progress) as serving:
-            # Ranks of other processes, or machines, wait for one that hangs for good.
-            is_split = prepared.fusion.engine.placement == "split"
-            can_hang = followers is not None or check_ray(prepared.written) or is_split
+            ends_at_a_stall = followers is not None or can_hang(prepared)
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                status = runner.run(_Service(serving, settings, listener, progress, followers, can_hang).run())
+                status = runner.run(_Service(serving, settings, listener, progress, followers, ends_at_a_stall).run())
         if followers is not None and status == 0:
             followers.dismiss()
         return status
@@ -113,6 +108,12 @@ def loaded(
         yield serving
     finally:
         engine.shutdown(timeout=ENGINE_STOP_SECONDS)
+
+
+def can_hang(prepared: Prepared) -> bool:
+    """Whether the engine of one command can stand still for good: ranks that wait for one that does not answer, and be
+    it on a machine that cannot be reached, go on waiting."""
+    return prepared.fusion.engine.placement == "split" or check_ray(prepared.written)
 
 
 def most_requests(serving: Serving) -> int:
@@ -163,9 +164,9 @@ class _Service:
         self._ends_at_a_stall = ends_at_a_stall
         self._engine_failed = self._is_asked = False
         self._admission = Admission(most_requests(serving))
-        self._heartbeat = Heartbeat()
-        engine.steps.listen(self._heartbeat.beat)
-        self._stall_watch = StallWatch(engine, self._heartbeat, self._readiness, settings.stall_timeout)
+        heartbeat = Heartbeat()
+        engine.steps.listen(heartbeat.beat)
+        self._stall_watch = StallWatch(engine, heartbeat, self._readiness, settings.stall_timeout)
         app = create_app(serving, settings, self._readiness, self._admission)
         self._server = _Server(_uvicorn_config(app, settings))
         self._companions: list[asyncio.Task[None]] = []
@@ -219,12 +220,8 @@ class _Service:
 
     @property
     def _is_lost(self) -> bool:
-        """Whether the engine hangs for good: ranks that wait for one that does not answer, and be it on a machine that
-        cannot be reached, go on waiting."""
-        if not (self._ends_at_a_stall and self._readiness.is_stalled):
-            return False
-        allowed = self._settings.stall_timeout * FIRST_STEP_STALLS
-        return self._readiness.is_warm or self._heartbeat.age_seconds > allowed
+        """Whether the engine hangs for good."""
+        return self._ends_at_a_stall and self._stall_watch.is_lost
 
     def _stop(self) -> None:
         """End when the running requests have ended; asked again, at once."""

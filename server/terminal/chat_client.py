@@ -13,6 +13,9 @@ from ultrafuser.server.terminal.pieces import Token
 _NO_KEY = "none"
 """The client wants one, whether the server does or not."""
 
+_OTHER_FORM = (AttributeError, TypeError, LookupError)
+"""What the client raises, or what it hands on does, where a server's JSON is not that of the API."""
+
 
 class TurnError(Exception):
     """There is no whole answer to a message; one line says why."""
@@ -44,13 +47,18 @@ class ChatClient:
             cards = {card.id: card for card in self._client.models.list().data}
         except openai.AuthenticationError as error:
             raise EndpointError(f"api_key: the server refuses it ({told(error)}); correct it") from error
+        except (*_OTHER_FORM, ValueError, openai.NotFoundError) as error:
+            raise EndpointError(
+                f"base_url: {base_url} is no OpenAI API: it has no list of models; most addresses end in /v1"
+            ) from error
         except openai.OpenAIError as error:
             raise EndpointError(
                 f"base_url: no server at {base_url} ({told(error)}); start one with `ultrafuser serve`, or add --demo"
             ) from error
         self.model = next(iter(cards), "") if model is None else model
         if self.model not in cards:
-            raise EndpointError(f"model: {base_url} has no {self.model!r:.100}; it has {', '.join(cards) or 'none'}")
+            names = _plain(", ".join(cards))
+            raise EndpointError(f"model: {base_url} has no {self.model!r:.100}; it has {names or 'none':.300}")
         self.specialists: tuple[str, ...] = tuple(getattr(cards[self.model], "specialists", None) or ())
         """In the order of the weights; empty if the server is another one, without weights."""
 
@@ -73,6 +81,8 @@ class ChatClient:
                         yield _event(choice)
         except (openai.OpenAIError, ValueError) as error:
             raise TurnError(told(error)) from error
+        except _OTHER_FORM as error:
+            raise TurnError("what the server answers is no chat completion") from error
         if finish_reason is None:
             raise TurnError("the answer broke off")
 
@@ -82,7 +92,17 @@ def told(error: Exception) -> str:
     body = getattr(error, "body", None)
     said = str(body["message"]) if isinstance(body, dict) and body.get("message") else str(error)
     status = f"HTTP {error.status_code}: " if isinstance(error, openai.APIStatusError) else ""
-    return f"{status}{' '.join(said.split()):.300}"
+    return f"{status}{_plain(' '.join(said.split())):.300}"
+
+
+def _plain(text: str) -> str:
+    """Without characters that steer a terminal: errors are shown as they are."""
+    return "".join(mark if mark.isprintable() else "\ufffd" for mark in text)
+
+
+def _whole(text: str | None) -> str:
+    """Without half surrogate pairs, which JSON can have and no text: they can neither be shown nor sent back."""
+    return (text or "").encode(errors="replace").decode()
 
 
 def _event(choice: Any) -> Event:
@@ -90,4 +110,4 @@ def _event(choice: Any) -> Event:
     rows = (getattr(choice, "gate_weights", None) or {}).get("content") or []
     names = [entry.token for entry in (choice.logprobs and choice.logprobs.content) or []]
     tokens = [Token(name, tuple(row)) for name, row in zip(names, rows, strict=False)]
-    return Event(delta.content or "", getattr(delta, "reasoning", None) or "", tokens, choice.finish_reason)
+    return Event(_whole(delta.content), _whole(getattr(delta, "reasoning", None)), tokens, choice.finish_reason)

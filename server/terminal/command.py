@@ -79,10 +79,23 @@ def run(argv: Sequence[str], cache: str | None = None) -> int:
         if sys.stdin.isatty() and sys.stdout.isatty():
             chat.talk()
             return 0
-        if not (text := sys.stdin.read().strip("\n")):
+        if not (text := _piped().strip("\n")):
             raise CommandError("no message: standard input is empty; write one into it, or chat in a terminal")
-        finish_reason = chat.ask(text)
+        try:
+            finish_reason = chat.ask(text)
+        except BrokenPipeError:  # whoever reads the answer has enough: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+            return 1
         return EXIT_INTERRUPTED if finish_reason == STOPPED else int(finish_reason is None)
+
+
+def _piped() -> str:
+    """All of standard input, UTF-8 whatever the locale, with or without a byte order mark."""
+    try:
+        with open(sys.stdin.fileno(), encoding="utf-8-sig", closefd=False) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"no message: standard input is not UTF-8 (byte {error.start + 1}); convert it") from error
 
 
 def _key_of(environ: Mapping[str, str]) -> str | None:
@@ -139,6 +152,8 @@ class Chat:
         answer = Answer(pieces, finish_reason)
         if answer.text:
             self._dialogue.turns.append((question, answer))
+        else:
+            self._screen.say("the answer is empty; the message is not kept in the conversation")
         return finish_reason
 
     def _stream(self, question: str, pieces: list[Piece]) -> str:
@@ -191,6 +206,8 @@ class Chat:
             path = output_file(name, "/save")
             if path.exists():
                 raise CommandError(f"/save: {path} is there already; name another file")
+            if not self._dialogue.turns:
+                raise CommandError("/save: there is no answer yet")
             write_json_lines(path, [self._dialogue.as_json(self._client.model, self._client.specialists)])
             self._screen.say(f"written: {path}")
         except (CommandError, OSError) as error:

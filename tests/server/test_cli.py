@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 import ultrafuser
+from ultrafuser.gating.model.fusion import preset_names
 from ultrafuser.gating.model.schema import EngineSettings
 from ultrafuser.server.__main__ import main
 from ultrafuser.server.cli import build_parser, parse_command
@@ -39,6 +40,11 @@ def test_every_setting_and_engine_option_is_a_flag(capsys: pytest.CaptureFixture
     for name in [*ServerSettings.model_fields, *EngineOptions.model_fields]:
         if name != "fusion":
             assert f"--{name.replace('_', '-')} " in text.replace(",", " "), name
+
+
+def test_the_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text("serve", "--help", capsys=capsys)
+    assert [name for name in preset_names() if name not in text] == []
 
 
 def test_the_flags_are_the_tested_engine_options() -> None:

@@ -85,6 +85,16 @@ def test_rows_alike_in_any_file_contaminated_and_unusable_rows_go_and_the_report
     assert other["examples"] == [{"line": 2, "reason": "duplicate", "of": "code.jsonl:7"}]
 
 
+def test_a_thought_that_a_test_set_has_is_found(bench, tmp_path):
+    """It is read before the response, as the question is."""
+    thoughtful = row("What is under the hood?", "A motor.")
+    thoughtful["messages"][1]["reasoning"] = f"They ask: {RUN}."
+    report = clean(
+        tmp_path / "clean", f"x={write(tmp_path / 'x.jsonl', row(EVEN), thoughtful)}", "--against", str(bench)
+    )
+    assert report["files"]["x.jsonl"]["removed"] == {"contaminated by bench": 1}
+
+
 def test_what_stays_is_the_files_own_lines_and_training_reads_them(code, law, tmp_path):
     out = tmp_path / "clean"
     clean(out, f"code={code}", str(law))
@@ -185,6 +195,21 @@ def test_a_folder_with_something_in_it_is_refused_and_stays(code, tmp_path, caps
     assert main(["data", "clean", str(out), "--data", f"code={code}"]) == EXIT_WRONG_INPUT
     assert f"output: {out} is there and not empty; name a new folder" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_empty_folder_that_is_where_one_stands_is_refused(code, tmp_path, monkeypatch, capsys):
+    """It was a traceback: the folder takes the place of the one that is there, which needs its name."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["data", "clean", ".", "--data", f"code={code}"]) == EXIT_WRONG_INPUT
+    assert capsys.readouterr().err == "ultrafuser: output: . is no name that can be given; name a new folder\n"
+
+
+def test_a_test_set_that_is_not_there_is_told_before_rows_are_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ultrafuser.gating.data.hub.open_data", lambda *_, **__: pytest.fail("rows were fetched"))
+    arguments = [str(tmp_path / "clean"), "--data", "math=hub:org/sums", "--against", str(tmp_path / "none.jsonl")]
+    assert main(["data", "clean", *arguments]) == EXIT_WRONG_INPUT
+    assert "none.jsonl: no such file; give JSON lines, FILE or NAME=FILE" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_leaves_nothing_and_the_next_one_is_whole(code, tmp_path, monkeypatch):

@@ -135,6 +135,36 @@ def test_ctrl_c_keeps_what_is_written_and_resume_goes_on(
     assert len(engine.prompts) == len(names) - 9
 
 
+@pytest.mark.parametrize(("placement", "status"), [("split", EXIT_FAILED), ("shared", EXIT_INTERRUPTED)])
+def test_an_engine_that_hangs_for_good_ends_the_batch_as_it_ends_the_server(
+    files: Files, engine: Engine, capsys: pytest.CaptureFixture[str], placement: str, status: int
+) -> None:
+    """It waited until somebody came to look: the batch asked no one but the engine's processes, which were there."""
+    names = ["a", "b", "c"]
+    num_begun = 0
+
+    async def hang() -> None:
+        nonlocal num_begun
+        num_begun += 1
+        if num_begun == len(names):
+            while len(files.statuses()) < 2:
+                await asyncio.sleep(0.01)
+            listeners[-1](None)  # a step: the first one may take ten times as long
+            engine.num_unfinished = 1
+            engine.is_paused = asyncio.Event().wait
+            asyncio.get_running_loop().call_later(3.0, press_ctrl_c)
+            await asyncio.Event().wait()
+
+    engine.before_tokens = hang
+    listeners: list[Any] = []
+    engine.steps.listen = listeners.append
+    files.ask(*names)
+    assert files.run("--placement", placement, "--stall-timeout", "0.5") == status
+    assert len(files.statuses()) == 2
+    told = "ultrafuser: the engine hangs: its ranks wait for one another; the same command with --resume goes on\n"
+    assert capsys.readouterr().err.endswith(told) == (placement == "split")
+
+
 def test_a_signal_while_the_weights_are_loaded_leaves_an_output_to_begin_with(
     files: Files, engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """What a batch's files say: which request is whose, which are answered already, and what cannot be one."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def test_what_is_answered_stays_and_what_failed_is_tried_again(tmp_path: Path) -
         ("no JSON", "out.jsonl:1: not of a batch's output"),
         (request("a"), "out.jsonl:1: not of a batch's output"),  # the input itself: it would be emptied
         ([1], "out.jsonl:1: not of a batch's output"),
+        (answer("a") | {"custom_id": ["a"]}, "out.jsonl:1: not of a batch's output"),
     ],
 )
 def test_a_file_that_is_not_this_batchs_output_is_left_as_it_is(row: Any, complaint: str, tmp_path: Path) -> None:
@@ -152,6 +154,48 @@ def test_an_output_that_cannot_be_written_is_told_before_work_begins(tmp_path: P
         sole_output(tmp_path / "no" / "out", (), resumes=False),
     ):
         pass
+
+
+def test_an_output_that_cannot_be_gone_on_with_is_left_as_it_is(tmp_path: Path) -> None:
+    """A folder that takes no new file, a full disk: each was a traceback."""
+    out = written(tmp_path / "out.jsonl", answer("a"))
+    before = out.read_bytes()
+    (tmp_path / "out.jsonl.partial").mkdir()
+    told = r"out.jsonl: cannot be written, as out.jsonl.partial beside it cannot \(Is a directory\); name another file"
+    with pytest.raises(CommandError, match=told), sole_output(out, {"a"}, resumes=True):
+        pass
+    (tmp_path / "out.jsonl.partial").rmdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1, limits[1]))
+    try:
+        full = pytest.raises(CommandError, match=r"out.jsonl: cannot be written \(File too large\); make room")
+        with full, sole_output(out, {"a"}, resumes=True):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_link_to_an_output_stays_one(tmp_path: Path) -> None:
+    """It is there since the answers have no room where it is."""
+    out, link = written(tmp_path / "out.jsonl", answer("a"), answer("b", 400)), tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    with sole_output(link, {"a", "b"}, resumes=True) as (output, done):
+        output.write(answer("b"))
+    assert done == {"a"}
+    assert link.is_symlink()
+    assert rows_of(out) == [answer("a"), answer("b")]
+
+
+def test_plain_lines_get_no_name_that_says_gzip(tmp_path: Path) -> None:
+    """The input may be gzipped; an output of such a name could not be read again."""
+    with (
+        pytest.raises(CommandError, match=r"answers are written as plain lines; name a file without .gz"),
+        sole_output(tmp_path / "out.jsonl.gz", (), resumes=False),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_everything_answered_already_starts_no_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,27 @@ async def test_a_request_that_there_is_no_room_for_waits_for_the_others() -> Non
     assert len(lines) == 30
 
 
+async def test_one_that_was_sent_first_and_got_in_last_waits_too() -> None:
+    """It was taken for one that never fits: it takes longer to be read than the small one behind it, which got in."""
+    places = 2
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal places
+        wanted = json.loads((await receive())["body"])["n"]
+        await asyncio.sleep(0.01 * wanted)
+        status = 200 if wanted <= places else 503
+        if status == 200:
+            places -= wanted
+            await asyncio.sleep(0.03)
+            places += wanted
+        headers = [(b"x-request-id", b"r"), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    lines = await send(app, requests(*[("/v1/completions", {"n": wanted}) for wanted in (2, 1, 3)]))
+    assert [lines[name]["response"]["status_code"] for name in "012"] == [200, 200, 503]
+
+
 async def test_one_that_never_finds_room_is_told_so(app: Any, engine: ScriptedEngine) -> None:
     engine.refusal = QueueOverflowError()
     lines = await send(app, requests(*[("/v1/completions", BODIES["/v1/completions"])] * 3))

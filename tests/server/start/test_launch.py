@@ -15,6 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.server.scripted import ScriptedEngine
 from ultrafuser.gating.model.fusion import FusionConfig
+from ultrafuser.server import health
 from ultrafuser.server.health import Readiness
 from ultrafuser.server.requests.grammars import GrammarCheck
 from ultrafuser.server.serving.serving import Serving, warm_up
@@ -228,7 +229,7 @@ def test_ranks_that_hang_at_the_first_token_end_the_start(start: Start, monkeypa
         await asyncio.Event().wait()
 
     monkeypatch.setattr(launch, "warm_up", hang)
-    monkeypatch.setattr(launch, "FIRST_STEP_STALLS", 3)
+    monkeypatch.setattr(health, "FIRST_STEP_STALLS", 3)
     start.settings = ServerSettings(stall_timeout=0.2)
     engine = start.fusion.engine.model_copy(update={"placement": "split"})
     start.fusion = start.fusion.model_copy(update={"engine": engine})
