@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,11 @@ def num_running(server: ServerProcess) -> float:
     return server.metric("vllm:num_requests_running")
 
 
+def shows_more(terminal: Terminal, length: int) -> bool:
+    """Whether more is shown than this."""
+    return len(terminal.shown) > length
+
+
 @contextmanager
 def paused_answer(terminal: Terminal, server: ServerProcess) -> Iterator[int]:
     """An answer in whose middle the server stands still; gives where it begins in what is shown.
@@ -155,7 +161,7 @@ def paused_answer(terminal: Terminal, server: ServerProcess) -> Iterator[int]:
     for _ in range(10):
         begin = len(terminal.shown)
         terminal.type("tell me everything" + ENTER)
-        wait_for(lambda begin=begin: len(terminal.shown) > begin + 40, "an answer that goes on")
+        wait_for(partial(shows_more, terminal, begin + 40), "an answer that goes on")
         process.suspend()
         try:
             time.sleep(0.5)  # what it had sent is shown
