@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ultrafuser.gating.training.inputs import RunInputs
+    from ultrafuser.gating.training.reporting import Trackers
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:
@@ -46,7 +47,9 @@ def train(settings: TrainSettings) -> Path | None:
     from ultrafuser.gating.training.inputs import gather_inputs
     from ultrafuser.gating.training.origins import check_resumed, describe_origins
     from ultrafuser.gating.training.plan import describe
+    from ultrafuser.gating.training.reporting import Trackers
 
+    trackers = Trackers(settings.report_to)
     state = _processes()
     checkpoint, origins = None, {}
     check_folder(cache_folder(settings.cache), "--cache")
@@ -63,10 +66,16 @@ def train(settings: TrainSettings) -> Path | None:
     if state.is_main_process:
         lines = [*inputs.rows.summary(), *describe(inputs, state.device, state.num_processes)]
         print("\n".join(lines), file=sys.stderr, flush=True)
-    return None if settings.plan else _train(inputs, state.device, checkpoint, origins)
+    return None if settings.plan else _train(inputs, state.device, checkpoint, origins, trackers)
 
 
-def _train(inputs: "RunInputs", device: "torch.device", checkpoint: Path | None, origins: dict[str, Any]) -> Path:
+def _train(
+    inputs: "RunInputs",
+    device: "torch.device",
+    checkpoint: Path | None,
+    origins: dict[str, Any],
+    trackers: "Trackers",
+) -> Path:
     from transformers import set_seed
 
     from ultrafuser.gating.commands.provenance import collect_provenance
@@ -80,7 +89,8 @@ def _train(inputs: "RunInputs", device: "torch.device", checkpoint: Path | None,
     if inputs.fusion.gate is not None:
         provenance["gate_kind"] = str(inputs.gate_kind)
     with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
-        trainer = build(inputs, device, progress, {**provenance, "lasting": settings.lasting(), "origins": origins})
+        begun_with = {**provenance, "lasting": settings.lasting(), "origins": origins}
+        trainer = build(inputs, device, progress, begun_with, [trackers])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.final_evaluation()
     state = trainer.trained_state()

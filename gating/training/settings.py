@@ -38,7 +38,7 @@ _NOT_OF_DRAFTER = ("learn", "lora_rank", "lora_alpha", "lora_dropout", "gate_lea
 _NEWCOMER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*=.+")
 
 # Settings that do not change what is learned: a resumed run may have others.
-_FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
+_FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every", "report_to"})
 
 
 def _check_gate_kind(text: str) -> str:
@@ -60,7 +60,7 @@ class TrainSettings(CommandSettings):
     hub:ORG/NAME@REVISION. Several may follow."""
 
     output: Annotated[str, Field(min_length=1)]
-    """Folder for the trained fusion, its checkpoints and its TensorBoard log."""
+    """Folder for the trained fusion, its checkpoints and its log."""
 
     stage: Literal[1, 2] | None = None
     """1: the gate learns, specialists are frozen. 2: gate and specialists learn together."""
@@ -173,6 +173,10 @@ class TrainSettings(CommandSettings):
     log_every: Count = 10
     """Steps between log lines."""
 
+    report_to: Annotated[tuple[str, ...], Field(min_length=1)] = ("tensorboard",)
+    """Trackers that get the log, as Transformers names them: tensorboard, wandb, mlflow, trackio, ..., or none. Several
+    may follow. Default: tensorboard."""
+
     resume: bool = False
     """Go on from the newest checkpoint in the output folder, if there is one."""
 
@@ -204,6 +208,8 @@ class TrainSettings(CommandSettings):
         for name in _NOT_OF_DRAFTER if self.drafter else ():
             if name in self.model_fields_set:
                 raise TrainError(f"{name}: does nothing beside --drafter, as only the head learns; leave it out")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise TrainError("report_to: none stands alone; leave it, or the trackers, out")
         if self.specialist is not None and self.learn == "full":
             raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
         return self

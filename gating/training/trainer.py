@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -45,6 +45,7 @@ class FusedTrainer(Trainer):
         name_marks: names of the learner's marks in the log, by domain.
         gate_learning_rate: the gate's own, or None for the same.
         provenance: goes into every checkpoint.
+        callbacks: told what happens, beside Transformers' own.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FusedTrainer(Trainer):
         name_marks: Callable[[str], Sequence[str]],
         gate_learning_rate: float | None,
         provenance: Mapping[str, Any],
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.learner = learner
         self._rows = rows
@@ -70,7 +72,12 @@ class FusedTrainer(Trainer):
         self._step_loss: Tensor | None = None
         self._evaluation: tuple[int, dict[str, float]] | None = None
         super().__init__(
-            learner, arguments, data_collator=collate, train_dataset=rows, eval_dataset=dict(eval_rows) or None
+            learner,
+            arguments,
+            data_collator=collate,
+            train_dataset=rows,
+            eval_dataset=dict(eval_rows) or None,
+            callbacks=list(callbacks),
         )
 
     def create_accelerator_and_postprocess(self) -> None:
