@@ -85,6 +85,7 @@ def build(
         eval_rows=eval_rows,
         name_marks=partial(_name_marks, inputs),
         gate_learning_rate=settings.gate_learning_rate,
+        patience=settings.early_stopping_patience,
         provenance=provenance,
         callbacks=callbacks,
     )
@@ -218,6 +219,8 @@ def _arguments(inputs: RunInputs, device: torch.device) -> TrainingArguments:
         eval_strategy="steps" if is_evaluated else "no",
         eval_steps=settings.steps_between_evaluations,
         eval_on_start=is_evaluated,
+        metric_for_best_model=None if settings.early_stopping_patience is None else "eval_loss",
+        greater_is_better=False,
         save_strategy="steps",
         save_steps=settings.steps_between_saves,
         save_total_limit=settings.keep_checkpoints,

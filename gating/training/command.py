@@ -92,12 +92,16 @@ def _train(
         begun_with = {**provenance, "lasting": settings.lasting(), "origins": origins}
         trainer = build(inputs, device, progress, begun_with, [trackers])
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    best_step = trainer.load_best()
     metrics = trainer.final_evaluation()
     state = trainer.trained_state()
     output = settings.output_folder
     path = output / "fusion.yaml"
     if _processes().is_main_process:
         manifest = {**provenance, "metrics": metrics, "history": trainer.state.log_history}
+        if best_step is not None:
+            manifest["best"] = {"step": best_step, "eval_loss": trainer.state.best_metric}
+            print(f"best: step {best_step}, mean loss {trainer.state.best_metric:.4f}", file=sys.stderr, flush=True)
         with hidden_bars():
             path = save_results(output, inputs, trainer.learner, state, manifest)
         print(f"trained: {path}", file=sys.stderr, flush=True)

@@ -81,6 +81,10 @@ class TrainSettings(CommandSettings):
     eval_every: Count | None = None
     """Steps between evaluations; default: a tenth of the run. Evaluation also opens and closes a run."""
 
+    early_stopping_patience: Count | None = None
+    """End when this many evaluations in a row have not lowered the mean of the domains' losses; the result is then the
+    best model that was evaluated, not the last. Needs --eval-data and --eval-every. Default: all steps are made."""
+
     learn: Literal["lora", "full"] = "lora"
     """How specialists learn in stage 2: a low-rank adapter each, or all of their parameters."""
 
@@ -208,6 +212,10 @@ class TrainSettings(CommandSettings):
         for name in _NOT_OF_DRAFTER if self.drafter else ():
             if name in self.model_fields_set:
                 raise TrainError(f"{name}: does nothing beside --drafter, as only the head learns; leave it out")
+        if self.early_stopping_patience and not (self.eval_data and self.eval_every):
+            raise TrainError(
+                "early_stopping_patience: it counts evaluations; say on what and how often (--eval-data, --eval-every)"
+            )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise TrainError("report_to: none stands alone; leave it, or the trackers, out")
         if self.specialist is not None and self.learn == "full":

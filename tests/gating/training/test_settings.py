@@ -88,6 +88,13 @@ def test_the_cache_folder_of_the_caller_is_the_default():
             [*REQUIRED, "--specialist", "code", "--learn", "full"],
             "--learn: a specialist alone is trained by an adapter",
         ),
+        *(
+            (
+                [*REQUIRED, "--stage", "1", "--early-stopping-patience", "2", *flags],
+                "--early-stopping-patience: it counts",
+            )
+            for flags in ([], ["--eval-data", "e"], ["--eval-every", "5"])
+        ),
         ([*REQUIRED, "--stage", "1", "--report-to", "none", "wandb"], "--report-to: none stands alone; leave it"),
     ],
 )
