@@ -10,9 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrafuser.gating.commands.config_file import write_config
 from ultrafuser.gating.commands.places import check_folder
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
-from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.commands.run_folder import CONFIG_FILE, RUN_FOLDER
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.files import read_json
 from ultrafuser.gating.model.cache import cache_folder
@@ -91,6 +92,8 @@ def _train(
     with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
         begun_with = {**provenance, "lasting": settings.lasting(), "origins": origins}
         trainer = build(inputs, device, progress, begun_with, [trackers])
+    if _processes().is_main_process:
+        write_config(settings.output_folder / RUN_FOLDER / CONFIG_FILE, settings.as_config())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     best_step = trainer.load_best()
     metrics = trainer.final_evaluation()

@@ -19,6 +19,7 @@ from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.inputs import gather_inputs
 from ultrafuser.gating.training.plan import measure
 from ultrafuser.gating.training.sampler import ProportionalBatches
+from ultrafuser.gating.training.settings import parse_settings
 from ultrafuser.gating.training.trainer import FusedTrainer
 
 NAMES = ("text", "code", "math")
@@ -78,6 +79,27 @@ def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(run, settings_of):
         train(settings_of(stage=1))
     with pytest.raises(TrainError, match=r"--learning-rate: the run to resume had 0\.003, now it is 0\.1"):
         train(settings_of(stage=1, learning_rate=0.1, resume=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stage": 1, "warmup_steps": 1, "eval_data": [str(CONVERSATIONS)]}, {"drafter": True, "draft_vocabulary": 20}],
+    ids=["gate", "head"],
+)
+def test_the_settings_that_a_run_leaves_make_the_same_run_again_and_go_on_with_it(run, tmp_path, options):
+    first = run(**options)
+    config = first.parent / RUN_FOLDER / "config.yaml"
+    again = parse_settings(["--config", str(config), "--output", str(tmp_path / "again")])
+    train(again)
+    last = f"{RUN_FOLDER}/checkpoint-4/trained.safetensors"
+    ours, theirs = (load_file(folder / last) for folder in (tmp_path / "again", first.parent))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    written = [(folder / RUN_FOLDER / "config.yaml").read_text() for folder in (tmp_path / "again", first.parent)]
+    assert written[0] == written[1].replace(str(first.parent), str(tmp_path / "again"))
+    assert "learning-rate: 0.003\n" in written[0]
+    assert "\nresume:" not in written[0]
+    assert train(parse_settings(["--config", str(config), "--resume"])) == first
 
 
 def test_a_checkpoint_that_is_older_than_a_setting_had_its_default(run, settings_of):

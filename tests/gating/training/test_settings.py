@@ -108,7 +108,7 @@ def test_mistakes_are_one_line_that_names_the_flag(argv, complaint):
 def test_what_must_not_change_on_resume_is_all_but_where_and_how_often():
     settings = parse_settings([*REQUIRED, "--stage", "1"])
     free = set(TrainSettings.model_fields) - set(settings.lasting())
-    assert free == {"resume", "plan", "cache", "output", "keep_checkpoints", "log_every", "report_to"}
+    assert free == {"config", "resume", "plan", "cache", "output", "keep_checkpoints", "log_every", "report_to"}
 
 
 def test_help_needs_neither_torch_nor_transformers():
