@@ -82,6 +82,7 @@ def _train(
     from ultrafuser.gating.commands.provenance import collect_provenance
     from ultrafuser.gating.model.packaged import hidden_bars
     from ultrafuser.gating.training.building import build
+    from ultrafuser.gating.training.reporting import EvaluationReport
     from ultrafuser.gating.training.results import save_results
 
     settings = inputs.settings
@@ -91,7 +92,7 @@ def _train(
         provenance["gate_kind"] = str(inputs.gate_kind)
     with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
         begun_with = {**provenance, "lasting": settings.lasting(), "origins": origins}
-        trainer = build(inputs, device, progress, begun_with, [trackers])
+        trainer = build(inputs, device, progress, begun_with, [trackers, EvaluationReport()])
     if _processes().is_main_process:
         write_config(settings.output_folder / RUN_FOLDER / CONFIG_FILE, settings.as_config())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -4,11 +4,14 @@ Knows Transformers' table of trackers and its callbacks; does not know what is t
 """
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import partialmethod
 from typing import Any
 
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ultrafuser.gating.errors import TrainError
@@ -46,6 +49,45 @@ class Trackers(TrainerCallback):
 
 for _event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
     setattr(Trackers, _event, partialmethod(Trackers._tell, _event))
+
+
+class EvaluationReport(TrainerCallback):
+    """A line on stderr after every evaluation: each domain's loss, their mean, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, int] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """From here on time is taken; steps of a run before it was resumed have taken none of it."""
+        self._began = (time.monotonic(), state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What is evaluated from now on is the result, and not of a step."""
+        self._began = None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Called by the trainer after every evaluation."""
+        if metrics and self._began is not None and state.is_world_process_zero:
+            tqdm.write(self._line(metrics, state, *self._began), file=sys.stderr)
+
+    @staticmethod
+    def _line(metrics: Mapping[str, float], state: TrainerState, begin: float, begin_step: int) -> str:
+        prefix = "eval_loss_"
+        losses = [f"{key.removeprefix(prefix)} {loss:.4f}" for key, loss in metrics.items() if key.startswith(prefix)]
+        step = f"step {state.global_step:,} of {state.max_steps:,}"
+        line = f"{step}: loss {', '.join(losses)}; mean {metrics['eval_loss']:.4f}"
+        num_made, num_left = state.global_step - begin_step, state.max_steps - state.global_step
+        if not (num_made and num_left):
+            return line
+        seconds = (time.monotonic() - begin) / num_made * num_left
+        return f"{line}; about {timedelta(seconds=round(seconds))} left"
 
 
 def _tracker(name: str) -> TrainerCallback:
