@@ -2,7 +2,7 @@
 
 Changed: balanced batches; checkpoints that hold only what learns, written whole or not at all, with their provenance;
 evaluation by domain with the gate's mean weights; the best model kept, and a stop when it has not become better for
-long; a stop before the optimizer moves on a loss that is not finite.
+long; a stop before the optimizer moves on a loss that is not finite, or if a part that is to learn has no gradient.
 Knows learners and rows of any kind; does not know fusions or files of data.
 """
 
@@ -133,6 +133,7 @@ class FusedTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last call before the optimizer moves, by all processes: where a run that has gone wrong ends."""
+        self._check_gradients()
         norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm)))
         assert self._step_loss is not None
         # One process's loss may be wrong while its neighbour's is right; summed, all processes see the same.
@@ -144,6 +145,19 @@ class FusedTrainer(Trainer):
                 " nothing was changed by this step. Lower --learning-rate, or look at the rows of this step"
             )
         return norm
+
+    def _check_gradients(self) -> None:
+        """Every part that is to learn has a gradient; a zero is one, as of rows that a part has no say in."""
+        parts: dict[str, bool] = {}
+        for name, parameter in trainable_parameters(self.learner).items():
+            part = ".".join(name.split(".")[: 2 if name.startswith("specialists.") else 1])
+            parts[part] = parts.get(part, False) or parameter.grad is not None
+        for part, has_gradient in parts.items():
+            if not has_gradient:
+                raise TrainError(
+                    f"step {self.state.global_step + 1}: {part} is to learn and gets no gradient; nothing was changed"
+                    " by this step. Please report it with this run's config.yaml"
+                )
 
     # Checkpoints
 

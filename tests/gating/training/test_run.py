@@ -13,10 +13,12 @@ from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.data.batches import collate_rows
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
 from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.training import building
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.learner import FusedLearner
 from ultrafuser.gating.training.plan import measure
 from ultrafuser.gating.training.sampler import ProportionalBatches
 from ultrafuser.gating.training.settings import parse_settings
@@ -137,6 +139,55 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(run, setting
         bool(torch.isfinite(tensor).all())
         for tensor in load_file(tmp_path / "out" / RUN_FOLDER / "checkpoint-2" / "trained.safetensors").values()
     )
+
+
+@pytest.mark.parametrize("part", ["fusion_gate", "specialists.1"])
+def test_a_part_that_gets_no_gradient_ends_the_run_before_the_optimizer_moves(settings_of, monkeypatch, tmp_path, part):
+    """Else it would stay as it was, unsaid, on whichever path forgets it."""
+    moved: list[int] = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: moved.append(1))
+    if part == "fusion_gate":
+        weigh = Gate.forward
+        monkeypatch.setattr(Gate, "forward", lambda *arguments: weigh(*arguments).detach())
+    else:
+        read = FusedLearner.hidden_states
+
+        def cut(self: FusedLearner, **batch: Any) -> list[torch.Tensor]:
+            first, second, *others = read(self, **batch)
+            return [first, second.detach(), *others]
+
+        monkeypatch.setattr(FusedLearner, "hidden_states", cut)
+    with pytest.raises(TrainError, match=f"^step 1: {part} is to learn and gets no gradient; nothing was changed"):
+        train(settings_of(stage=2))
+    assert not moved
+    assert not list((tmp_path / "out" / RUN_FOLDER).glob("checkpoint-*"))
+
+
+def test_a_run_goes_on_although_some_of_a_part_has_no_optimizer_state(run, settings_of, tmp_path, monkeypatch):
+    """AdamW keeps none for what never had a gradient: in a mixture of experts, say, one that no row has come to."""
+    step = FusedTrainer.training_step
+
+    def without(self: FusedTrainer, *arguments: Any) -> torch.Tensor:
+        loss = step(self, *arguments)
+        if self.state.global_step < 3:
+            next(parameter for parameter in self.learner.parameters() if parameter.requires_grad).grad = None
+        return loss
+
+    common = {"stage": 1, "steps": 4, "save_every": 2}
+    monkeypatch.setattr(FusedTrainer, "training_step", without)
+    whole = run(**common, output=str(tmp_path / "whole"))
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patches:
+        _stop_after(patches, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings_of(**common, output=str(stopped)))
+    saved = torch.load(stopped / RUN_FOLDER / "checkpoint-2" / "optimizer.pt")
+    num_parameters = sum(len(group["params"]) for group in saved["param_groups"])
+    assert len(saved["state"]) == num_parameters - 1
+    resumed = run(**common, output=str(stopped), resume=True)
+    last = f"{RUN_FOLDER}/checkpoint-4/trained.safetensors"
+    ours, theirs = [load_file(path.parent / last) for path in (resumed, whole)]
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
 def test_checkpoints_say_where_they_come_from_and_are_whole_or_absent(run):
