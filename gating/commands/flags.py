@@ -8,7 +8,7 @@ pydantic, and no command. Imports no torch, so that `--help` answers at once.
 import argparse
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
@@ -64,11 +64,17 @@ def parse_command(
 
 
 def build_parser(
-    model: type[BaseModel], *, prog: str, usage: str, description: str, positional: str = ""
+    model: type[BaseModel],
+    *,
+    prog: str,
+    usage: str,
+    description: str,
+    positional: str = "",
+    given: Container[str] | None = None,
 ) -> argparse.ArgumentParser:
-    """All flags of a model, as `parse_command` describes them."""
+    """All flags of a model, as `parse_command` describes them; `given` as in `add_flags`."""
     parser = Parser(prog=prog, usage=f"{prog} {usage}", description=description)
-    add_flags(parser, model.model_fields, positional=positional)
+    add_flags(parser, model.model_fields, positional=positional, given=given)
     return parser
 
 
@@ -84,21 +90,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(
-    parser: Parser, fields: Mapping[str, FieldInfo], title: str = "", positional: str = "", overrides: bool = False
+    parser: Parser,
+    fields: Mapping[str, FieldInfo],
+    title: str = "",
+    positional: str = "",
+    overrides: bool = False,
+    given: Container[str] | None = None,
 ) -> None:
     """Add a flag for each field, in a section of the help if there is a title; `positional` as in `parse_command`.
 
     `overrides`: an environment may have said something before. Then a bool can be switched off, too, and a tuple's flag
     takes one value and is repeated.
+    `given`: names of what a file has said, which a command line may leave out; a bool can be switched off.
     """
     group = parser.add_argument_group(title) if title else parser
     for name, field in fields.items():
         if name == positional:
-            count = None if field.is_required() else "?"
+            count = None if field.is_required() and name not in (given or ()) else "?"
             parser.add_argument(name, nargs=count, metavar=name.upper(), help=_help(field, overrides))
         else:
             name = field.alias or name
-            options = {"dest": name, "help": _help(field, overrides), **_options(name, field, overrides)}
+            options = {"dest": name, "help": _help(field, overrides), **_options(name, field, overrides, given)}
             group.add_argument(flag_of(name), **options)
 
 
@@ -120,7 +132,7 @@ def resolve(
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     given = {name: value for name, value in {**environment, **flags}.items() if name in fields}
     try:
-        return model(**{name: _value(fields[name], value) for name, value in given.items()})
+        return model(**{name: value_of(fields[name], value) for name, value in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -165,11 +177,11 @@ def _help(field: FieldInfo, overrides: bool) -> str:
     return text.replace("%", "%%")
 
 
-def _options(name: str, field: FieldInfo, overrides: bool) -> dict[str, Any]:
-    kind = _kind(field)
+def _options(name: str, field: FieldInfo, overrides: bool, given: Container[str] | None) -> dict[str, Any]:
+    kind = kind_of(field)
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction if overrides else "store_true"}
-    options = {"required": field.is_required(), "metavar": name.split("_")[-1].upper()}
+        return {"action": "store_true" if given is None and not overrides else argparse.BooleanOptionalAction}
+    options = {"required": field.is_required() and name not in (given or ()), "metavar": name.split("_")[-1].upper()}
     if get_origin(kind) is tuple:
         return options | ({"action": "append"} if overrides else {"action": "extend", "nargs": "+"})
     if get_origin(kind) is Literal:
@@ -180,9 +192,9 @@ def _options(name: str, field: FieldInfo, overrides: bool) -> dict[str, Any]:
     return options | {"metavar": {int: "N", float: "X"}.get(kind, options["metavar"])}
 
 
-def _value(field: FieldInfo, text: Any) -> Any:
+def value_of(field: FieldInfo, text: Any) -> Any:
     """What a text stands for, where the model itself would not read it: numbers with a suffix, JSON, several values."""
-    kind = _kind(field)
+    kind = kind_of(field)
     if not isinstance(text, str):
         return text
     if kind is int and (match := _SUFFIXED.fullmatch(text)):
@@ -197,7 +209,7 @@ def _value(field: FieldInfo, text: Any) -> Any:
     return text
 
 
-def _kind(field: FieldInfo) -> Any:
+def kind_of(field: FieldInfo) -> Any:
     """The type of a field's values, without `| None` and constraints."""
     kinds = get_args(field.annotation)
     kind = kinds[0] if type(None) in kinds else field.annotation

@@ -22,7 +22,10 @@ MANIFEST_FILE = "manifest.json"
 """Where a training run's result comes from, with its log."""
 
 RUN_FOLDER = "run"
-"""A training run's checkpoints and TensorBoard log, in its output folder."""
+"""A training run's settings, checkpoints and TensorBoard log, in its output folder."""
+
+CONFIG_FILE = "config.yaml"
+"""A training run's settings, in its run folder, as `--config` takes them."""
 
 
 @contextmanager

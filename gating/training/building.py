@@ -3,14 +3,14 @@
 Loads weights. Knows all parts of training but the loop itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.data.batches import collate_hidden_states, collate_rows
@@ -43,8 +43,14 @@ LearnerAndRows = tuple[Learner, Dataset[Any], Mapping[str, Dataset[Any]]]
 """What learns, and the rows to train and, by domain, to evaluate on."""
 
 
-def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenance: Mapping[str, Any]) -> FusedTrainer:
-    """Load or compute everything that a run needs; `provenance` goes into every checkpoint.
+def build(
+    inputs: RunInputs,
+    device: torch.device,
+    on_progress: Report,
+    provenance: Mapping[str, Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FusedTrainer:
+    """Load or compute all that a run needs; `provenance` goes into every checkpoint, `callbacks` are the trainer's.
 
     Raises:
         SamplerError: the rows of a step cannot be shared by the processes.
@@ -79,7 +85,9 @@ def build(inputs: RunInputs, device: torch.device, on_progress: Report, provenan
         eval_rows=eval_rows,
         name_marks=partial(_name_marks, inputs),
         gate_learning_rate=settings.gate_learning_rate,
+        patience=settings.early_stopping_patience,
         provenance=provenance,
+        callbacks=callbacks,
     )
     if settings.add is not None:
         before = gate_before(inputs.loaded, inputs.info.hidden_sizes)
@@ -207,10 +215,12 @@ def _arguments(inputs: RunInputs, device: torch.device) -> TrainingArguments:
         logging_strategy="steps",
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
-        report_to=["tensorboard"],
+        report_to="none",  # trackers are called by a callback that bears their failures
         eval_strategy="steps" if is_evaluated else "no",
         eval_steps=settings.steps_between_evaluations,
         eval_on_start=is_evaluated,
+        metric_for_best_model=None if settings.early_stopping_patience is None else "eval_loss",
+        greater_is_better=False,
         save_strategy="steps",
         save_steps=settings.steps_between_saves,
         save_total_limit=settings.keep_checkpoints,

@@ -21,7 +21,8 @@ TRAINED_FILE = "trained.safetensors"
 CONTENTS_FILE = "contents.json"
 """How long the other files of a checkpoint are."""
 
-_JSON_FILES = (PROVENANCE_FILE, "trainer_state.json")
+_STATE_FILE = "trainer_state.json"
+_JSON_FILES = (PROVENANCE_FILE, _STATE_FILE)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -31,10 +32,10 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, if there is one; and what is wrong with those that are newer."""
+    """The newest checkpoint that is whole, as is the best one before it; and what is wrong with newer ones."""
     damages: list[str] = []
     for checkpoint in all_checkpoints(folder):
-        damage = next(_damages(checkpoint), None)
+        damage = next(_damages(checkpoint), None) or _damage_of_best(checkpoint)
         if damage is None:
             return checkpoint, damages
         damages.append(f"{checkpoint.name}: {damage}")
@@ -55,6 +56,16 @@ def put_aside(damaged: list[Path]) -> None:
 
 def _step(checkpoint: Path) -> str:
     return checkpoint.name.removeprefix(CHECKPOINT_PREFIX)
+
+
+def _damage_of_best(checkpoint: Path) -> str | None:
+    """Of the checkpoint that was the best when this one was saved; a run that goes on from here may end with it."""
+    step = read_json(checkpoint / _STATE_FILE, "").get("best_global_step")
+    best = checkpoint.with_name(f"{CHECKPOINT_PREFIX}{step}")
+    if step is None or best == checkpoint:
+        return None
+    damage = next(_damages(best), None) if best.is_dir() else "is missing"
+    return damage and f"the best one before it, {best.name}: {damage}"
 
 
 def _damages(checkpoint: Path) -> Iterator[str]:

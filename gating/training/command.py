@@ -10,9 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrafuser.gating.commands.config_file import write_config
 from ultrafuser.gating.commands.places import check_folder
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
-from ultrafuser.gating.commands.run_folder import RUN_FOLDER
+from ultrafuser.gating.commands.run_folder import CONFIG_FILE, RUN_FOLDER
 from ultrafuser.gating.errors import TrainError
 from ultrafuser.gating.files import read_json
 from ultrafuser.gating.model.cache import cache_folder
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ultrafuser.gating.training.inputs import RunInputs
+    from ultrafuser.gating.training.reporting import Trackers
 
 
 def run(argv: Sequence[str], cache: str | None = None) -> int:
@@ -46,7 +48,9 @@ def train(settings: TrainSettings) -> Path | None:
     from ultrafuser.gating.training.inputs import gather_inputs
     from ultrafuser.gating.training.origins import check_resumed, describe_origins
     from ultrafuser.gating.training.plan import describe
+    from ultrafuser.gating.training.reporting import Trackers
 
+    trackers = Trackers(settings.report_to)
     state = _processes()
     checkpoint, origins = None, {}
     check_folder(cache_folder(settings.cache), "--cache")
@@ -63,15 +67,22 @@ def train(settings: TrainSettings) -> Path | None:
     if state.is_main_process:
         lines = [*inputs.rows.summary(), *describe(inputs, state.device, state.num_processes)]
         print("\n".join(lines), file=sys.stderr, flush=True)
-    return None if settings.plan else _train(inputs, state.device, checkpoint, origins)
+    return None if settings.plan else _train(inputs, state.device, checkpoint, origins, trackers)
 
 
-def _train(inputs: "RunInputs", device: "torch.device", checkpoint: Path | None, origins: dict[str, Any]) -> Path:
+def _train(
+    inputs: "RunInputs",
+    device: "torch.device",
+    checkpoint: Path | None,
+    origins: dict[str, Any],
+    trackers: "Trackers",
+) -> Path:
     from transformers import set_seed
 
     from ultrafuser.gating.commands.provenance import collect_provenance
     from ultrafuser.gating.model.packaged import hidden_bars
     from ultrafuser.gating.training.building import build
+    from ultrafuser.gating.training.reporting import EvaluationReport
     from ultrafuser.gating.training.results import save_results
 
     settings = inputs.settings
@@ -80,14 +91,21 @@ def _train(inputs: "RunInputs", device: "torch.device", checkpoint: Path | None,
     if inputs.fusion.gate is not None:
         provenance["gate_kind"] = str(inputs.gate_kind)
     with closing(StepProgress(is_shown=_processes().is_main_process)) as progress, hidden_bars():
-        trainer = build(inputs, device, progress, {**provenance, "lasting": settings.lasting(), "origins": origins})
+        begun_with = {**provenance, "lasting": settings.lasting(), "origins": origins}
+        trainer = build(inputs, device, progress, begun_with, [trackers, EvaluationReport()])
+    if _processes().is_main_process:
+        write_config(settings.output_folder / RUN_FOLDER / CONFIG_FILE, settings.as_config())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    best_step = trainer.load_best()
     metrics = trainer.final_evaluation()
     state = trainer.trained_state()
     output = settings.output_folder
     path = output / "fusion.yaml"
     if _processes().is_main_process:
         manifest = {**provenance, "metrics": metrics, "history": trainer.state.log_history}
+        if best_step is not None:
+            manifest["best"] = {"step": best_step, "eval_loss": trainer.state.best_metric}
+            print(f"best: step {best_step}, mean loss {trainer.state.best_metric:.4f}", file=sys.stderr, flush=True)
         with hidden_bars():
             path = save_results(output, inputs, trainer.learner, state, manifest)
         print(f"trained: {path}", file=sys.stderr, flush=True)

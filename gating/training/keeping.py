@@ -82,7 +82,8 @@ class NewcomerReport(TrainerCallback):
         **_: Any,
     ) -> None:
         """Called by the trainer after every evaluation."""
-        if metrics and state.is_world_process_zero and state.global_step in (0, state.max_steps):
+        is_last = state.global_step == state.max_steps or control.should_training_stop
+        if metrics and state.is_world_process_zero and (state.global_step == 0 or is_last):
             how = "before training" if state.global_step == 0 else "trained"
             print("\n".join(self.lines(metrics, how)), file=sys.stderr, flush=True)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from ultrafuser.gating.commands.config_file import parse_configured
 from ultrafuser.gating.commands.fields import (
     Amount,
     CacheFolder,
@@ -20,7 +21,6 @@ from ultrafuser.gating.commands.fields import (
     Precision,
     Seed,
 )
-from ultrafuser.gating.commands.flags import parse_command
 from ultrafuser.gating.errors import GateError, TrainError
 from ultrafuser.gating.model.gate_kind import GateKind
 
@@ -38,7 +38,12 @@ _NOT_OF_DRAFTER = ("learn", "lora_rank", "lora_alpha", "lora_dropout", "gate_lea
 _NEWCOMER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*=.+")
 
 # Settings that do not change what is learned: a resumed run may have others.
-_FREE_ON_RESUME = frozenset({"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"})
+_FREE_ON_RESUME = frozenset(
+    {"config", "resume", "plan", "cache", "output", "keep_checkpoints", "log_every", "report_to"}
+)
+
+# What is said of one start, not of the run.
+_NOT_OF_CONFIG = {"config", "resume", "plan"}
 
 
 def _check_gate_kind(text: str) -> str:
@@ -59,8 +64,12 @@ class TrainSettings(CommandSettings):
     """Conversations to train on: JSON lines, also gzipped, FILE or DOMAIN=FILE, or a data set of the hub,
     hub:ORG/NAME@REVISION. Several may follow."""
 
+    config: str | None = None
+    """YAML file of settings by the names of their flags, which need not be given then; those that are win. A run writes
+    its own into its output folder, run/config.yaml."""
+
     output: Annotated[str, Field(min_length=1)]
-    """Folder for the trained fusion, its checkpoints and its TensorBoard log."""
+    """Folder for the trained fusion, its checkpoints and its log."""
 
     stage: Literal[1, 2] | None = None
     """1: the gate learns, specialists are frozen. 2: gate and specialists learn together."""
@@ -80,6 +89,10 @@ class TrainSettings(CommandSettings):
 
     eval_every: Count | None = None
     """Steps between evaluations; default: a tenth of the run. Evaluation also opens and closes a run."""
+
+    early_stopping_patience: Count | None = None
+    """End when this many evaluations in a row have not lowered the mean of the domains' losses; the result is then the
+    best model that was evaluated, not the last. Needs --eval-data and --eval-every. Default: all steps are made."""
 
     learn: Literal["lora", "full"] = "lora"
     """How specialists learn in stage 2: a low-rank adapter each, or all of their parameters."""
@@ -173,6 +186,10 @@ class TrainSettings(CommandSettings):
     log_every: Count = 10
     """Steps between log lines."""
 
+    report_to: Annotated[tuple[str, ...], Field(min_length=1)] = ("tensorboard",)
+    """Trackers that get the log, as Transformers names them: tensorboard, wandb, mlflow, trackio, ..., or none. Several
+    may follow. Default: tensorboard."""
+
     resume: bool = False
     """Go on from the newest checkpoint in the output folder, if there is one."""
 
@@ -204,6 +221,12 @@ class TrainSettings(CommandSettings):
         for name in _NOT_OF_DRAFTER if self.drafter else ():
             if name in self.model_fields_set:
                 raise TrainError(f"{name}: does nothing beside --drafter, as only the head learns; leave it out")
+        if self.early_stopping_patience and not (self.eval_data and self.eval_every):
+            raise TrainError(
+                "early_stopping_patience: it counts evaluations; say on what and how often (--eval-data, --eval-every)"
+            )
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise TrainError("report_to: none stands alone; leave it, or the trackers, out")
         if self.specialist is not None and self.learn == "full":
             raise TrainError("learn: a specialist alone is trained by an adapter; leave --learn out")
         return self
@@ -281,6 +304,12 @@ class TrainSettings(CommandSettings):
     def steps_between_evaluations(self) -> int:
         return self.eval_every or max(1, self.num_steps // 10)
 
+    def as_config(self) -> dict[str, Any]:
+        """What `--config` needs to start the same run: every setting that has a value, by name."""
+        left_out = _NOT_OF_CONFIG | set(_NOT_OF_DRAFTER if self.drafter else ())
+        content = self.model_dump(mode="json", exclude=left_out)
+        return {name: value for name, value in content.items() if value not in (None, [])}
+
     def lasting(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one it continues, as JSON values."""
         content = self.model_dump(mode="json")
@@ -288,13 +317,14 @@ class TrainSettings(CommandSettings):
 
 
 parse_settings = partial(
-    parse_command,
+    parse_configured,
     TrainSettings,
     prog="ultrafuser train",
     usage="FUSION --data FILE ... --output FOLDER"
-    " (--stage 1 | --stage 2 | --specialist NAME | --drafter | --add NAME=SOURCE --eval-data FILE ...)",
+    " (--stage 1 | --stage 2 | --specialist NAME | --drafter | --add NAME=SOURCE --eval-data FILE ...)"
+    " [--config FILE]",
     description="Train a fused model's gate, its gate and specialists together, one specialist alone, or a draft head;"
     " or let one specialist more join.",
     positional="fusion",
 )
-"""Reads the command line of `ultrafuser train`, as `parse_command` does."""
+"""Reads the command line of `ultrafuser train`, as `parse_configured` does."""

@@ -1,10 +1,12 @@
 """The training loop: Transformers' Trainer, with what fusing needs changed and nothing else.
 
 Changed: balanced batches; checkpoints that hold only what learns, written whole or not at all, with their provenance;
-evaluation by domain with the gate's mean weights; a stop before the optimizer moves on a loss that is not finite.
+evaluation by domain with the gate's mean weights; the best model kept, and a stop when it has not become better for
+long; a stop before the optimizer moves on a loss that is not finite, or if a part that is to learn has no gradient.
 Knows learners and rows of any kind; does not know fusions or files of data.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ultrafuser.gating.commands.provenance import PROVENANCE_FILE
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
 from ultrafuser.gating.files import note_contents, put_in_place, read_json, write_json
-from ultrafuser.gating.training.checkpoints import CHECKPOINT_PREFIX, CONTENTS_FILE, TRAINED_FILE
+from ultrafuser.gating.training.checkpoints import CHECKPOINT_PREFIX, CONTENTS_FILE, TRAINED_FILE, all_checkpoints
 from ultrafuser.gating.training.learner import FusedLearner, Learner, trainable_parameters
 from ultrafuser.gating.training.sampler import BalancedBatches
 from ultrafuser.gating.training.sharding import average_gradients, configure_sharding, drop_gathered, fill, whole
 
 _STAGING = ".partial"
+_SAME_LOSS = 1e-3  # relative: on a CPU it is the same number; other processes or kernels may sum in another order
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
@@ -44,7 +47,9 @@ class FusedTrainer(Trainer):
         eval_rows: rows to evaluate on, by domain; may be empty.
         name_marks: names of the learner's marks in the log, by domain.
         gate_learning_rate: the gate's own, or None for the same.
+        patience: evaluations without a lower `eval_loss` after which training ends, or None.
         provenance: goes into every checkpoint.
+        callbacks: told what happens, beside Transformers' own.
     """
 
     def __init__(
@@ -58,7 +63,9 @@ class FusedTrainer(Trainer):
         eval_rows: Mapping[str, Dataset[Any]],
         name_marks: Callable[[str], Sequence[str]],
         gate_learning_rate: float | None,
+        patience: int | None,
         provenance: Mapping[str, Any],
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.learner = learner
         self._rows = rows
@@ -66,11 +73,17 @@ class FusedTrainer(Trainer):
         self._eval_rows = dict(eval_rows)
         self._name_marks = name_marks
         self._gate_learning_rate = gate_learning_rate
+        self._patience = patience
         self._provenance = dict(provenance)
         self._step_loss: Tensor | None = None
         self._evaluation: tuple[int, dict[str, float]] | None = None
         super().__init__(
-            learner, arguments, data_collator=collate, train_dataset=rows, eval_dataset=dict(eval_rows) or None
+            learner,
+            arguments,
+            data_collator=collate,
+            train_dataset=rows,
+            eval_dataset=dict(eval_rows) or None,
+            callbacks=list(callbacks),
         )
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -120,6 +133,7 @@ class FusedTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last call before the optimizer moves, by all processes: where a run that has gone wrong ends."""
+        self._check_gradients()
         norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm)))
         assert self._step_loss is not None
         # One process's loss may be wrong while its neighbour's is right; summed, all processes see the same.
@@ -131,6 +145,19 @@ class FusedTrainer(Trainer):
                 " nothing was changed by this step. Lower --learning-rate, or look at the rows of this step"
             )
         return norm
+
+    def _check_gradients(self) -> None:
+        """Every part that is to learn has a gradient; a zero is one, as of rows that a part has no say in."""
+        parts: dict[str, bool] = {}
+        for name, parameter in trainable_parameters(self.learner).items():
+            part = ".".join(name.split(".")[: 2 if name.startswith("specialists.") else 1])
+            parts[part] = parts.get(part, False) or parameter.grad is not None
+        for part, has_gradient in parts.items():
+            if not has_gradient:
+                raise TrainError(
+                    f"step {self.state.global_step + 1}: {part} is to learn and gets no gradient; nothing was changed"
+                    " by this step. Please report it with this run's config.yaml"
+                )
 
     # Checkpoints
 
@@ -166,13 +193,14 @@ class FusedTrainer(Trainer):
                 f"{resume_from_checkpoint}: its draft head guesses other tokens than those that are most frequent in"
                 " the responses now; start in a new --output"
             )
-        saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
+        self._fill_from(Path(resume_from_checkpoint))
+
+    def _fill_from(self, checkpoint: Path) -> None:
+        saved = load_file(checkpoint / TRAINED_FILE)
         wanted = trainable_parameters(self.learner)
         if saved.keys() != wanted.keys():
             odd = sorted(saved.keys() ^ wanted.keys())[0]
-            raise TrainError(
-                f"{resume_from_checkpoint}: does not hold what learns here ({odd}); start in a new --output"
-            )
+            raise TrainError(f"{checkpoint}: does not hold what learns here ({odd}); start in a new --output")
         for name, parameter in wanted.items():
             fill(parameter, saved[name])
 
@@ -199,14 +227,74 @@ class FusedTrainer(Trainer):
             shutil.rmtree(folder / _STAGING, ignore_errors=True)  # of a run that was killed
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = None  # a place that is no more; its step says where it is
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+            self.state.save_to_json(str(folder / _STAGING / name / TRAINER_STATE_NAME))
             note_contents(folder / _STAGING / name, folder / _STAGING / name / CONTENTS_FILE)
             put_in_place(folder / _STAGING / name, folder / name)
             shutil.rmtree(folder / _STAGING)
-            rotate_checkpoints(str(folder), self.args.save_total_limit)
+            self._rotate(folder)
         self.accelerator.wait_for_everyone()
+
+    def _rotate(self, folder: Path) -> None:
+        """The newest ones stay, as many as asked for, and beside them the best one."""
+        number, best = int(self.args.save_total_limit or 0), self._best_checkpoint
+        is_older = best is not None and best not in all_checkpoints(folder)[:number]
+        rotate_checkpoints(str(folder), number + is_older, None if best is None else str(best))
+
+    # The best model
+
+    @property
+    def _best_checkpoint(self) -> Path | None:
+        """None without early stopping, and before the first evaluation of a finite loss."""
+        step = self.state.best_global_step
+        return None if step is None else Path(str(self.args.output_dir)) / f"{CHECKPOINT_PREFIX}{step}"
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """After every evaluation of a step: the best model is saved at once, and so is the one that training ends with.
+
+        Transformers' own early stopping counts in a callback, which a resumed run begins anew.
+        """
+        is_best = math.isfinite(metrics["eval_loss"]) and super()._determine_best_metric(metrics, trial)
+        if self._has_lost_patience():
+            self.control.should_training_stop = True
+        self.control.should_save |= is_best or self.control.should_training_stop
+        return is_best
+
+    def _has_lost_patience(self) -> bool:
+        """By the log and the best step, both of which are in a checkpoint."""
+        best = self.state.best_global_step or 0
+        since = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry and entry["step"] > best}
+        return self._patience is not None and len(since) >= self._patience
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *rest: Any
+    ) -> tuple[int, int]:
+        """As the Trainer's; a resumed run that had ended early makes no further step."""
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
+        return (num_train_epochs, 0) if self._has_lost_patience() else begun
+
+    def load_best(self) -> int | None:
+        """Make the best checkpoint the model, and see that it still has its loss; returns its step, if there is one.
+
+        Raises:
+            TrainError: it evaluates to something else than it did.
+        """
+        best, state = self._best_checkpoint, self.state
+        if best is None or state.best_global_step == state.global_step:
+            return state.best_global_step
+        self._fill_from(best)
+        metrics = self._measure()
+        if not math.isclose(metrics["eval_loss"], float(state.best_metric or 0), rel_tol=_SAME_LOSS):
+            raise TrainError(
+                f"{best}: the best checkpoint's eval_loss is {metrics['eval_loss']:.6f} now and was"
+                f" {state.best_metric:.6f} when it was saved; it is not made the result. Start in a new --output"
+            )
+        self._evaluation = (state.global_step, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
+        return state.best_global_step
 
     # Evaluation
 
@@ -220,6 +308,13 @@ class FusedTrainer(Trainer):
 
         Weighted by tokens, whatever the batches: Transformers' own loop means over batches.
         """
+        metrics = self._measure(metric_key_prefix)
+        self._evaluation = (self.state.global_step, dict(metrics))
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics: dict[str, float] = {}
         losses = []
         own = [self._shares(rows) for rows in self._eval_rows.values()]
@@ -231,9 +326,6 @@ class FusedTrainer(Trainer):
             metrics[f"{metric_key_prefix}_loss_{domain}"] = loss
             metrics |= {f"{metric_key_prefix}_{name}": mark for name, mark in zip(names, marks_X, strict=True)}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
-        self._evaluation = (self.state.global_step, dict(metrics))
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def final_evaluation(self) -> dict[str, float]:

@@ -13,12 +13,15 @@ from ultrafuser.gating.commands.run_folder import RUN_FOLDER
 from ultrafuser.gating.data.batches import collate_rows
 from ultrafuser.gating.errors import NonFiniteLossError, TrainError
 from ultrafuser.gating.model.fusion import load_fusion
+from ultrafuser.gating.model.gate import Gate
 from ultrafuser.gating.model.reference import UltraFuserForCausalLM
 from ultrafuser.gating.training import building
 from ultrafuser.gating.training.command import train
 from ultrafuser.gating.training.inputs import gather_inputs
+from ultrafuser.gating.training.learner import FusedLearner
 from ultrafuser.gating.training.plan import measure
 from ultrafuser.gating.training.sampler import ProportionalBatches
+from ultrafuser.gating.training.settings import parse_settings
 from ultrafuser.gating.training.trainer import FusedTrainer
 
 NAMES = ("text", "code", "math")
@@ -80,6 +83,27 @@ def test_a_run_is_resumed_with_its_own_settings_or_not_at_all(run, settings_of):
         train(settings_of(stage=1, learning_rate=0.1, resume=True))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"stage": 1, "warmup_steps": 1, "eval_data": [str(CONVERSATIONS)]}, {"drafter": True, "draft_vocabulary": 20}],
+    ids=["gate", "head"],
+)
+def test_the_settings_that_a_run_leaves_make_the_same_run_again_and_go_on_with_it(run, tmp_path, options):
+    first = run(**options)
+    config = first.parent / RUN_FOLDER / "config.yaml"
+    again = parse_settings(["--config", str(config), "--output", str(tmp_path / "again")])
+    train(again)
+    last = f"{RUN_FOLDER}/checkpoint-4/trained.safetensors"
+    ours, theirs = (load_file(folder / last) for folder in (tmp_path / "again", first.parent))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    written = [(folder / RUN_FOLDER / "config.yaml").read_text() for folder in (tmp_path / "again", first.parent)]
+    assert written[0] == written[1].replace(str(first.parent), str(tmp_path / "again"))
+    assert "learning-rate: 0.003\n" in written[0]
+    assert "\nresume:" not in written[0]
+    assert train(parse_settings(["--config", str(config), "--resume"])) == first
+
+
 def test_a_checkpoint_that_is_older_than_a_setting_had_its_default(run, settings_of):
     path = run(stage=1)
     provenance = path.parent / RUN_FOLDER / "checkpoint-4" / "provenance.json"
@@ -115,6 +139,55 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(run, setting
         bool(torch.isfinite(tensor).all())
         for tensor in load_file(tmp_path / "out" / RUN_FOLDER / "checkpoint-2" / "trained.safetensors").values()
     )
+
+
+@pytest.mark.parametrize("part", ["fusion_gate", "specialists.1"])
+def test_a_part_that_gets_no_gradient_ends_the_run_before_the_optimizer_moves(settings_of, monkeypatch, tmp_path, part):
+    """Else it would stay as it was, unsaid, on whichever path forgets it."""
+    moved: list[int] = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: moved.append(1))
+    if part == "fusion_gate":
+        weigh = Gate.forward
+        monkeypatch.setattr(Gate, "forward", lambda *arguments: weigh(*arguments).detach())
+    else:
+        read = FusedLearner.hidden_states
+
+        def cut(self: FusedLearner, **batch: Any) -> list[torch.Tensor]:
+            first, second, *others = read(self, **batch)
+            return [first, second.detach(), *others]
+
+        monkeypatch.setattr(FusedLearner, "hidden_states", cut)
+    with pytest.raises(TrainError, match=f"^step 1: {part} is to learn and gets no gradient; nothing was changed"):
+        train(settings_of(stage=2))
+    assert not moved
+    assert not list((tmp_path / "out" / RUN_FOLDER).glob("checkpoint-*"))
+
+
+def test_a_run_goes_on_although_some_of_a_part_has_no_optimizer_state(run, settings_of, tmp_path, monkeypatch):
+    """AdamW keeps none for what never had a gradient: in a mixture of experts, say, one that no row has come to."""
+    step = FusedTrainer.training_step
+
+    def without(self: FusedTrainer, *arguments: Any) -> torch.Tensor:
+        loss = step(self, *arguments)
+        if self.state.global_step < 3:
+            next(parameter for parameter in self.learner.parameters() if parameter.requires_grad).grad = None
+        return loss
+
+    common = {"stage": 1, "steps": 4, "save_every": 2}
+    monkeypatch.setattr(FusedTrainer, "training_step", without)
+    whole = run(**common, output=str(tmp_path / "whole"))
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patches:
+        _stop_after(patches, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings_of(**common, output=str(stopped)))
+    saved = torch.load(stopped / RUN_FOLDER / "checkpoint-2" / "optimizer.pt")
+    num_parameters = sum(len(group["params"]) for group in saved["param_groups"])
+    assert len(saved["state"]) == num_parameters - 1
+    resumed = run(**common, output=str(stopped), resume=True)
+    last = f"{RUN_FOLDER}/checkpoint-4/trained.safetensors"
+    ours, theirs = [load_file(path.parent / last) for path in (resumed, whole)]
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
 def test_checkpoints_say_where_they_come_from_and_are_whole_or_absent(run):

@@ -88,6 +88,14 @@ def test_the_cache_folder_of_the_caller_is_the_default():
             [*REQUIRED, "--specialist", "code", "--learn", "full"],
             "--learn: a specialist alone is trained by an adapter",
         ),
+        *(
+            (
+                [*REQUIRED, "--stage", "1", "--early-stopping-patience", "2", *flags],
+                "--early-stopping-patience: it counts",
+            )
+            for flags in ([], ["--eval-data", "e"], ["--eval-every", "5"])
+        ),
+        ([*REQUIRED, "--stage", "1", "--report-to", "none", "wandb"], "--report-to: none stands alone; leave it"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_flag(argv, complaint):
@@ -100,7 +108,7 @@ def test_mistakes_are_one_line_that_names_the_flag(argv, complaint):
 def test_what_must_not_change_on_resume_is_all_but_where_and_how_often():
     settings = parse_settings([*REQUIRED, "--stage", "1"])
     free = set(TrainSettings.model_fields) - set(settings.lasting())
-    assert free == {"resume", "plan", "cache", "output", "keep_checkpoints", "log_every"}
+    assert free == {"config", "resume", "plan", "cache", "output", "keep_checkpoints", "log_every", "report_to"}
 
 
 def test_help_needs_neither_torch_nor_transformers():
