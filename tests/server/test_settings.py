@@ -91,16 +91,19 @@ def test_vllm_is_quiet_unless_the_user_wants_to_hear_it() -> None:
     assert "VLLM_LOGGING_LEVEL" not in vllm_environment({"VLLM_LOGGING_LEVEL": "DEBUG"}, "info")
 
 
-def test_only_the_command_reads_the_environment() -> None:
+def test_only_commands_read_the_environment() -> None:
     readers = set()
     for path in Path("server").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                 readers.add(str(path))
-    # The command hands its environment to settings.py; the others set variables for vLLM's and torch's processes, where
-    # the user has set none, and on a Ray cluster they read what a node, or Ray, was told by its own.
+    # The commands hand their environment to settings.py, or to a process of theirs; the others set variables for vLLM's
+    # and torch's processes, where the user has set none, and on a Ray cluster they read what a node, or Ray, was told.
     assert readers == {
         "server/__main__.py",
+        "server/batch/command.py",
+        "server/doctor/command.py",
+        "server/doctor/measuring.py",
         "server/engine/__init__.py",
         "server/engine/core/ray_executor.py",
         "server/engine/core/split_executor.py",
@@ -108,4 +111,5 @@ def test_only_the_command_reads_the_environment() -> None:
         "server/start/following.py",
         "server/start/leading.py",
         "server/start/ray_meeting.py",
+        "server/terminal/command.py",
     }
