@@ -22,7 +22,14 @@ from ultrafuser.server.engine_options import EngineOptions
 from ultrafuser.server.settings import ServerSettings
 
 REQUIRED: dict[type[BaseModel], dict[str, Any]] = {
-    TrainSettings: {"fusion": "demo", "data": ["a.jsonl"], "output": "o", "stage": 1},
+    TrainSettings: {
+        "fusion": "demo",
+        "data": ["a.jsonl"],
+        "output": "o",
+        "stage": 1,
+        "eval_data": ["b.jsonl"],
+        "eval_every": 1,  # without these two there is no early stopping
+    },
     EvalSettings: {"fusion": "demo", "loss": True, "data": ["a.jsonl"]},
     AnalysisSettings: {"run": ["r"], "output": "o"},
     MakeSettings: {"output": "o", "domain": ["text"], "prompt_price": "1"},
