@@ -146,9 +146,14 @@ def num_running(server: ServerProcess) -> float:
     return server.metric("vllm:num_requests_running")
 
 
-def shows_more(terminal: Terminal, length: int) -> bool:
-    """Whether more is shown than this."""
-    return len(terminal.shown) > length
+def is_answering(terminal: Terminal, begin: int) -> bool:
+    """Whether more than the question is shown, or the prompt again."""
+    shown = terminal.shown[begin:]
+    return len(shown) > 40 or ends_with_prompt(shown)
+
+
+def ends_with_prompt(shown: str) -> bool:
+    return shown.rstrip(" ").endswith(f"\n{PROMPT}")
 
 
 @contextmanager
@@ -158,14 +163,14 @@ def paused_answer(terminal: Terminal, server: ServerProcess) -> Iterator[int]:
     Answers are drawn and may be short, so one that has ended before is asked for again.
     """
     process = psutil.Process(server.process.pid)
-    for _ in range(10):
+    for _ in range(20):
         begin = len(terminal.shown)
         terminal.type("tell me everything" + ENTER)
-        wait_for(partial(shows_more, terminal, begin + 40), "an answer that goes on")
+        wait_for(partial(is_answering, terminal, begin), "an answer")
         process.suspend()
         try:
             time.sleep(0.5)  # what it had sent is shown
-            if f"\n{PROMPT}" not in terminal.shown[begin:]:
+            if not ends_with_prompt(terminal.shown[begin:]):
                 yield begin
                 return
         finally:

@@ -97,3 +97,4 @@ def process_as_before() -> Iterator[None]:
     for name in CONFIGURED_LOGGERS:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(logging.NOTSET)
