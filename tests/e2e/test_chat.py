@@ -147,9 +147,9 @@ def num_running(server: ServerProcess) -> float:
 
 
 def is_answering(terminal: Terminal, begin: int) -> bool:
-    """Whether more than the question is shown, or the prompt again."""
-    shown = terminal.shown[begin:]
-    return len(shown) > 40 or ends_with_prompt(shown)
+    """Whether something is shown behind the question, or the prompt again."""
+    _, question, shown = terminal.shown[begin:].rpartition("tell me everything")
+    return bool(question) and (len(shown) > 10 or ends_with_prompt(shown))
 
 
 def ends_with_prompt(shown: str) -> bool:
@@ -280,6 +280,7 @@ def are_gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_is_started_for_a_chat_and_ended_with_it(model_cache: Path) -> None:
     """A server's own settings in the environment are not the demo's: with its key the chat would be refused."""
     environ = {"ULTRAFUSER_CACHE": str(model_cache), "ULTRAFUSER_API_KEY": "secret", "ULTRAFUSER_MAX_MODEL_LEN": "8"}
@@ -299,6 +300,7 @@ def test_the_demo_is_started_for_a_chat_and_ended_with_it(model_cache: Path) -> 
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
+@pytest.mark.long
 def test_the_demo_ends_with_a_chat_that_ends_before_it_is_ready(how: str, model_cache: Path) -> None:
     with Terminal([*COMMAND, "--demo"], {"ULTRAFUSER_CACHE": str(model_cache)}) as terminal:
         terminal.wait_for("[1/4] import vLLM")
